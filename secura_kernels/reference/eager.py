@@ -28,7 +28,7 @@ def delta_weight(core: Tensor, C: Tensor, R: Tensor, alpha: float) -> Tensor:
 
 
 def smagnorm(b: Tensor, d: Tensor, norm: SMagNorm, decay: Tensor | None = None) -> Tensor:
-    """S-MagNorm of a change d to a base b, over whole matrices; differentiable (``smagnorm.py``)."""
+    """S-MagNorm of a change d to a base b, whole matrices, differentiable (see ``smagnorm.py``)."""
     largest = None
     if norm.ref == "max":
         rho = relative_magnitude(b, d, norm.eps)

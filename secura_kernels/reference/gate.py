@@ -19,6 +19,15 @@ def relative_magnitude(b: Tensor, d: Tensor, eps: float) -> Tensor:
     return (d / b.abs().add_(eps)).abs_()
 
 
+def minus_z(b: Tensor, d: Tensor, norm: SMagNorm, largest: Tensor | None) -> Tensor:
+    """-z = scale (shift - rho / ref); ``largest``: scalar, max(rho), where ``ref`` is "max"."""
+    rho = relative_magnitude(b, d, norm.eps)
+    if norm.ref == "max":
+        rho = rho / torch.where(largest > 0, largest, 1)  # all of d may be zero
+        return torch.rsub(rho, norm.scale * norm.shift, alpha=norm.scale)
+    return torch.rsub(rho, norm.scale * norm.shift, alpha=norm.scale / norm.ref)
+
+
 def inverse_gate(b: Tensor, d: Tensor, norm: SMagNorm, largest: Tensor | None) -> Tensor:
     """s = 1 / g = 1 / (1 + sigmoid(-z)), and s = 1 / beta where d == 0, where ``out`` is then b.
 
@@ -26,15 +35,8 @@ def inverse_gate(b: Tensor, d: Tensor, norm: SMagNorm, largest: Tensor | None) -
         b, d: base and change, same shape.
         largest: scalar tensor, max(rho) of the whole matrix; used where ``norm.ref == "max"``.
     """
-    rho = relative_magnitude(b, d, norm.eps)
-    slope = norm.scale
-    if norm.ref == "max":
-        rho = rho / torch.where(largest > 0, largest, 1)  # all of d may be zero
-    else:
-        slope /= norm.ref
     # In place where autograd allows it: what sigmoid and reciprocal return, they need again.
-    minus_z = torch.rsub(rho, norm.scale * norm.shift, alpha=slope)
-    s = minus_z.sigmoid_().add(1).reciprocal_()
+    s = minus_z(b, d, norm, largest).sigmoid_().add(1).reciprocal_()
     if norm.continuous:
         return s  # 1 / beta at d == 0 by itself
     return torch.where(d == 0, 1 / norm.base_weight, s)
@@ -44,10 +46,16 @@ def apply_gate(b: Tensor, d: Tensor, s: Tensor, norm: SMagNorm, decay: Tensor | 
     """out, given s. ``decay`` (c above) broadcasts against b, or is None for 1 everywhere."""
     beta = norm.base_weight
     if decay is None:
-        # d.bool() is d != 0, eight times as fast.
-        return torch.where(d.bool(), torch.add(d, b, alpha=beta).mul_(s), b)
-    unmoved = b * (1 + (decay - 1) / beta)  # exactly b where c = 1, without the rounding of s
-    return torch.where(d == 0, unmoved, ((beta - 1 + decay) * b + decay * d) * s)
+        out, unmoved = torch.add(d, b, alpha=beta).mul_(s), b
+    else:
+        out = ((beta - 1 + decay) * b + decay * d) * s
+        unmoved = b * (1 + (decay - 1) / beta)
+    # The formula gives b up to rounding where d == 0; there take b itself. d.bool() is d != 0,
+    # eight times as fast.
+    exact = torch.where(d.bool(), out, unmoved)
+    if torch.is_grad_enabled():  # and keep the formula's gradient: a zero change must learn
+        return out + (exact - out).detach()
+    return exact
 
 
 def split_gradient(grad: Tensor, s: Tensor, norm: SMagNorm,
@@ -63,14 +71,15 @@ def gate_gradient(grad: Tensor, b: Tensor, d: Tensor, s: Tensor, norm: SMagNorm,
                   decay: Tensor | None, largest: Tensor | None) -> tuple[Tensor, Tensor]:
     """What the gate's own derivative adds to the gradients of b and d (``detach_gate=False``).
 
-    From s = 1 / (2 - sigmoid(z)):  ds/dz = s^2 sigmoid(z) (1 - sigmoid(z)) = (2s - 1)(1 - s),
-    and d rho / dd = sign(d) / (|b| + eps), d rho / db = -rho sign(b) / (|b| + eps).
+    From s = 1 / (2 - sigmoid(z)):  ds/dz = s^2 sigmoid(z) sigmoid(-z), and
+    d rho / dd = sign(d) / (|b| + eps), d rho / db = -rho sign(b) / (|b| + eps).
     Where d == 0 the gate is taken as constant (rho has a kink there and ``out`` is b by rule).
     With ``ref="max"`` the gradient of the maximum is shared evenly among equal maxima.
     """
-    moved = d != 0
+    negative = minus_z(b, d, norm, largest)
+    slope = s.square() * negative.sigmoid() * (-negative).sigmoid()
     numerator = apply_gate(b, d, torch.ones_like(s), norm, decay)
-    by_z = torch.where(moved, grad * numerator * (2 * s - 1) * (1 - s) * norm.scale, 0)
+    by_z = torch.where(d != 0, grad * numerator * slope * norm.scale, 0)
     rho = relative_magnitude(b, d, norm.eps)
     if norm.ref == "max":
         safe = torch.where(largest > 0, largest, 1)
@@ -83,39 +92,42 @@ def gate_gradient(grad: Tensor, b: Tensor, d: Tensor, s: Tensor, norm: SMagNorm,
     return -by_d * rho * b.sign(), by_d * d.sign()
 
 
+# How the gate is saved for the backward pass: a linear code of g in [1, highest]. The finest
+# relative steps lie at the highest g, where little has moved, and the value of an unmoved element
+# (g = beta there) is exact, so that the first step's gradients have no error from the code.
+#
+# bfloat16 layers: 8 bits; the error of s is at most 1e-3 where g = 2 and 2e-3 where g = 1, no more
+# than bfloat16's own rounding. float16: 16 bits, the bytes of float16 for 1 / 60 of its error.
+# float32 and float64: s itself, exact.
+_CODES = {torch.bfloat16: (torch.uint8, 0, 255), torch.float16: (torch.int16, -(2**15), 2**15 - 1)}
+
+
 def saved_dtype(dtype: torch.dtype) -> torch.dtype:
-    """What s is saved in for a layer that computes in ``dtype``.
-
-    bfloat16: 8 bits, whose error (at most 1e-3) is under bfloat16's own near 1. Elsewhere the
-    layer's dtype, so that the saved gate is never the largest error.
-    """
-    return torch.uint8 if dtype == torch.bfloat16 else dtype
+    """What the gate is saved in for a layer that computes in ``dtype``."""
+    return _CODES[dtype][0] if dtype in _CODES else dtype
 
 
-def code_range(norm: SMagNorm) -> float:
-    """Lower end of the values of s: 1 / beta where d == 0, 1 / g(0) and up elsewhere.
-
-    A linear code over [this, 1] holds the value of an unmoved element exactly under every preset,
-    so the first step's gradients have no error from the code. (255 / 256 keeps the range open
-    for a gate that is 1 everywhere.)
-    """
-    return min(1 / norm.base_weight, 1 / norm.gate_at_zero, 255 / 256)
+def highest_gate(norm: SMagNorm) -> float:
+    """Upper end of g: beta where d == 0, at most g(0) elsewhere; above 1 even for a gate of 1."""
+    return max(norm.base_weight, norm.gate_at_zero, 257 / 256)
 
 
 def encode(s: Tensor, norm: SMagNorm, dtype: torch.dtype) -> Tensor:
-    """s in the dtype it is saved in (``saved_dtype(dtype)``)."""
-    target = saved_dtype(dtype)
-    if target != torch.uint8:
-        return s.to(target)
-    low = code_range(norm)
+    """s as it is saved by a layer that computes in ``dtype``."""
+    if dtype not in _CODES:
+        return s.to(dtype)
+    target, low, high = _CODES[dtype]
+    top = highest_gate(norm)
+    code = torch.rsub(s.reciprocal(), top).mul_((high - low) / (top - 1)).add_(low).round_()
     # NaN has no code; any will do, the output it belongs to is NaN already.
-    code = torch.round((s - low) * (255 / (1 - low))).nan_to_num(0).clamp(0, 255)
-    return code.to(torch.uint8)
+    return code.nan_to_num_(0).clamp_(low, high).to(target)
 
 
 def decode(saved: Tensor, norm: SMagNorm, dtype: torch.dtype) -> Tensor:
     """s in ``dtype``, from what ``encode`` saved."""
-    if saved.dtype != torch.uint8:
-        return saved.to(dtype)
-    low = code_range(norm)
-    return low + saved.to(dtype) * ((1 - low) / 255)
+    for target, low, high in _CODES.values():
+        if saved.dtype == target:
+            top = highest_gate(norm)
+            step = (top - 1) / (high - low)
+            return torch.rsub(saved.to(dtype).sub_(low), top, alpha=step).reciprocal_()
+    return saved.to(dtype)

@@ -121,33 +121,27 @@ def backward(
     C = chosen_columns(weight, cols, C)
     db, dd, scale = _gradients_of_base_and_change(
         dy, core, C, adapter_bias, decay, t, saved, alpha, norm)
-    v = (dd @ C).to(wide)
+    v = (dd @ C).to(wide) * scale
     dx = dcore = dbias = None
     if needs[1]:
         dcore = (alpha * (v.T @ t.to(wide))).to(core.dtype)
     if needs[2]:
-        dbias = dd.sum(0, dtype=wide).to(adapter_bias.dtype)
+        dbias = (dd.sum(0, dtype=wide) * scale).to(adapter_bias.dtype)
     if needs[0]:
-        dT = (alpha / scale * (v @ core.to(wide))).to(dy.dtype)
+        dT = (alpha * (v @ core.to(wide))).to(dy.dtype)
         if R is None:
             # Identity 3: both terms of dx are one product with W. In place where db is ours alone.
             ours = db is not dy and not torch.is_grad_enabled()
-            dx = _product((db.index_add_ if ours else db.index_add)(1, rows, dT), weight, scale)
+            dx = (db.index_add_ if ours else db.index_add)(1, rows, dT) @ weight
         else:
-            dx = _product(db, weight, scale).addmm(dT, R, alpha=scale)
+            dx = (db @ weight).addmm(dT, R)
     return dx, dcore, dbias
 
 
-def _product(a: Tensor, b: Tensor, scale: float) -> Tensor:
-    """scale * a @ b, scaled before it is rounded."""
-    if scale == 1:
-        return a @ b
-    return torch.addmm(b[:1], a, b, beta=0, alpha=scale)  # beta=0: b[:1] is not read
-
-
 def _gradients_of_base_and_change(dy, core, C, adapter_bias, decay, t, saved, alpha, norm):
-    """(M, N) gradients of b and d of out = (beta b + d) / g in dy's dtype; b's is to be multiplied
-    by the number returned third, which spares a second matrix in the common form."""
+    """(M, N) gradients of b and d of out = (beta b + d) / g in dy's dtype; d's is to be multiplied
+    by the number returned third. Without decay the two are proportional, and one matrix serves:
+    b's, beta s dy, which is dy itself where nothing moved."""
     if norm is None:
         return dy, dy, 1.0
     wide = wide_dtype(dy.dtype)
@@ -155,8 +149,8 @@ def _gradients_of_base_and_change(dy, core, C, adapter_bias, decay, t, saved, al
     if norm.detach_gate:
         s = decode(saved, norm, wide)
         if decay is None:
-            dd = (grad * s).to(dy.dtype)
-            return dd, dd, norm.base_weight
+            db = (grad * s).mul_(norm.base_weight).to(dy.dtype)
+            return db, db, 1 / norm.base_weight
         db, dd = split_gradient(grad, s, norm, decay)
     else:
         b, d = saved.to(wide), (project(t, core, alpha) @ C.T).to(wide)

@@ -113,7 +113,8 @@ def backward(
     dx = dy W_eff;  dcore = alpha C^T (dW_eff * s) R^T with dW_eff = dy^T x, block by block.
     """
     blocks = _Blocks(weight, core, cols, rows, C, R, decay, alpha, norm)
-    if norm.ref == "max" and not norm.detach_gate:  # each element's gradient reaches the maximum's: no block stands alone
+    if norm.ref == "max" and not norm.detach_gate:
+        # Each element's gradient reaches the one that sets the maximum: no block stands alone.
         blocks.slices = [slice(None)]
     effective, parts = [], []
     for block in blocks.slices:

@@ -1,0 +1,83 @@
+"""Every form of the layer, by name, and one random case of each: shared by the tests."""
+
+from dataclasses import dataclass
+from itertools import product
+
+import torch
+from torch import Tensor
+
+from secura_kernels import SMagNorm, cur_linear, reference
+
+NORMS = {"no gate": None} | {
+    f"{preset}, {domain}, ref {ref}, {'detached' if detach else 'full'}":
+        SMagNorm.preset(preset, domain=domain, ref=ref, detach_gate=detach)
+    for preset, domain, ref, detach in product(
+        ("calibrated", "published", "figure"), ("output", "weight"), (1.0, "max"), (True, False))
+}
+ALL_NORMS = dict(argvalues=list(NORMS.values()), ids=list(NORMS))
+
+
+@dataclass
+class Case:
+    """Random arguments of one layer; W (N, K), x (M, K), duplicates among cols and rows."""
+
+    x: Tensor
+    W: Tensor
+    bias: Tensor | None
+    core: Tensor
+    cols: Tensor
+    rows: Tensor
+    adapter_bias: Tensor | None
+    decay: Tensor | None
+    alpha: float = 0.7
+    tied: bool = True
+
+    @property
+    def sides(self) -> tuple[Tensor, Tensor]:
+        return self.W[:, self.cols], self.W[self.rows, :]
+
+    def trained(self) -> list[Tensor]:
+        found = [self.x, self.core, self.adapter_bias]
+        return [t for t in found if t is not None]
+
+    def ours(self, norm, x=None, core=None, adapter_bias=None):
+        C, R = self.sides
+        where = dict(cols=self.cols, rows=self.rows) if self.tied else dict(C=C, R=R)
+        return cur_linear(
+            self.x if x is None else x, self.W, self.core if core is None else core,
+            bias=self.bias, alpha=self.alpha, norm=norm, decay=self.decay,
+            adapter_bias=self.adapter_bias if adapter_bias is None else adapter_bias, **where)
+
+    def eager(self, norm, dtype=None):
+        """The plain formula, in ``dtype`` (its own by default), on leaves of its own."""
+        def to(t):
+            return None if t is None else t.detach().to(dtype or t.dtype)
+
+        leaves = [None if t is None else to(t).requires_grad_()
+                  for t in (self.x, self.core, self.adapter_bias)]
+        C, R = self.sides
+        y = reference.cur_linear(
+            leaves[0], to(self.W), to(self.bias), leaves[1], to(C), to(R), alpha=self.alpha,
+            norm=norm, adapter_bias=leaves[2], decay=to(self.decay))
+        return y, [leaf for leaf in leaves if leaf is not None]
+
+
+def case(M=7, N=12, K=10, r=4, dtype=torch.float64, *, tied=True, bias=True, adapter_bias=True,
+         decay=True, core_dtype=None) -> Case:
+    core_dtype = core_dtype or torch.promote_types(dtype, torch.float32)
+    cols, rows = torch.randint(K, (r,)), torch.randint(N, (r,))
+    cols[-1], rows[-1] = cols[0], rows[0]
+    return Case(
+        x=torch.randn(M, K).to(dtype).requires_grad_(),
+        W=(torch.randn(N, K) / K**0.5).to(dtype),
+        bias=torch.randn(N).to(dtype) if bias else None,
+        core=torch.randn(r, r).to(core_dtype).requires_grad_(),
+        cols=cols, rows=rows,
+        adapter_bias=torch.randn(N).to(core_dtype).requires_grad_() if adapter_bias else None,
+        decay=torch.where(torch.rand(N) > 0.5, 0.9, 1.0) if decay else None, tied=tied)
+
+
+def relative_error(a: Tensor, truth: Tensor) -> float:
+    """|a - truth| / |truth| in the Frobenius norm."""
+    difference = torch.linalg.vector_norm(a.detach().double() - truth.detach().double())
+    return float(difference / torch.linalg.vector_norm(truth.detach().double()).clamp_min(1e-30))
