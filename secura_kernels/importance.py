@@ -31,7 +31,8 @@ class ImportanceState(nn.Module):
     @torch.no_grad()
     def measure(self, weight: Tensor) -> None:
         """Takes the row norms of W (N, K), the sampling weights."""
-        self.row_norms = torch.linalg.vector_norm(weight, dim=1, dtype=torch.float32)
+        dtype = torch.promote_types(weight.dtype, torch.float32)
+        self.row_norms = torch.linalg.vector_norm(weight, dim=1, dtype=dtype).float()
 
     @torch.no_grad()
     def add(self, moved: Tensor, values: int) -> None:

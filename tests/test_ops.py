@@ -79,7 +79,7 @@ def saved_for_backward(function) -> list[torch.Tensor]:
 
 
 @pytest.mark.parametrize(("dtype", "gate_dtype"), [
-    (torch.bfloat16, torch.uint8), (torch.float16, torch.float16), (torch.float32, torch.float32),
+    (torch.bfloat16, torch.uint8), (torch.float16, torch.int16), (torch.float32, torch.float32),
     (torch.float64, torch.float64)])
 def test_saves_t_and_the_gate_and_not_x(dtype, gate_dtype):
     M, N, K, r = 33, 24, 40, 4

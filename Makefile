@@ -1,0 +1,30 @@
+# Every target sets up .venv once and reuses it. `make` alone lists the targets.
+PYTHON ?= python3
+BIN = .venv/bin
+# A machine with an NVIDIA driver takes PyPI's CUDA build of torch, any other this release.
+TORCH = $(if $(shell command -v nvidia-smi 2>/dev/null),torch,torch==2.13.0)
+
+help:  ## list the targets
+	@sed -n 's/^\([a-z]*\):.*## /make \1\t/p' $(MAKEFILE_LIST)
+
+finetune: .venv/ready  ## the main job: fine-tune SmolLM2 by SECURA, CURLoRA, LoRA and DoRA
+	$(BIN)/python examples/finetune.py $(ARGS)
+
+test: .venv/ready  ## run the tests
+	$(BIN)/python -m pytest $(ARGS)
+
+bench: .venv/ready  ## time the layers and their rivals on the CPU (3 minutes)
+	$(BIN)/python benchmarks/layer/cpu.py $(ARGS)
+
+lint: .venv/ready  ## check the style
+	$(BIN)/ruff check .
+
+# torch first: another package would pull a build of its own choice.
+.venv/ready: pyproject.toml
+	$(PYTHON) -c 'import sys; v = "%d.%d" % sys.version_info[:2]; sys.exit(None if sys.version_info >= (3, 11) else "Python >= 3.11 is needed, $(PYTHON) is " + v + ": make PYTHON=python3.12")'
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet $(TORCH)
+	$(BIN)/python -m pip install --quiet --editable '.[peft,demo,dev]'
+	touch $@
+
+.PHONY: help finetune test bench lint
