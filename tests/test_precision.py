@@ -104,6 +104,7 @@ def test_more_than_one_block_of_rows(norm, monkeypatch):
     from secura_kernels.reference import blocks
 
     monkeypatch.setattr(blocks, "BLOCK_ELEMENTS", 100)
+    assert len(list(blocks.row_blocks(23, 30))) > 5
     c = case(M=23, N=30, K=20, r=5)
     y, (z, leaves) = c.ours(norm), c.eager(norm)
     torch.testing.assert_close(y, z)

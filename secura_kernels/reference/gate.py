@@ -24,8 +24,8 @@ def minus_z(b: Tensor, d: Tensor, norm: SMagNorm, largest: Tensor | None) -> Ten
     rho = relative_magnitude(b, d, norm.eps)
     if norm.ref == "max":
         rho = rho / torch.where(largest > 0, largest, 1)  # all of d may be zero
-        return torch.rsub(rho, norm.scale * norm.shift, alpha=norm.scale)
-    return torch.rsub(rho, norm.scale * norm.shift, alpha=norm.scale / norm.ref)
+        return rho.mul_(-norm.scale).add_(norm.scale * norm.shift)
+    return rho.mul_(-norm.scale / norm.ref).add_(norm.scale * norm.shift)
 
 
 def inverse_gate(b: Tensor, d: Tensor, norm: SMagNorm, largest: Tensor | None) -> Tensor:
@@ -35,8 +35,9 @@ def inverse_gate(b: Tensor, d: Tensor, norm: SMagNorm, largest: Tensor | None) -
         b, d: base and change, same shape.
         largest: scalar tensor, max(rho) of the whole matrix; used where ``norm.ref == "max"``.
     """
-    # In place where autograd allows it: what sigmoid and reciprocal return, they need again.
-    s = minus_z(b, d, norm, largest).sigmoid_().add(1).reciprocal_()
+    # In place, as fresh matrices cost more than the arithmetic; sigmoid's result autograd needs.
+    q = minus_z(b, d, norm, largest).sigmoid_()
+    s = (q + 1 if torch.is_grad_enabled() else q.add_(1)).reciprocal_()
     if norm.continuous:
         return s  # 1 / beta at d == 0 by itself
     return torch.where(d == 0, 1 / norm.base_weight, s)
@@ -52,10 +53,9 @@ def apply_gate(b: Tensor, d: Tensor, s: Tensor, norm: SMagNorm, decay: Tensor | 
         unmoved = b * (1 + (decay - 1) / beta)
     # The formula gives b up to rounding where d == 0; there take b itself. d.bool() is d != 0,
     # eight times as fast.
-    exact = torch.where(d.bool(), out, unmoved)
     if torch.is_grad_enabled():  # and keep the formula's gradient: a zero change must learn
-        return out + (exact - out).detach()
-    return exact
+        return out + (torch.where(d.bool(), out, unmoved) - out).detach()
+    return torch.where(d.bool(), out, unmoved, out=out)
 
 
 def split_gradient(grad: Tensor, s: Tensor, norm: SMagNorm,

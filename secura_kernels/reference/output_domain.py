@@ -88,9 +88,17 @@ def forward(
         if edge:
             moved += (s >= 1 / edge).sum()
         if save:
-            saved[block] = encode(s, norm, x.dtype) if norm.detach_gate else b
-        y[block] = apply_gate(b, d, s, norm, decay)
+            saved = _put(saved, block, encode(s, norm, x.dtype) if norm.detach_gate else b)
+        y = _put(y, block, apply_gate(b, d, s, norm, decay))
     return y, t, saved, moved
+
+
+def _put(whole: Tensor, block: slice, part: Tensor) -> Tensor:
+    """``whole`` with ``part`` in its place; the part itself where it is all of it."""
+    if part.shape == whole.shape:
+        return part.to(whole.dtype)
+    whole[block] = part
+    return whole
 
 
 def backward(
