@@ -134,7 +134,7 @@ def result_of(job: Job, fresh: bool, console: Any) -> dict[str, Any]:
     if result:
         console.print(f"{job.method:8} finished before with these settings (--fresh runs it again)")
         return result
-    worker = subprocess.Popen([sys.executable, str(WORKER), job.to_json()])
+    worker = start(job)
     try:
         status = worker.wait()
     finally:
@@ -145,6 +145,19 @@ def result_of(job: Job, fresh: bool, console: Any) -> dict[str, Any]:
     if status:
         raise SystemExit(f"{job.method}: its process ended with status {status}")
     return job.finished()
+
+
+def start(job: Job) -> subprocess.Popen:
+    """The job's process. A Ctrl-C while it is being started waits until it can be ended too."""
+    pressed = []
+    before = signal.signal(signal.SIGINT, lambda *_: pressed.append(True))
+    worker = subprocess.Popen([sys.executable, str(WORKER), job.to_json()])
+    signal.signal(signal.SIGINT, before)
+    if pressed:
+        worker.terminate()
+        worker.wait()
+        raise KeyboardInterrupt
+    return worker
 
 
 def headline(job: Job) -> str:
