@@ -53,7 +53,7 @@ SIZES = {
 class Job:
     """One method on one model and one text: all that its process needs to know.
 
-    `tokens` is the file of token streams that `corpus.save_tokens` writes. `identity` speaks for
+    `tokens` is the file of token streams that `Corpus.save` writes. `identity` speaks for
     the content of that file and of the model, so that equal hashes mean equal runs.
     """
 
