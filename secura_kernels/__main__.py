@@ -35,10 +35,12 @@ def info() -> int:
     print("\nbackends (impl)")
     available = []
     for impl in IMPLS[1:]:
-        reason = why_unavailable(impl)
-        print(f"  {impl:10} {'can run' if reason is None else 'cannot run: ' + reason}")
-        available += [impl] if reason is None else []
-    failures = sum(check(impl, device) for impl in available for device in devices)
+        for device in devices:
+            reason = why_unavailable(impl, device)
+            print(f"  {impl:10} {device!s:9} "
+                  f"{'can run' if reason is None else 'cannot run: ' + reason}")
+            available += [(impl, device)] if reason is None else []
+    failures = sum(check(impl, device) for impl, device in available)
     print(f"\n{failures} check(s) failed" if failures else "\nall checks passed")
     return 1 if failures else 0
 

@@ -51,7 +51,7 @@ class CURLinear(Mergeable, nn.Module):
         if cols.shape != rows.shape:
             raise fail("rows.shape", tuple(rows.shape), f"{tuple(cols.shape)}, the shape of cols")
         check_choice("basis", basis, BASES)
-        resolve(check_choice("impl", impl, IMPLS), matrix.device)
+        resolve(check_choice("impl", impl, IMPLS), matrix.device, matrix.dtype, cols.numel())
         norm = SMagNorm.of(norm)
         if importance_decay is not None and not isinstance(importance_decay, ImportanceDecay):
             raise fail("importance_decay", importance_decay, "an ImportanceDecay or None")

@@ -40,12 +40,12 @@ class Case:
         found = [self.x, self.core, self.adapter_bias]
         return [t for t in found if t is not None]
 
-    def ours(self, norm, x=None, core=None, adapter_bias=None):
+    def ours(self, norm, x=None, core=None, adapter_bias=None, impl="auto"):
         C, R = self.sides
         where = dict(cols=self.cols, rows=self.rows) if self.tied else dict(C=C, R=R)
         return cur_linear(
             self.x if x is None else x, self.W, self.core if core is None else core,
-            bias=self.bias, alpha=self.alpha, norm=norm, decay=self.decay,
+            bias=self.bias, alpha=self.alpha, norm=norm, decay=self.decay, impl=impl,
             adapter_bias=self.adapter_bias if adapter_bias is None else adapter_bias, **where)
 
     def eager(self, norm, dtype=None):
@@ -63,18 +63,19 @@ class Case:
 
 
 def case(M=7, N=12, K=10, r=4, dtype=torch.float64, *, tied=True, bias=True, adapter_bias=True,
-         decay=True, core_dtype=None) -> Case:
+         decay=True, core_dtype=None, device="cpu") -> Case:
     core_dtype = core_dtype or torch.promote_types(dtype, torch.float32)
     cols, rows = torch.randint(K, (r,)), torch.randint(N, (r,))
     cols[-1], rows[-1] = cols[0], rows[0]
     return Case(
-        x=torch.randn(M, K).to(dtype).requires_grad_(),
-        W=(torch.randn(N, K) / K**0.5).to(dtype),
-        bias=torch.randn(N).to(dtype) if bias else None,
-        core=torch.randn(r, r).to(core_dtype).requires_grad_(),
-        cols=cols, rows=rows,
-        adapter_bias=torch.randn(N).to(core_dtype).requires_grad_() if adapter_bias else None,
-        decay=torch.where(torch.rand(N) > 0.5, 0.9, 1.0) if decay else None, tied=tied)
+        x=torch.randn(M, K).to(device, dtype).requires_grad_(),
+        W=(torch.randn(N, K) / K**0.5).to(device, dtype),
+        bias=torch.randn(N).to(device, dtype) if bias else None,
+        core=torch.randn(r, r).to(device, core_dtype).requires_grad_(),
+        cols=cols.to(device), rows=rows.to(device),
+        adapter_bias=(torch.randn(N).to(device, core_dtype).requires_grad_() if adapter_bias
+                      else None),
+        decay=torch.where(torch.rand(N) > 0.5, 0.9, 1.0).to(device) if decay else None, tied=tied)
 
 
 def relative_error(a: Tensor, truth: Tensor) -> float:

@@ -6,9 +6,12 @@ fails and forward-mode gradients are silently zero); autograd stands outside it,
 """
 
 import functools
+import importlib
+import importlib.util
 import inspect
 import warnings
 from collections.abc import Callable
+from types import ModuleType
 
 import torch
 from torch import Tensor
@@ -21,31 +24,60 @@ LIBRARY = torch.library.Library("secura", "FRAGMENT")
 IMPLS = ("auto", "triton", "cuda", "reference")
 
 
-def why_unavailable(impl: str) -> str | None:
-    """Why a backend cannot run here, or None where it can."""
-    if impl in ("triton", "cuda"):
+# Where each backend lives: a package with the modules of ``reference``.
+_PACKAGES = {"reference": "reference", "triton": "kernels"}
+
+
+def why_unavailable(impl: str, device: torch.device, dtype: torch.dtype = torch.float32,
+                    r: int = 1) -> str | None:
+    """Why a backend cannot run a layer of ``dtype`` and rank ``r`` on ``device``, or None."""
+    if impl == "triton":
+        return _why_no_triton(device, dtype, r)
+    if impl == "cuda":
         from .. import __version__
 
-        return f"secura_kernels {__version__} has no {impl} kernels yet; use impl='reference'"
+        return f"secura_kernels {__version__} has no cuda kernels yet"
     return None
 
 
-def resolve(impl: str, device: torch.device) -> str:
-    """The backend that runs ``impl`` on ``device``.
+def _why_no_triton(device: torch.device, dtype: torch.dtype, r: int) -> str | None:
+    if importlib.util.find_spec("triton") is None:
+        return "triton is not installed (pip install triton)"
+    return importlib.import_module("..kernels", __package__).why_unavailable(device, dtype, r)
+
+
+def resolve(impl: str, device: torch.device, dtype: torch.dtype, r: int) -> str:
+    """The backend that runs ``impl`` for a layer of ``dtype`` and rank ``r`` on ``device``.
+
+    ``"auto"`` is Triton on an NVIDIA GPU; where it cannot run there, the reference, with one
+    warning that says why.
 
     Raises:
         ValueError: an unknown name. RuntimeError: a named backend that cannot run, and why.
     """
     check_choice("impl", impl, IMPLS)
     if impl == "auto":
-        if device.type == "cuda":
-            _warn_once(f"impl='auto' runs the reference on {device.type}: "
-                       f"{why_unavailable('triton')}")
+        if device.type != "cuda":
+            return "reference"
+        reason = why_unavailable("triton", device, dtype, r)
+        if reason is None:
+            return "triton"
+        _warn_once(f"impl='auto' runs the reference on {device.type}: {reason}")
         return "reference"
-    reason = why_unavailable(impl)
+    reason = why_unavailable(impl, device, dtype, r)
     if reason:
-        raise RuntimeError(f"impl={impl!r} cannot run here: {reason}")
+        raise RuntimeError(f"impl={impl!r} cannot run here: {reason}; impl='reference' can")
     return impl
+
+
+def backend(impl: str, domain: str, like: Tensor, r: int) -> ModuleType:
+    """The module (``forward``, ``backward``) that runs a layer, loaded when first used.
+
+    Args:
+        domain: "output_domain" or "weight_domain". like: a tensor of the layer's dtype and device.
+    """
+    package = _PACKAGES[resolve(impl, like.device, like.dtype, r)]
+    return importlib.import_module(f"..{package}.{domain}", __package__)
 
 
 @functools.cache
@@ -126,6 +158,15 @@ def batched_dims(in_dims: tuple, args: tuple) -> list[int | None]:
 def empty_if_none(gradients: tuple[Tensor | None, ...], like: Tensor) -> tuple[Tensor, ...]:
     """An op returns tensors only: (0,) stands for a gradient that was not asked for."""
     return tuple(like.new_empty(0) if g is None else g for g in gradients)
+
+
+def fake_gradients(dy: Tensor, weight: Tensor, core: Tensor, adapter_bias: Tensor | None,
+                   needs: tuple[bool, bool, bool]) -> tuple[Tensor, ...]:
+    """Shapes and dtypes of what the backward ops return."""
+    dx = dy.new_empty(dy.shape[0], weight.shape[1]) if needs[0] else None
+    dcore = torch.empty_like(core) if needs[1] else None
+    dbias = torch.empty_like(adapter_bias) if needs[2] else None
+    return empty_if_none((dx, dcore, dbias), dy)
 
 
 def keep_signature(function: type[torch.autograd.Function]) -> None:

@@ -4,14 +4,15 @@ import torch
 from torch import Tensor
 
 from ..reference import output_domain as reference
-from ..reference.gate import saved_dtype
+from ..gate_code import saved_dtype
 from .library import (
+    backend,
     batched_dims,
     empty_if_none,
+    fake_gradients,
     keep_signature,
     one_by_one,
     register,
-    resolve,
     unpack_norm,
 )
 
@@ -22,8 +23,7 @@ _SETTINGS = "float alpha, float[] norm, bool detach_gate"
 
 def _fwd(x, weight, bias, core, cols, rows, C, R, adapter_bias, decay,
          alpha, norm, detach_gate, edge, save, impl):
-    resolve(impl, x.device)
-    return reference.forward(
+    return backend(impl, "output_domain", x, core.shape[0]).forward(
         x, weight, bias, core, cols, rows, C, R, adapter_bias, decay,
         alpha, unpack_norm(norm, "output", detach_gate), edge, save)
 
@@ -61,8 +61,7 @@ def _fwd_vmap(info, in_dims, x, *rest):
 
 def _bwd(dy, weight, core, cols, rows, C, R, adapter_bias, decay, t, saved,
          alpha, norm, detach_gate, needs, impl):
-    resolve(impl, dy.device)
-    gradients = reference.backward(
+    gradients = backend(impl, "output_domain", dy, core.shape[0]).backward(
         dy, weight, core, cols, rows, C, R, adapter_bias, decay, t, saved,
         alpha, unpack_norm(norm, "output", detach_gate), needs)
     return empty_if_none(gradients, dy)
@@ -70,10 +69,7 @@ def _bwd(dy, weight, core, cols, rows, C, R, adapter_bias, decay, t, saved,
 
 def _bwd_fake(dy, weight, core, cols, rows, C, R, adapter_bias, decay, t, saved,
               alpha, norm, detach_gate, needs, impl):
-    dx = dy.new_empty(dy.shape[0], weight.shape[1]) if needs[0] else None
-    dcore = torch.empty_like(core) if needs[1] else None
-    dbias = torch.empty_like(adapter_bias) if needs[2] else None
-    return empty_if_none((dx, dcore, dbias), dy)
+    return fake_gradients(dy, weight, core, adapter_bias, needs)
 
 
 def _bwd_flops(dy, weight, core, *args, **_):

@@ -3,7 +3,14 @@
 import torch
 
 from ..reference import weight_domain as reference
-from .library import empty_if_none, keep_signature, register, resolve, unpack_norm
+from .library import (
+    backend,
+    empty_if_none,
+    fake_gradients,
+    keep_signature,
+    register,
+    unpack_norm,
+)
 
 _ARGUMENTS = """Tensor x, Tensor weight, {bias} Tensor core, Tensor? cols, Tensor? rows, Tensor? C,
     Tensor? R, Tensor? adapter_bias, Tensor? decay, float alpha, float[] norm, bool detach_gate"""
@@ -11,8 +18,7 @@ _ARGUMENTS = """Tensor x, Tensor weight, {bias} Tensor core, Tensor? cols, Tenso
 
 def _fwd(x, weight, bias, core, cols, rows, C, R, adapter_bias, decay,
          alpha, norm, detach_gate, edge, impl):
-    resolve(impl, x.device)
-    return reference.forward(
+    return backend(impl, "weight_domain", x, core.shape[0]).forward(
         x, weight, bias, core, cols, rows, C, R, adapter_bias, decay,
         alpha, unpack_norm(norm, "weight", detach_gate), edge)
 
@@ -31,8 +37,7 @@ def _fwd_flops(x, weight, bias, core, *_, **__):
 
 def _bwd(dy, x, weight, core, cols, rows, C, R, adapter_bias, decay,
          alpha, norm, detach_gate, needs, impl):
-    resolve(impl, dy.device)
-    gradients = reference.backward(
+    gradients = backend(impl, "weight_domain", dy, core.shape[0]).backward(
         dy, x, weight, core, cols, rows, C, R, adapter_bias, decay,
         alpha, unpack_norm(norm, "weight", detach_gate), needs)
     return empty_if_none(gradients, dy)
@@ -40,10 +45,7 @@ def _bwd(dy, x, weight, core, cols, rows, C, R, adapter_bias, decay,
 
 def _bwd_fake(dy, x, weight, core, cols, rows, C, R, adapter_bias, decay,
               alpha, norm, detach_gate, needs, impl):
-    dx = dy.new_empty(dy.shape[0], weight.shape[1]) if needs[0] else None
-    dcore = torch.empty_like(core) if needs[1] else None
-    dbias = torch.empty_like(adapter_bias) if needs[2] else None
-    return empty_if_none((dx, dcore, dbias), dy)
+    return fake_gradients(dy, weight, core, adapter_bias, needs)
 
 
 def _bwd_flops(dy, x, weight, core, *args, **_):

@@ -11,6 +11,7 @@ Everything is computed in float32, in float64 where the inputs are.
 import torch
 from torch import Tensor
 
+from ..gate_code import code_range, highest_gate, saved_dtype
 from ..smagnorm import SMagNorm
 
 
@@ -92,42 +93,22 @@ def gate_gradient(grad: Tensor, b: Tensor, d: Tensor, s: Tensor, norm: SMagNorm,
     return -by_d * rho * b.sign(), by_d * d.sign()
 
 
-# How the gate is saved for the backward pass: a linear code of g in [1, highest]. The finest
-# relative steps lie at the highest g, where little has moved, and the value of an unmoved element
-# (g = beta there) is exact, so that the first step's gradients have no error from the code.
-#
-# bfloat16 layers: 8 bits; the error of s is at most 1e-3 where g = 2 and 2e-3 where g = 1, no more
-# than bfloat16's own rounding. float16: 16 bits, the bytes of float16 for 1 / 60 of its error.
-# float32 and float64: s itself, exact.
-_CODES = {torch.bfloat16: (torch.uint8, 0, 255), torch.float16: (torch.int16, -(2**15), 2**15 - 1)}
-
-
-def saved_dtype(dtype: torch.dtype) -> torch.dtype:
-    """What the gate is saved in for a layer that computes in ``dtype``."""
-    return _CODES[dtype][0] if dtype in _CODES else dtype
-
-
-def highest_gate(norm: SMagNorm) -> float:
-    """Upper end of g: beta where d == 0, at most g(0) elsewhere; above 1 even for a gate of 1."""
-    return max(norm.base_weight, norm.gate_at_zero, 257 / 256)
-
-
 def encode(s: Tensor, norm: SMagNorm, dtype: torch.dtype) -> Tensor:
     """s as it is saved by a layer that computes in ``dtype``."""
-    if dtype not in _CODES:
+    if code_range(dtype) is None:
         return s.to(dtype)
-    target, low, high = _CODES[dtype]
+    low, high = code_range(dtype)
     top = highest_gate(norm)
     code = torch.rsub(s.reciprocal(), top).mul_((high - low) / (top - 1)).add_(low).round_()
     # NaN has no code; any will do, the output it belongs to is NaN already.
-    return code.nan_to_num_(0).clamp_(low, high).to(target)
+    return code.nan_to_num_(0).clamp_(low, high).to(saved_dtype(dtype))
 
 
 def decode(saved: Tensor, norm: SMagNorm, dtype: torch.dtype) -> Tensor:
     """s in ``dtype``, from what ``encode`` saved."""
-    for target, low, high in _CODES.values():
-        if saved.dtype == target:
-            top = highest_gate(norm)
-            step = (top - 1) / (high - low)
-            return torch.rsub(saved.to(dtype).sub_(low), top, alpha=step).reciprocal_()
-    return saved.to(dtype)
+    if saved.is_floating_point():
+        return saved.to(dtype)
+    low, high = torch.iinfo(saved.dtype).min, torch.iinfo(saved.dtype).max
+    top = highest_gate(norm)
+    step = (top - 1) / (high - low)
+    return torch.rsub(saved.to(dtype).sub_(low), top, alpha=step).reciprocal_()

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..gate_code import saved_dtype
 from ..smagnorm import SMagNorm
 from .blocks import chosen_columns, chosen_rows, row_blocks, wide_dtype
 from .gate import (
@@ -18,7 +19,6 @@ from .gate import (
     gate_gradient,
     inverse_gate,
     relative_magnitude,
-    saved_dtype,
     split_gradient,
 )
 

@@ -1,0 +1,126 @@
+"""One run of each pass by name, on inputs of any device: what ``inspect`` compiles (on "meta"
+tensors, which have no memory) and ``tune`` times."""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from ..gate_code import saved_dtype
+from ..smagnorm import SMagNorm
+from . import sides
+from .core_gradient import core_gradient
+from .decode import decode
+from .effective_weight import effective_weight
+from .epilogue import epilogue
+from .gate import GateNumbers
+from .gate_backward import gate_backward
+from .launch import padded_rank
+from .low_rank import down, project
+from .product import product
+from .tiles import Tile, use
+from .weight_core_gradient import weight_core_gradient
+
+
+class Inputs:
+    """Operands of a layer of M tokens, N outputs, K inputs, rank r."""
+
+    def __init__(self, M: int, N: int, K: int, r: int, dtype: torch.dtype, device: str) -> None:
+        self.r, self.dtype, self.device = r, dtype, device
+        self.x, self.W, self.dy = self.random(M, K), self.random(N, K), self.random(M, N)
+        self.y = torch.empty_like(self.dy)
+        self.core = self.random(r, r, dtype=torch.float32)
+        self.cols = torch.arange(r, device=device)
+        self.rows = torch.arange(r, device=device)
+        self.t, self.v = self.random(M, r), self.random(M, r, dtype=torch.float32)
+        self.h = self.random(M, padded_rank(r))
+        self.C = sides.Side(self.random(N, padded_rank(r)), None, padded_rank(r), 1, padded_rank(r))
+        self.R = sides.rows(self.W, self.rows, None)
+        self.P = self.random(N, padded_rank(r), dtype=torch.float32)
+        self.gate = GateNumbers.of(SMagNorm(), dtype)
+        self.code = torch.zeros(M, N, dtype=saved_dtype(dtype), device=device)
+
+    def random(self, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
+        return torch.randn(*shape, dtype=dtype or self.dtype, device=self.device)
+
+    def product(self, tile: Tile) -> None:
+        product(self.x, self.W, self.h, self.C, self.r, self.y, tile)
+
+    def product_of_input_gradient(self, tile: Tile) -> None:
+        product(self.dy, self.W.T, self.h, self.R, self.r, torch.empty_like(self.x), tile)
+
+    def product_gate(self, tile: Tile) -> None:
+        product(self.x, self.W, self.h, self.C, self.r, self.y, tile, gate=self.gate,
+                saved=self.code)
+
+    def epilogue(self) -> None:
+        epilogue(self.y, self.h, self.C, self.r, gate=self.gate, saved=self.code)
+
+    def largest(self) -> None:
+        epilogue(self.y, self.h, self.C, self.r, gate=self.gate, find_largest=True,
+                 largest=torch.zeros(1, dtype=torch.int32, device=self.device))
+
+    def gather(self) -> None:
+        sides.columns(self.W, self.cols, None, reads=sides.READS_BEFORE_COPY + 1)
+
+    def down(self) -> None:
+        down(self.x, self.R, self.core, 1.0, p_dtype=self.dtype)
+
+    def down_of_gradient(self) -> None:
+        down(self.dy, self.C, self.core, 1.0, p_dtype=torch.float32, transpose_core=True)
+
+    def project(self) -> None:
+        project(self.dy, self.rows, self.core, 1.0, q_dtype=self.dtype)
+
+    def project_weight(self) -> None:
+        project(self.W, self.cols, self.core, 1.0, q_dtype=torch.float32, transpose_core=True)
+
+    def gate_backward(self) -> None:
+        gate_backward(self.dy, self.code, self.C, self.rows, self.core, 1.0, self.gate, decay=None,
+                      needs=(True, True, True))
+
+    def gate_backward_full(self) -> None:
+        gate_backward(self.dy, self.y, self.C, self.rows, self.core, 1.0, self.gate, decay=None,
+                      needs=(True, True, True), h=self.h)
+
+    def core_gradient(self) -> None:
+        core_gradient(self.v, self.t, self.core, 1.0, self.dy)
+
+    def effective_weight(self) -> None:
+        effective_weight(self.W, self.P, self.R, self.r, self.gate, None)
+
+    def weight_core_gradient(self) -> None:
+        weight_core_gradient(self.dy, self.x, self.W, self.P, self.R, self.r, self.gate, None,
+                             decay=None, full=False)
+
+    def weight_core_gradient_full(self) -> None:
+        weight_core_gradient(self.dy, self.x, self.W, self.P, self.R, self.r, self.gate, None,
+                             decay=None, full=True)
+
+    def decode(self) -> None:
+        decode(self.x[:16], self.W, self.P, self.R, self.r, self.gate, None, bias=None,
+               adapter_bias=None, decay=None)
+
+
+# Row of the tile table -> the runs that use it.
+RUNS: dict[str, tuple[Callable, ...]] = {
+    "gather": (Inputs.gather,),
+    "down": (Inputs.down, Inputs.down_of_gradient),
+    "project": (Inputs.project, Inputs.project_weight),
+    "product": (Inputs.product, Inputs.product_of_input_gradient),
+    "product_gate": (Inputs.product_gate,),
+    "epilogue": (Inputs.epilogue, Inputs.largest),
+    "gate_backward": (Inputs.gate_backward,),
+    "gate_backward_full": (Inputs.gate_backward_full,),
+    "core_gradient": (Inputs.core_gradient,),
+    "effective_weight": (Inputs.effective_weight,),
+    "weight_core_gradient": (Inputs.weight_core_gradient,),
+    "weight_core_gradient_full": (Inputs.weight_core_gradient_full,),
+    "decode": (Inputs.decode,),
+}
+
+
+def run(name: str, inputs: Inputs, tile: Tile, function: Callable) -> None:
+    """Runs one of ``RUNS[name]`` with ``tile``, whatever the table would pick."""
+    with use(tile):
+        function(inputs, tile) if name.startswith("product") else function(inputs)

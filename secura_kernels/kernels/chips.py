@@ -1,0 +1,74 @@
+"""The chips that tiles are shipped for, and which of them a device is."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+import triton
+
+INTERPRETER = 0  # the "chip" of Triton's interpreter, which runs the kernels on the CPU
+
+
+@dataclass(frozen=True)
+class Chip:
+    """What the tables and ``inspect`` need to know; the first GPU of the architecture's kind.
+
+    ``flops_per_byte``: dense bfloat16 rate over copy bandwidth, each about what is measured.
+    ``shared_memory``: bytes one block may use.
+    """
+
+    name: str
+    processors: int
+    shared_memory: int
+    tensor_core: str
+    bulk_copies: bool
+    flops_per_byte: float
+
+
+CHIPS = {
+    80: Chip("A100", 108, 163 * 1024, "HMMA", False, 250e12 / 1.6e12),
+    89: Chip("RTX 4090, L40S", 142, 99 * 1024, "HMMA", False, 300e12 / 0.8e12),
+    90: Chip("H100, H200", 132, 227 * 1024, "HGMMA", True, 790e12 / 3.0e12),
+    100: Chip("B200", 148, 227 * 1024, "UTCHMMA", True, 1700e12 / 6.5e12),
+    120: Chip("RTX 5090", 170, 99 * 1024, "HMMA", False, 220e12 / 1.5e12),
+    INTERPRETER: Chip("interpreter", 4, 227 * 1024, "", True, 250.0),
+}
+_LIKE = {86: 89, 87: 80, 103: 100, 121: 120}  # the row whose limits they keep
+
+_pretended: int | None = None
+
+
+@contextmanager
+def pretend(chip: int) -> Iterator[None]:
+    """Every device counts as ``chip``: for compiling without a GPU, and for tests."""
+    global _pretended
+    before, _pretended = _pretended, chip
+    try:
+        yield
+    finally:
+        _pretended = before
+
+
+def chip_of(device: torch.device) -> int | None:
+    """The key of CHIPS for a device; None for a GPU that no tiles are shipped for."""
+    if _pretended is not None:
+        return _pretended
+    if device.type != "cuda":
+        return INTERPRETER
+    major, minor = torch.cuda.get_device_capability(device)
+    capability = 10 * major + minor
+    capability = _LIKE.get(capability, capability)
+    return capability if capability in CHIPS else None
+
+
+def processors(device: torch.device) -> int:
+    """Streaming multiprocessors."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).multi_processor_count
+    return CHIPS[chip_of(device)].processors
+
+
+def rank_block(r: int) -> int:
+    """Ranks as a kernel holds them whole: a power of two, at least what a tensor core takes."""
+    return max(16, triton.next_power_of_2(r))

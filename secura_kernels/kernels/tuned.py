@@ -1,0 +1,66 @@
+"""Tile choices measured on the user's own GPU (``python -m secura_kernels tune``), in their cache."""
+
+import functools
+import json
+import os
+import warnings
+from pathlib import Path
+
+import torch
+import triton
+
+FORMAT = 1
+
+
+def key(name: str, dtype: torch.dtype, rows: int, columns: int, rank: int) -> str:
+    """One tuned entry; rows (tokens) in buckets of powers of two, as batches vary."""
+    rows = 1 << max(0, rows - 1).bit_length()
+    return f"{name} {str(dtype).removeprefix('torch.')} {rows}x{columns} r{rank}"
+
+
+def path(device: torch.device) -> Path:
+    """The file of a GPU model and Triton version, under ``$XDG_CACHE_HOME`` or ``~/.cache``."""
+    root = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    model = torch.cuda.get_device_name(device).replace(" ", "-").replace("/", "-")
+    return root / "secura_kernels" / f"{model}-triton-{triton.__version__}.json"
+
+
+@functools.cache
+def load(file: Path) -> dict[str, int]:
+    """Entries of a file, {} where there is none; one that is not ours is reported and left alone."""
+    try:
+        content = json.loads(file.read_text())
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError) as error:
+        warnings.warn(f"tuned tiles {file} cannot be read and are not used: {error}", stacklevel=2)
+        return {}
+    entries = content.get("entries") if isinstance(content, dict) else None
+    good = (isinstance(entries, dict) and content.get("format") == FORMAT
+            and all(isinstance(v, int) and v >= 0 for v in entries.values()))
+    if not good:
+        warnings.warn(f"tuned tiles {file} have another format and are not used", stacklevel=2)
+        return {}
+    return entries
+
+
+def save(file: Path, entries: dict[str, int], about: dict) -> None:
+    """Writes whole or not at all."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    part = file.with_suffix(".part")
+    part.write_text(json.dumps(dict(format=FORMAT, about=about, entries=entries), indent=1))
+    part.replace(file)
+    load.cache_clear()
+
+
+def choice(device: torch.device, name: str, dtype: torch.dtype, rows: int, columns: int,
+           rank: int) -> int | None:
+    """Index of the tuned choice, or None where this was not tuned."""
+    if device.type != "cuda":
+        return None
+    return load(_path(device)).get(key(name, dtype, rows, columns, rank))
+
+
+@functools.cache
+def _path(device: torch.device) -> Path:
+    return path(device)

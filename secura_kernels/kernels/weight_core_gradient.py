@@ -1,0 +1,118 @@
+"""*weight core gradient*: Q = (dW_eff * dgate) R^T (N, r), where dW_eff = dY^T X is contracted
+tile by tile and never stored. d_core = alpha C^T Q follows (``core_gradient``).
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .effective_weight import _delta_weight_tile, _weight_tile
+from .finish import _divided_by_largest, _vector
+from .gate import (
+    GateNumbers,
+    _at_largest,
+    _by_relative_magnitude,
+    _gate,
+    _relative_magnitude,
+    _sign,
+    through_largest,
+)
+from .chips import processors, rank_block
+from .launch import WIDE_STEP, cdiv, dot_precision, launch, wide_precision
+from .product import _product_tile
+from .sides import Side, _side_tile
+from .tiles import tile_for
+
+
+@triton.jit
+def _weight_core_gradient_kernel(
+    dy_ptr, x_ptr, w_ptr, p_ptr, side_ptr, index_ptr, decay_ptr, largest_ptr, through_ptr,
+    q_ptr, statistics_ptr, M, N, K, R, SR,
+    stride_dm, stride_dn, stride_xm, stride_xk, stride_wn, stride_wk, stride_pn, stride_sl,
+    stride_sr, slope, offset, eps, beta, top, code_steps, code_low, tiles_per_program,
+    FULL: tl.constexpr, STATISTICS: tl.constexpr, RANK: tl.constexpr, BLOCK_R: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_M: tl.constexpr,
+    PRECISION: tl.constexpr, WIDE: tl.constexpr,
+):
+    groups = tl.cdiv(tl.cdiv(K, BLOCK_K), tiles_per_program)
+    group = tl.program_id(0) % groups
+    n0 = (tl.program_id(0) // groups) * BLOCK_N
+    n, k = tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_K)
+    r = tl.arange(0, RANK)
+    c = _vector(decay_ptr, n0 + n, N, 1.0)[:, None]
+    slope = _divided_by_largest(slope, largest_ptr)
+    slope_z = slope * 0.6931471805599453
+    largest = 0.0
+    through = 0.0
+    if FULL and largest_ptr is not None:
+        largest = tl.load(largest_ptr).to(tl.float32, bitcast=True)
+        if not STATISTICS:
+            through = tl.load(through_ptr)
+    q = tl.zeros((BLOCK_N, RANK), tl.float32)
+    total = tl.zeros((BLOCK_N,), tl.float32)
+    maxima = tl.zeros((BLOCK_N,), tl.float32)
+    for i in range(0, tiles_per_program):
+        k0 = (group * tiles_per_program + i) * BLOCK_K
+        grad = _product_tile(dy_ptr, x_ptr, stride_dn, stride_dm, stride_xk, stride_xm, n0, N, k0,
+                             K, M, tl.zeros((BLOCK_N, BLOCK_K), tl.float32), BLOCK_N, BLOCK_K,
+                             BLOCK_M, False, False, PRECISION)
+        inside = (n0 + n < N)[:, None] & (k0 + k < K)[None, :]
+        grad = tl.where(inside, grad, 0.0)  # what lies outside has wrapped around
+        b = _weight_tile(w_ptr, stride_wn, stride_wk, n0, n, N, k0, k, K)
+        d = _delta_weight_tile(p_ptr, stride_pn, side_ptr, index_ptr, stride_sl, stride_sr, n0, n,
+                               N, k0, k, K, SR, RANK, BLOCK_R, WIDE)
+        dd = c * _gate(b, d, slope, offset, eps, beta)[1] * grad
+        if FULL:
+            rho = _relative_magnitude(b, d, eps)
+            by_rho = _by_relative_magnitude(grad, b, d, c, rho, slope_z, offset, beta)
+            if STATISTICS:
+                total += tl.sum(by_rho * rho, 1)
+                maxima += tl.sum(tl.where(inside, _at_largest(rho, largest), 0.0), 1)
+            elif largest_ptr is not None:
+                by_rho -= through * _at_largest(rho, largest)
+            dd += by_rho / (tl.abs(b) + eps) * _sign(d)
+        if not STATISTICS:
+            side = _side_tile(side_ptr, index_ptr, stride_sl, stride_sr, k0, k, K, r, SR)
+            q = tl.dot(dd, side.to(tl.float32), q, input_precision=WIDE)  # [BLOCK_N, RANK]
+    if STATISTICS:
+        tl.store(statistics_ptr + tl.program_id(0) * 2, tl.sum(total, 0))
+        tl.store(statistics_ptr + tl.program_id(0) * 2 + 1, tl.sum(maxima, 0))
+    else:
+        q_ptr += (group.to(tl.int64) * N + n0) * R
+        tl.store(q_ptr + n[:, None] * R + r[None, :], q,
+                 mask=(n0 + n < N)[:, None] & (r < R)[None, :])
+
+
+def weight_core_gradient(dy: Tensor, x: Tensor, weight: Tensor, P: Tensor, side: Side, r: int,
+                         gate: GateNumbers, largest: Tensor | None, *, decay: Tensor | None,
+                         full: bool) -> Tensor:
+    """Q (N, r) float32; arguments as in ``effective_weight``; ``full``: with the gate's own
+    derivative."""
+    (M, N), K = dy.shape, x.shape[1]
+    tile = tile_for("weight_core_gradient_full" if full else "weight_core_gradient", dy, N, K, r)
+    # Enough programs to fill the chip, no more: each group of tiles writes a Q of its own.
+    across = cdiv(K, tile.n)
+    groups = min(across, max(1, 2 * processors(dy.device) // cdiv(N, tile.m)))
+    tiles_per_program = cdiv(across, groups)
+    groups = cdiv(across, tiles_per_program)
+    programs = groups * cdiv(N, tile.m)
+    rank = rank_block(r)
+    fixed = dict(
+        dy_ptr=dy, x_ptr=x, w_ptr=weight, p_ptr=P, **side.arguments(), decay_ptr=decay,
+        largest_ptr=largest, M=M, N=N, K=K, R=r, stride_dm=dy.stride(0), stride_dn=dy.stride(1),
+        stride_xm=x.stride(0), stride_xk=x.stride(1), stride_wn=weight.stride(0),
+        stride_wk=weight.stride(1), stride_pn=P.stride(0), **gate.arguments(),
+        tiles_per_program=tiles_per_program, FULL=full, RANK=rank, BLOCK_R=min(rank, WIDE_STEP),
+        BLOCK_N=tile.m, BLOCK_K=tile.n, BLOCK_M=tile.k, PRECISION=dot_precision(dy.dtype),
+        WIDE=wide_precision(dy.dtype))
+    through = None
+    if full and largest is not None:
+        statistics = dy.new_empty(programs, 2, dtype=torch.float32)
+        launch(_weight_core_gradient_kernel, programs, tile, dy.device, **fixed, through_ptr=None,
+               q_ptr=None, statistics_ptr=statistics, STATISTICS=True)
+        through = through_largest(statistics, largest)
+    q = dy.new_empty(groups, N, r, dtype=torch.float32)
+    launch(_weight_core_gradient_kernel, programs, tile, dy.device, **fixed, through_ptr=through,
+           q_ptr=q, statistics_ptr=None, STATISTICS=False)
+    return q.sum(0)
