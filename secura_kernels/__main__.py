@@ -1,4 +1,5 @@
-"""``python -m secura_kernels info``: what runs here, and a self-check of it."""
+"""``python -m secura_kernels``: ``info``, what runs here and a self-check of it; ``tune``, the
+kernels' tiles measured on this machine's GPU."""
 
 import argparse
 import importlib.metadata
@@ -66,11 +67,59 @@ def check(impl: str, device: torch.device) -> int:
     return failures
 
 
+def tune(options: argparse.Namespace) -> int:
+    """Measures tile configurations on this machine's GPU and keeps the fastest of each shape."""
+    if not torch.cuda.is_available():
+        print("tune: no NVIDIA GPU is here to measure on", file=sys.stderr)
+        return 1
+    device = torch.device("cuda", torch.cuda.current_device())
+    reason = why_unavailable("triton", device)
+    if reason is not None:
+        print(f"tune: {reason}", file=sys.stderr)
+        return 1
+    from .kernels import tune, tuned
+
+    layers = options.layer or tune.LAYERS
+    work = tune.jobs(layers, options.tokens, options.rank, getattr(torch, options.dtype))
+    file = tuned.path(device)
+    try:
+        entries = tune.tune(work, device, file, again=options.again)
+    except KeyboardInterrupt:
+        print(f"\ntune: stopped; what was measured is in {file}, run it again to go on")
+        return 130
+    print(f"{len(entries)} choices in {file}")
+    return 0
+
+
+def layer(text: str) -> tuple[int, int]:
+    """``NxK`` as two numbers."""
+    N, _, K = text.partition("x")
+    if not (N.isdecimal() and K.isdecimal() and int(N) and int(K)):
+        raise argparse.ArgumentTypeError(f"{text!r} is not NxK, such as 4096x4096")
+    return int(N), int(K)
+
+
+def positive(text: str) -> int:
+    if not text.isdecimal() or not int(text):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number above 0")
+    return int(text)
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m secura_kernels", description=__doc__)
-    parser.add_argument("command", choices=["info"])
-    parser.parse_args()
-    return info()
+    commands = parser.add_subparsers(dest="command", required=True)
+    commands.add_parser("info", help="what runs here, and a self-check of it")
+    tuning = commands.add_parser("tune", help="measure the kernels' tiles on this GPU",
+                                 description=tune.__doc__)
+    tuning.add_argument("--layer", type=layer, nargs="+", metavar="NxK",
+                        help="out_features x in_features (default: common models' layers)")
+    tuning.add_argument("--tokens", type=positive, nargs="+", default=[512, 2048, 8192])
+    tuning.add_argument("--rank", type=int, choices=range(1, 257), metavar="1..256", nargs="+",
+                        default=[16, 64])
+    tuning.add_argument("--dtype", choices=["bfloat16", "float16", "float32"], default="bfloat16")
+    tuning.add_argument("--again", action="store_true", help="measure what is known as well")
+    options = parser.parse_args()
+    return info() if options.command == "info" else tune(options)
 
 
 if __name__ == "__main__":

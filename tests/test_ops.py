@@ -9,7 +9,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
 from secura_kernels import SMagNorm, cur_linear
-from secura_kernels.ops import pack_norm, resolve
+from secura_kernels.ops import pack_norm, resolve, why_unavailable
 from secura_kernels.ops.output_domain import cur_linear_bwd, cur_linear_fwd
 from secura_kernels.ops.weight_domain import cur_weight_linear_bwd, cur_weight_linear_fwd
 from secura_kernels.reference import output_domain
@@ -108,13 +108,23 @@ def test_impl_switch():
     c = case()
     with pytest.raises(ValueError, match=r"impl='cutlass' is not allowed.*'auto'"):
         cur_linear(c.x, c.W, c.core, cols=c.cols, rows=c.rows, impl="cutlass")
-    for impl in ("triton", "cuda"):
+    for impl in ("triton", "cuda"):  # neither has float64
         with pytest.raises(RuntimeError, match=f"impl='{impl}' cannot run here"):
             cur_linear(c.x, c.W, c.core, cols=c.cols, rows=c.rows, impl=impl)
     assert torch.equal(cur_linear(c.x, c.W, c.core, cols=c.cols, rows=c.rows, impl="reference"),
                        cur_linear(c.x, c.W, c.core, cols=c.cols, rows=c.rows))
-    with pytest.warns(UserWarning, match="impl='auto' runs the reference on cuda"):
-        assert resolve("auto", torch.device("cuda")) == "reference"
+
+
+def test_auto_is_triton_on_a_gpu_else_the_reference_with_the_reason(monkeypatch):
+    device, dtype = torch.device("cuda"), torch.bfloat16
+    monkeypatch.setattr("secura_kernels.kernels.why_unavailable", lambda *_: None)
+    assert resolve("auto", device, dtype, 8) == "triton"
+    assert resolve("auto", torch.device("cpu"), dtype, 8) == "reference"
+    monkeypatch.setattr("secura_kernels.kernels.why_unavailable", lambda *_: "no luck")
+    with pytest.warns(UserWarning, match="impl='auto' runs the reference on cuda: no luck"):
+        assert resolve("auto", device, dtype, 8) == "reference"
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    assert why_unavailable("triton", device).startswith("triton is not installed")
 
 
 class LargestNew(TorchDispatchMode):

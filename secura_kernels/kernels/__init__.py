@@ -1,5 +1,5 @@
-"""The fused Triton kernels: ``output_domain`` and ``weight_domain`` have the functions of the modules
-of the same names in ``reference``. The derivation, and what each pass costs, is in README.md.
+"""The fused Triton kernels; ``output_domain`` and ``weight_domain`` have the functions of the
+modules of those names in ``reference``. The derivation, and what each pass costs: README.md.
 """
 
 import torch

@@ -4,6 +4,7 @@ tensors, which have no memory) and ``tune`` times."""
 from collections.abc import Callable
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from ..gate_code import saved_dtype
@@ -25,10 +26,11 @@ from .weight_core_gradient import weight_core_gradient
 class Inputs:
     """Operands of a layer of M tokens, N outputs, K inputs, rank r."""
 
-    def __init__(self, M: int, N: int, K: int, r: int, dtype: torch.dtype, device: str) -> None:
+    def __init__(self, M: int, N: int, K: int, r: int, dtype: torch.dtype,
+                 device: torch.device | str) -> None:
         self.r, self.dtype, self.device = r, dtype, device
         self.x, self.W, self.dy = self.random(M, K), self.random(N, K), self.random(M, N)
-        self.y = torch.empty_like(self.dy)
+        self.y = self.random(M, N)
         self.core = self.random(r, r, dtype=torch.float32)
         self.cols = torch.arange(r, device=device)
         self.rows = torch.arange(r, device=device)
@@ -52,6 +54,13 @@ class Inputs:
     def product_gate(self, tile: Tile) -> None:
         product(self.x, self.W, self.h, self.C, self.r, self.y, tile, gate=self.gate,
                 saved=self.code)
+
+    def library(self, gate: bool) -> None:
+        """What the one-pass product and its down pass stand against."""
+        y = F.linear(self.x, self.W)
+        _, h = project(y, self.rows, self.core, 1.0, q_dtype=self.dtype)
+        epilogue(y, h, self.C, self.r, gate=self.gate if gate else None,
+                 saved=self.code if gate else None)
 
     def epilogue(self) -> None:
         epilogue(self.y, self.h, self.C, self.r, gate=self.gate, saved=self.code)

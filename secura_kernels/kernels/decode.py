@@ -7,10 +7,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .chips import rank_block
 from .effective_weight import _delta_weight_tile, _weight_tile
 from .finish import _divided_by_largest, _store, _vector
 from .gate import GateNumbers, _apply_gate, _gate
-from .chips import rank_block
 from .launch import WIDE_STEP, cdiv, dot_precision, launch, wide_precision
 from .sides import Side
 from .tiles import tile_for

@@ -53,8 +53,9 @@ def plan(M: int, N: int, K: int, r: int, dtype: torch.dtype, device: torch.devic
     if not filling:
         return Plan(None, f"library product: fewer tiles than the {enough} processors")
     largest = 2 * chips.CHIPS[chip].flops_per_byte / ASSUMED_LOSS
-    if K > largest:
+    if largest < K:
         return Plan(None, f"library product: K > {largest:.0f}, where a product "
-                          f"{ASSUMED_LOSS:.0%} slower costs more than the pass it saves (predicted)")
+                          f"{ASSUMED_LOSS:.0%} slower costs more than the pass it saves "
+                          "(predicted)")
     return Plan(filling[0], f"one pass: K <= {largest:.0f}, so the saved pass over y0 outweighs a "
                             f"product {ASSUMED_LOSS:.0%} slower (predicted)")

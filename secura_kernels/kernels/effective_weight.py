@@ -8,9 +8,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .chips import rank_block
 from .finish import _at_row, _divided_by_largest, _finish, _raise_largest, _vector
 from .gate import GateNumbers, _relative_magnitude
-from .chips import rank_block
 from .launch import WIDE_STEP, cdiv, launch, wide_precision
 from .sides import Side, _side_tile
 from .tiles import tile_for
@@ -60,7 +60,8 @@ def _effective_weight_kernel(
     else:
         slope = _divided_by_largest(slope, largest_ptr)
         _finish(b, d, _vector(decay_ptr, n0 + n, N, 1.0)[:, None], n, N - n0, k, K,
-                _at_row(out_ptr, n0, K), None, moved_ptr, slope, offset, eps, beta, top, code_steps, code_low, edge, False)
+                _at_row(out_ptr, n0, K), None, moved_ptr, slope, offset, eps, beta, top, code_steps,
+                code_low, edge, False)
 
 
 def effective_weight(weight: Tensor, P: Tensor, side: Side, r: int, gate: GateNumbers,

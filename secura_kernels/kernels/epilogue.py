@@ -7,9 +7,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .chips import rank_block
 from .finish import _at_row, _change, _divided_by_largest, _finish, _raise_largest, _store, _vector
 from .gate import NO_GATE, GateNumbers, _relative_magnitude
-from .chips import rank_block
 from .launch import cdiv, dot_precision, launch
 from .sides import Side
 from .tiles import tile_for
@@ -26,7 +26,9 @@ def _epilogue_kernel(
     columns = tl.cdiv(N, BLOCK_N)
     m0, n0 = (tl.program_id(0) // columns) * BLOCK_M, (tl.program_id(0) % columns) * BLOCK_N
     m, M = tl.arange(0, BLOCK_M), M - m0
-    y_ptr, saved_ptr = _at_row(y_ptr, m0, N), _at_row(saved_ptr, m0, N)
+    y_ptr = _at_row(y_ptr, m0, N)
+    if saved_ptr is not None:
+        saved_ptr = _at_row(saved_ptr, m0, N)
     d = _change(_at_row(h_ptr, m0, stride_hm), stride_hm, side_ptr, index_ptr, stride_sl,
                 stride_sr, m, M, n0, tl.arange(0, BLOCK_N), N, SR,
                 tl.zeros((BLOCK_M, BLOCK_N), tl.float32), BLOCK_R, RANK, PRECISION)

@@ -13,11 +13,8 @@ from .sides import _side_tile
 
 @triton.jit
 def _at_row(ptr, row, stride):
-    """``ptr`` at a row, in 64 bits; None stays None."""
-    if ptr is None:
-        return None
-    else:
-        return ptr + tl.cast(row, tl.int64) * stride
+    """``ptr`` at a row, in 64 bits."""
+    return ptr + tl.cast(row, tl.int64) * stride
 
 
 @triton.jit

@@ -18,6 +18,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .chips import rank_block
 from .finish import _at_row, _change, _divided_by_largest, _store, _vector
 from .gate import (
     GateNumbers,
@@ -29,7 +30,6 @@ from .gate import (
     _sign,
     through_largest,
 )
-from .chips import rank_block
 from .launch import (
     WIDE_STEP,
     cdiv,
@@ -65,16 +65,23 @@ def _gate_backward_kernel(
     stride_dm, stride_dn, stride_hm, stride_sl, stride_sr, stride_cj, stride_ck, stride_qm,
     slope, offset, eps, beta, top, code_steps, code_low, alpha,
     FULL: tl.constexpr, STATISTICS: tl.constexpr, RANK: tl.constexpr, BLOCK_R: tl.constexpr,
-    BLOCK_J: tl.constexpr, STEP: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr,
-    WIDE: tl.constexpr,
+    BLOCK_J: tl.constexpr, STEP: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    PRECISION: tl.constexpr, WIDE: tl.constexpr,
 ):
     m0 = tl.program_id(0) * BLOCK_M
     m, M = tl.arange(0, BLOCK_M), M - m0
     k = tl.arange(0, RANK)
     dy_ptr, saved_ptr = _at_row(dy_ptr, m0, stride_dm), _at_row(saved_ptr, m0, N)
-    h_ptr, g_ptr = _at_row(h_ptr, m0, stride_hm), _at_row(g_ptr, m0, N)
-    v_ptr, q_ptr = _at_row(v_ptr, m0, R), _at_row(q_ptr, m0, stride_qm)
-    bias_part_ptr = _at_row(bias_part_ptr, tl.program_id(0), N)
+    if FULL:
+        h_ptr = _at_row(h_ptr, m0, stride_hm)
+    if g_ptr is not None:
+        g_ptr = _at_row(g_ptr, m0, N)
+    if v_ptr is not None:
+        v_ptr = _at_row(v_ptr, m0, R)
+    if q_ptr is not None:
+        q_ptr = _at_row(q_ptr, m0, stride_qm)
+    if bias_part_ptr is not None:
+        bias_part_ptr = _at_row(bias_part_ptr, tl.program_id(0), N)
     # Without decay and with a constant gate dd is db / beta: one matrix serves for both.
     PROPORTIONAL: tl.constexpr = (decay_ptr is None) and (not FULL)
     dy_tile = dy_ptr + (m * stride_dm)[:, None] + (tl.arange(0, BLOCK_N) * stride_dn)[None, :]
@@ -138,8 +145,9 @@ def _gate_backward_kernel(
                 dt = _times_core(v_ptr, core_ptr, stride_cj, stride_ck, m, M, j, R, alpha, BLOCK_J,
                                  STEP, WIDE)
                 if rows_ptr is None:
+                    inside = (m < M)[:, None] & (j < stride_qm)[None, :]
                     tl.store(q_ptr + m[:, None] * stride_qm + j[None, :],
-                             dt.to(q_ptr.dtype.element_ty), mask=(m < M)[:, None] & (j < stride_qm)[None, :])
+                             dt.to(q_ptr.dtype.element_ty), mask=inside)
                 else:
                     _add_to_columns(dt, j, rows_ptr, m, M, N, R, g_ptr, BLOCK_J)
 
@@ -196,8 +204,8 @@ def gate_backward(dy: Tensor, saved: Tensor, side: Side, rows: Tensor | None, co
         M=M, N=N, R=r, stride_dm=dy.stride(0), stride_dn=dy.stride(1),
         stride_hm=h.stride(0) if full else 0, stride_cj=stride_cj, stride_ck=stride_ck,
         stride_qm=padded_rank(r), **gate.arguments(), alpha=alpha, FULL=full, RANK=rank,
-        BLOCK_R=min(rank, 64), BLOCK_J=min(rank, 64), STEP=min(rank, WIDE_STEP), BLOCK_M=tile.m, BLOCK_N=tile.n,
-        PRECISION=dot_precision(dy.dtype), WIDE=wide_precision(dy.dtype))
+        BLOCK_R=min(rank, 64), BLOCK_J=min(rank, 64), STEP=min(rank, WIDE_STEP), BLOCK_M=tile.m,
+        BLOCK_N=tile.n, PRECISION=dot_precision(dy.dtype), WIDE=wide_precision(dy.dtype))
     through = None
     if full and largest is not None:
         statistics = dy.new_empty(programs, 2, dtype=torch.float32)

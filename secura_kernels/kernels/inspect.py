@@ -67,7 +67,8 @@ class Compiled:
         t = self.tile
         return (f"sm_{self.chip:<3} {self.run:26} {self.dtype:8} r {self.r:<3} "
                 f"{t.m}x{t.n}x{t.k} w{t.warps} s{t.stages}{' persistent' * t.persistent:11} "
-                f"{self.registers:3} registers {self.stack:5} stack {self.shared:6} shared  {counts}")
+                f"{self.registers:3} registers {self.stack:5} stack {self.shared:6} shared  "
+                f"{counts}")
 
 
 class _Absent:

@@ -10,8 +10,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .finish import _at_row
 from .chips import rank_block
+from .finish import _at_row
 from .launch import (
     WIDE_STEP,
     cdiv,

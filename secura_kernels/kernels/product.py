@@ -10,9 +10,9 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from .chips import processors, rank_block
 from .finish import _at_row, _change, _finish, _store, _vector
 from .gate import NO_GATE, GateNumbers
-from .chips import processors, rank_block
 from .launch import cdiv, dot_precision, launch
 from .sides import Side
 from .tiles import Tile
@@ -36,10 +36,7 @@ def _product_tile(a_ptr, b_ptr, stride_am, stride_ak, stride_bn, stride_bk, m0, 
     if TMA:
         for k0 in range(0, K, BLOCK_K):
             a = a_ptr.load([m0, k0])
-            if K_MAJOR:
-                b = tl.trans(b_ptr.load([n0, k0]))
-            else:
-                b = b_ptr.load([k0, n0])
+            b = tl.trans(b_ptr.load([n0, k0])) if K_MAJOR else b_ptr.load([k0, n0])
             acc = tl.dot(a, b, acc, input_precision=PRECISION)
     else:
         # Rows and columns outside wrap around rather than being masked: they are never stored.
@@ -86,7 +83,10 @@ def _product_kernel(
         m = tl.arange(0, BLOCK_M)
         n = tl.arange(0, BLOCK_N)
         h_rows = _at_row(h_ptr, m0, stride_hm)
-        y_rows, saved_rows = _at_row(y_ptr, m0, N), _at_row(saved_ptr, m0, N)
+        y_rows = _at_row(y_ptr, m0, N)
+        saved_rows = saved_ptr
+        if saved_ptr is not None:
+            saved_rows = _at_row(saved_ptr, m0, N)
         acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
         if not GATE:
             acc = _change(h_rows, stride_hm, side_ptr, index_ptr, stride_sl, stride_sr, m, M - m0,
@@ -147,7 +147,8 @@ def product(a: Tensor, b: Tensor, h: Tensor, side: Side, r: int, y: Tensor, tile
         stride_bn=b.stride(0), stride_bk=b.stride(1), stride_hm=h.stride(0),
         **(gate or NO_GATE).arguments(), edge=edge, GATE=gate is not None, SAVE_BASE=save_base,
         RANK=rank, BLOCK_R=min(rank, 64), BLOCK_M=tile.m, BLOCK_N=tile.n, BLOCK_K=tile.k,
-        GROUP=tile.group, PARTS=tile.parts, TMA=tma, K_MAJOR=k_major, PRECISION=dot_precision(a.dtype))
+        GROUP=tile.group, PARTS=tile.parts, TMA=tma, K_MAJOR=k_major,
+        PRECISION=dot_precision(a.dtype))
 
 
 def _has_descriptor(matrix: Tensor) -> bool:

@@ -78,7 +78,7 @@ def rows(weight: Tensor, rows: Tensor | None, R: Tensor | None) -> Side:
 
 @triton.jit
 def _side_tile(side_ptr, index_ptr, stride_sl, stride_sr, j0, j, J, k, SR):
-    """[long, rank] tile of a side at positions ``j0 + j`` [long] and ranks ``k`` [rank]; zeros outside."""
+    """[long, rank] tile of a side at positions ``j0 + j`` and ranks ``k``; zeros outside."""
     where = k
     if index_ptr is not None:
         where = tl.load(index_ptr + k, mask=k < SR, other=0)

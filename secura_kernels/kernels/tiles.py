@@ -1,8 +1,8 @@
 """Tile configurations as data: one table per chip, and how one is picked for a shape.
 
 Every row is compiled for its chip in the tests (``inspect.py``): no spill, shared memory within the
-chip's limit, the tensor-core instruction of the chip. ``python -m secura_kernels tune`` measures the
-rows of a pass on the GPU at hand and keeps the fastest in the user's cache (``tuned.py``).
+chip's limit, the tensor-core instruction of the chip. ``python -m secura_kernels tune`` measures
+the rows of a pass on the GPU at hand and keeps the fastest in the user's cache (``tuned.py``).
 """
 
 from collections.abc import Iterator
@@ -94,15 +94,15 @@ _BLACKWELL = _HOPPER | {
     "gate_backward": _COMMON["gate_backward"][1:],
     "epilogue": (Tile(32, 128, warps=8), Tile(32, 128, warps=4), Tile(16, 64, warps=4)),
 }
-# Small blocks, so that small matrices have several of them: these programs run in numpy.
-_INTERPRETER = {name: (Tile(32, 32, 32, parts=2, group=2),) for name in _HOPPER}
+# Blocks of which small matrices have several, and not too many: each operation is a numpy call.
+_INTERPRETER = {name: (Tile(64, 64, 64, parts=2, group=2),) for name in _HOPPER}
 TABLES = {80: _AMPERE, 89: _AMPERE, 90: _HOPPER, 100: _BLACKWELL, 120: _AMPERE,
           chips.INTERPRETER: _INTERPRETER}
 # float32 layers: twice the bytes a tile, and products in float32 units. Their base products are the
 # library's (``dispatch``), so the one-pass kernel has no row here.
 _FLOAT32 = {
     "gather": (Tile(64, warps=4, max_rank=64), Tile(32, warps=8)),
-    "down": (Tile(32, k=32, warps=4, stages=2, max_rank=64), Tile(16, k=32, warps=8, stages=2)),
+    "down": (Tile(32, k=32, warps=8, stages=2, max_rank=64), Tile(16, k=32, warps=8, stages=2)),
     "project": (Tile(16, warps=4, max_rank=64), Tile(16, warps=8)),
     "epilogue": (Tile(32, 64, warps=8), Tile(16, 32, warps=4)),
     "gate_backward": (Tile(16, 64, warps=4, stages=2, max_rank=64), Tile(16, 32, warps=8)),

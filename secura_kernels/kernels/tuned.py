@@ -1,4 +1,4 @@
-"""Tile choices measured on the user's own GPU (``python -m secura_kernels tune``), in their cache."""
+"""Tile choices measured on the user's GPU (``python -m secura_kernels tune``), in their cache."""
 
 import functools
 import json
@@ -27,7 +27,7 @@ def path(device: torch.device) -> Path:
 
 @functools.cache
 def load(file: Path) -> dict[str, int]:
-    """Entries of a file, {} where there is none; one that is not ours is reported and left alone."""
+    """Entries of a file, {} where there is none; one that is not ours is reported and left."""
     try:
         content = json.loads(file.read_text())
     except FileNotFoundError:

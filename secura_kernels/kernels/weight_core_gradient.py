@@ -7,6 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .chips import processors, rank_block
 from .effective_weight import _delta_weight_tile, _weight_tile
 from .finish import _divided_by_largest, _vector
 from .gate import (
@@ -18,7 +19,6 @@ from .gate import (
     _sign,
     through_largest,
 )
-from .chips import processors, rank_block
 from .launch import WIDE_STEP, cdiv, dot_precision, launch, wide_precision
 from .product import _product_tile
 from .sides import Side, _side_tile

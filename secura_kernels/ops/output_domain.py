@@ -3,8 +3,8 @@
 import torch
 from torch import Tensor
 
-from ..reference import output_domain as reference
 from ..gate_code import saved_dtype
+from ..reference import output_domain as reference
 from .library import (
     backend,
     batched_dims,

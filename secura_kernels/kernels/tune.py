@@ -1,0 +1,98 @@
+"""Measures the shipped tile configurations on the GPU at hand and keeps each shape's fastest.
+
+``python -m secura_kernels tune`` runs it; the result lies in the user's cache (``tuned.py``) and is
+used from then on. A stopped run is resumed: what was measured is not measured again.
+"""
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import triton
+from tqdm import tqdm
+
+from . import chips, tuned
+from .cases import RUNS, Inputs, run
+from .tiles import rows_of
+
+# N, K of the linear layers of common models: Llama-3.1-8B, Qwen2-7B, Gemma-2-2B.
+LAYERS = ((4096, 4096), (1024, 4096), (14336, 4096), (4096, 14336), (3584, 3584), (512, 3584),
+          (18944, 3584), (3584, 18944), (2048, 2304), (9216, 2304), (2304, 9216))
+PASSES = ("down", "project", "epilogue", "gate_backward", "effective_weight",
+          "weight_core_gradient")
+PRODUCTS = ("product", "product_gate")
+
+
+@dataclass(frozen=True)
+class Job:
+    """One choice to measure: a pass at a shape."""
+
+    name: str
+    M: int
+    N: int
+    K: int
+    r: int
+    dtype: torch.dtype
+
+    @property
+    def key(self) -> str:
+        """As the pass itself looks it up."""
+        rank = chips.rank_block(self.r)
+        rows, columns = {
+            "down": (self.M, self.K), "project": (self.M, self.r),
+            "effective_weight": (self.N, self.K), "weight_core_gradient": (self.N, self.K),
+        }.get(self.name, (self.M, self.N))
+        name = f"{self.name} k{self.K}" if self.name in PRODUCTS else self.name
+        return tuned.key(name, self.dtype, rows, columns, rank)
+
+
+def jobs(layers: Iterable[tuple[int, int]], tokens: Iterable[int], ranks: Iterable[int],
+         dtype: torch.dtype) -> list[Job]:
+    """Each choice once: passes that do not see a dimension share what was measured."""
+    found = {}
+    for (N, K), M, r in ((layer, M, r) for layer in layers for M in tokens for r in ranks):
+        for name in (*PASSES, *PRODUCTS):
+            if name in PRODUCTS and dtype == torch.float32:
+                continue  # always the library's product
+            job = Job(name, M, N, K, r, dtype)
+            found.setdefault(job.key, job)
+    return list(found.values())
+
+
+def measure(function: Callable[[], None]) -> float:
+    """Median milliseconds on the GPU; the L2 is flushed before each run."""
+    return triton.testing.do_bench(function, warmup=10, rep=40, return_mode="median")
+
+
+def fastest(job: Job, device: torch.device, time: Callable[[Callable], float]) -> int:
+    """Index of the fastest row of the table; for a product one more, the library's product and the
+    epilogue over it."""
+    inputs = Inputs(job.M, job.N, job.K, job.r, job.dtype, device)
+    function = RUNS[job.name][0]
+    times = [time(lambda tile=tile: run(job.name, inputs, tile, function))
+             for tile in rows_of(job.name, chips.chip_of(device), job.dtype,
+                                 chips.rank_block(job.r))]
+    if job.name in PRODUCTS:
+        times = [t + time(inputs.down) for t in times]
+        times.append(time(lambda: inputs.library(gate=job.name == "product_gate")))
+    return min(range(len(times)), key=times.__getitem__)
+
+
+def tune(work: list[Job], device: torch.device, file: Path, *, again: bool = False,
+         time: Callable[[Callable], float] = measure) -> dict[str, int]:
+    """Measures every job that ``file`` does not hold (for ``again``: all), saving as it goes.
+
+    Returns the entries of the file.
+    """
+    entries = dict(tuned.load(file))
+    about = dict(torch=torch.__version__, triton=triton.__version__, device=str(device))
+    if device.type == "cuda":
+        about["device"] = torch.cuda.get_device_name(device)
+    left = [job for job in work if again or job.key not in entries]
+    progress = tqdm(left, desc="tuning", unit="choice", disable=not left)
+    for job in progress:
+        progress.set_postfix_str(job.key)
+        entries[job.key] = fastest(job, device, time)
+        tuned.save(file, entries, about)
+    return entries

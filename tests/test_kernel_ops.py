@@ -1,0 +1,220 @@
+"""The kernels behind the registered ops: schema, tracing, determinism, every tile, tuning."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+import triton
+import triton.language as tl
+from devices import DEVICE, GPU, MARKS
+from forms import case, relative_error
+from torch.library import opcheck
+
+from secura_kernels import SMagNorm, cur_linear
+from secura_kernels.kernels import chips, tiles, tune, tuned
+from secura_kernels.kernels.cases import RUNS, Inputs, run
+from secura_kernels.kernels.finish import _at_row
+from secura_kernels.kernels.launch import instead_of_launching
+from secura_kernels.ops import pack_norm
+from secura_kernels.ops.output_domain import cur_linear_bwd, cur_linear_fwd
+from secura_kernels.ops.weight_domain import cur_weight_linear_bwd, cur_weight_linear_fwd
+
+pytestmark = MARKS
+
+FORMS = {"no gate": None, "output": SMagNorm(), "output, full": SMagNorm(detach_gate=False),
+         "output, max": SMagNorm(ref="max"), "weight": SMagNorm(domain="weight")}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("norm", FORMS.values(), ids=FORMS)
+def test_opcheck(norm, dtype):
+    c = case(9, 12, 10, 4, dtype, device=DEVICE)
+    parameters = (c.core.detach(), c.cols, c.rows, None, None, c.adapter_bias.detach(), c.decay)
+    settings = (c.alpha, pack_norm(norm), norm is None or norm.detach_gate)
+    edge = 0.0 if norm is None else 1.2
+    if norm is not None and norm.domain == "weight":
+        opcheck(cur_weight_linear_fwd,
+                (c.x.detach(), c.W, c.bias, *parameters, *settings, edge, "triton"))
+        opcheck(cur_weight_linear_bwd,
+                (torch.randn(9, 12, device=DEVICE).to(dtype), c.x.detach(), c.W, *parameters,
+                 *settings, [True, True, True], "triton"))
+        return
+    arguments = (c.x.detach(), c.W, c.bias, *parameters, *settings, edge, True, "triton")
+    opcheck(cur_linear_fwd, arguments)
+    y, t, saved, _ = cur_linear_fwd(*arguments)
+    opcheck(cur_linear_bwd, (torch.randn_like(y), c.W, *parameters, t, saved, *settings,
+                             [True, True, True], "triton"))
+
+
+@pytest.mark.parametrize("norm", FORMS.values(), ids=FORMS)
+def test_compiles_as_one_graph(norm):
+    c = case(9, 12, 10, 4, torch.float32, device=DEVICE)
+
+    def step(x, core):
+        y = cur_linear(x, c.W, core, cols=c.cols, rows=c.rows, bias=c.bias, norm=norm,
+                       impl="triton")
+        return (y * y).sum()
+
+    leaves = [c.x, c.core]
+    plain = torch.autograd.grad(step(*leaves), leaves)
+    compiled = torch.compile(step, fullgraph=True, backend="aot_eager")
+    for a, b in zip(torch.autograd.grad(compiled(*leaves), leaves), plain, strict=True):
+        torch.testing.assert_close(a, b)
+
+
+def test_traces_for_a_gpu_without_one():
+    """Shapes and dtypes of a CUDA layer, from fake tensors, whatever is here."""
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    with FakeTensorMode(), torch.no_grad():
+        x, W = (torch.empty(n, 32, dtype=torch.bfloat16, device="cuda") for n in (8, 48))
+        core, index = torch.empty(4, 4, device="cuda"), torch.empty(4, dtype=torch.int64,
+                                                                    device="cuda")
+        assert cur_linear(x, W, core, cols=index, rows=index, impl="triton").shape == (8, 48)
+        parameters = (core, index, index, None, None, None, None)
+        settings = (1.0, pack_norm(SMagNorm()), True)
+        y, t, saved, _ = cur_linear_fwd(x, W, None, *parameters, *settings, 0.0, True, "triton")
+        dx, dcore, _ = cur_linear_bwd(y, W, *parameters, t, saved, *settings, [True, True, False],
+                                      "triton")
+    assert (y.shape, y.dtype, y.device.type) == ((8, 48), torch.bfloat16, "cuda")
+    assert (saved.dtype, dx.shape, dcore.dtype) == (torch.uint8, x.shape, torch.float32)
+
+
+@pytest.mark.parametrize("norm", FORMS.values(), ids=FORMS)
+def test_two_runs_are_bitwise_equal(norm, monkeypatch):
+    """In the interpreter the second run takes the programs in reverse order."""
+    def results():
+        torch.manual_seed(1)
+        c = case(200, 150, 80, 8, torch.float32, device=DEVICE)
+        y = c.ours(norm, impl="triton")
+        return y, *torch.autograd.grad(y, c.trained(), torch.randn_like(y))
+
+    first = results()
+    if not GPU:
+        from triton.runtime import interpreter
+
+        builder = interpreter.interpreter_builder
+        forward = builder.set_grid_idx
+        monkeypatch.setattr(builder, "set_grid_idx", lambda x, y, z: forward(
+            builder.grid_dim[0] - 1 - x, y, z))
+    for a, b in zip(first, results(), strict=True):
+        assert torch.equal(a, b)
+
+
+PRODUCTS = sorted({(name, tile) for table in tiles.TABLES.values()
+                   for name in ("product", "product_gate") for tile in table[name]}, key=str)
+
+
+@pytest.mark.skipif(GPU, reason="rows of every chip, in the interpreter")
+@pytest.mark.parametrize(("name", "tile"), PRODUCTS, ids=str)
+def test_every_product_tile(name, tile):
+    """Bulk copies, persistent programs and parted epilogues compute the same, ragged sizes too."""
+    for M, N, K in ((300, 520, 136), (130, 264, 72)):
+        inputs = Inputs(M, N, K, 24, torch.bfloat16, DEVICE)
+        inputs.y.fill_(torch.nan)
+        with torch.no_grad():
+            inputs.h[:, 24:] = 0
+            inputs.C.matrix[:, 24:] = 0
+        run(name, inputs, tile, RUNS[name][0])
+        b = inputs.x.double() @ inputs.W.double().T
+        d = inputs.h.double() @ inputs.C.matrix.double().T
+        if name == "product":
+            expected = b + d
+        else:
+            from secura_kernels.reference import smagnorm
+
+            expected = smagnorm(b, d, SMagNorm())
+        assert relative_error(inputs.y, expected) < 2**-8  # one rounding to bfloat16
+
+
+def test_a_pass_finds_what_was_tuned(monkeypatch):
+    """Every pass looks its tuned choice up under the key that tuning stores it under."""
+    asked = []
+    monkeypatch.setattr(tuned, "choice", lambda device, *rest: asked.append(tuned.key(*rest)))
+    monkeypatch.setattr("secura_kernels.kernels.dispatch.tuned.choice", tuned.choice)
+    for job in tune.jobs([(192, 128)], [256], [8], torch.bfloat16):
+        asked.clear()
+        if job.name in tune.PRODUCTS:
+            from secura_kernels.kernels import plan
+
+            plan(job.M, job.N, job.K, job.r, job.dtype, torch.device(DEVICE),
+                 SMagNorm() if job.name == "product_gate" else None)
+        else:
+            inputs = Inputs(job.M, job.N, job.K, job.r, job.dtype, "meta")
+            with instead_of_launching(lambda *_: None):
+                RUNS[job.name][0](inputs)
+        assert job.key in asked, job
+
+
+def test_tuning_picks_the_fastest_and_resumes(tmp_path):
+    file = tmp_path / "cache" / "tiles.json"
+    work = tune.jobs([(128, 64)], [64], [8], torch.bfloat16)
+    timed = []
+
+    def time(function):
+        timed.append(function)
+        return float(len(timed) % 2)  # every other candidate takes no time
+
+    device = torch.device(DEVICE)
+    entries = tune.tune(work, device, file, time=time)
+    assert set(entries) == {job.key for job in work} and timed
+    assert json.loads(file.read_text())["entries"] == entries
+    timed.clear()
+    assert tune.tune(work, device, file, time=time) == entries and not timed
+    tune.tune(work, device, file, time=time, again=True)
+    assert timed
+
+
+@pytest.mark.parametrize("content", ["{", "[]", '{"format": 99, "entries": {}}',
+                                     '{"format": 1, "entries": {"a": "os.system"}}'])
+def test_a_broken_cache_is_reported_and_not_used(tmp_path, content):
+    file = tmp_path / "tiles.json"
+    file.write_text(content)
+    with pytest.warns(UserWarning, match="are not used"):
+        assert tuned.load(file) == {}
+    assert file.read_text() == content
+
+
+def test_the_tile_of_a_shape():
+    """The largest tile that fills the chip; never one whose rank is too small."""
+    like = torch.empty(0, dtype=torch.bfloat16, device="meta")
+    for chip in (80, 89, 90, 100, 120):
+        with chips.pretend(chip):
+            large = tiles.tile_for("gate_backward", like, 2**20, 4096, 64)
+            small = tiles.tile_for("gate_backward", like, 16, 4096, 64)
+            assert large.m >= small.m
+            for r in (1, 16, 17, 64, 65, 150, 256):
+                for name in tiles.TABLES[chip]:
+                    rank = chips.rank_block(r)
+                    assert tiles.rows_of(name, chip, torch.bfloat16, rank)
+                    assert tiles.tile_for(name, like, 8192, 4096, r).max_rank >= rank
+
+
+@triton.jit
+def _load_at_row(ptr, out_ptr, row, stride):
+    tl.store(out_ptr, tl.load(_at_row(ptr, row, stride)))
+
+
+def test_an_address_beyond_32_bits():
+    """Rows are reached through 64-bit offsets: the last byte of 4 GiB that is never filled."""
+    row, stride = 2**20 - 1, 4096 + 1
+    far = torch.empty(row * stride + 1, dtype=torch.uint8, device=DEVICE)
+    far[-1] = 77
+    out = torch.zeros(1, dtype=torch.uint8, device=DEVICE)
+    _load_at_row[(1,)](far, out, row, stride)
+    assert out.item() == 77
+
+
+def test_without_the_interpreter_a_cpu_layer_is_refused():
+    program = ("import torch, secura_kernels as s\n"
+               "layer = s.CURLoRALinear.from_linear(torch.nn.Linear(8, 8), 2)\n"
+               "x = torch.randn(2, 8)\n"
+               "try: s.CURLoRALinear.from_linear(torch.nn.Linear(8, 8), 2, impl='triton')\n"
+               "except RuntimeError as e: print(e)")
+    clean = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True,
+                          env=clean)
+    assert "impl='triton' cannot run here: the tensors are on the CPU" in done.stdout, done.stderr
