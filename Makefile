@@ -16,6 +16,13 @@ test: .venv/ready  ## run the tests
 bench: .venv/ready  ## time the layers and their rivals on the CPU (3 minutes)
 	$(BIN)/python benchmarks/layer/cpu.py $(ARGS)
 
+codegen: .venv/ready  ## compile every kernel for every chip, no GPU needed, and read the code
+	$(BIN)/python -m secura_kernels.kernels.inspect $(ARGS)
+
+gpu: .venv/ready  ## on an NVIDIA GPU: the tests of the kernels, then tune their tiles
+	$(BIN)/python -m pytest -m gpu
+	$(BIN)/python -m secura_kernels tune
+
 lint: .venv/ready  ## check the style
 	$(BIN)/ruff check .
 
@@ -27,4 +34,4 @@ lint: .venv/ready  ## check the style
 	$(BIN)/python -m pip install --quiet --editable '.[peft,demo,dev]'
 	touch $@
 
-.PHONY: help finetune test bench lint
+.PHONY: help finetune test bench codegen gpu lint

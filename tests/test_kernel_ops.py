@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import asdict
 
 import pytest
 import torch
@@ -14,7 +15,7 @@ from forms import case, relative_error
 from torch.library import opcheck
 
 from secura_kernels import SMagNorm, cur_linear
-from secura_kernels.kernels import chips, tiles, tune, tuned
+from secura_kernels.kernels import chips, plan, tiles, tune, tuned
 from secura_kernels.kernels.cases import RUNS, Inputs, run
 from secura_kernels.kernels.finish import _at_row
 from secura_kernels.kernels.launch import instead_of_launching
@@ -137,9 +138,10 @@ def test_a_pass_finds_what_was_tuned(monkeypatch):
     monkeypatch.setattr("secura_kernels.kernels.dispatch.tuned.choice", tuned.choice)
     for job in tune.jobs([(192, 128)], [256], [8], torch.bfloat16):
         asked.clear()
-        if job.name in tune.PRODUCTS:
-            from secura_kernels.kernels import plan
-
+        if job.name == "product_of_input_gradient":
+            plan(job.M, job.K, job.N, job.r, job.dtype, torch.device(DEVICE), None,
+                 input_gradient=True)
+        elif job.name in tune.PRODUCTS:
             plan(job.M, job.N, job.K, job.r, job.dtype, torch.device(DEVICE),
                  SMagNorm() if job.name == "product_gate" else None)
         else:
@@ -166,6 +168,22 @@ def test_tuning_picks_the_fastest_and_resumes(tmp_path):
     assert tune.tune(work, device, file, time=time) == entries and not timed
     tune.tune(work, device, file, time=time, again=True)
     assert timed
+
+
+def test_a_tuned_choice_is_used_while_the_table_has_it(monkeypatch):
+    device, like = torch.device(DEVICE), torch.empty(0, dtype=torch.bfloat16, device="meta")
+    with chips.pretend(90):
+        *_, last = tiles.rows_of("down", 90, torch.bfloat16, 64)
+        monkeypatch.setattr(tuned, "choice", lambda *_: asdict(last))
+        assert tiles.tile_for("down", like, 2**20, 64, 64) == last
+        *_, last = tiles.rows_of("product", 90, torch.bfloat16, 64)
+        monkeypatch.setattr(tuned, "choice", lambda *_: asdict(last))
+        found = plan(8192, 4096, 4096, 64, torch.bfloat16, device, None)
+        assert found.tile == last and "when tuned" in found.reason
+        monkeypatch.setattr(tuned, "choice", lambda *_: tuned.LIBRARY)
+        assert not plan(8192, 4096, 4096, 64, torch.bfloat16, device, None).one_pass
+        monkeypatch.setattr(tuned, "choice", lambda *_: {"m": 7})  # of another version
+        assert plan(8192, 4096, 4096, 64, torch.bfloat16, device, None).one_pass
 
 
 @pytest.mark.parametrize("content", ["{", "[]", '{"format": 99, "entries": {}}',

@@ -55,12 +55,21 @@ class Inputs:
         product(self.x, self.W, self.h, self.C, self.r, self.y, tile, gate=self.gate,
                 saved=self.code)
 
-    def library(self, gate: bool) -> None:
-        """What the one-pass product and its down pass stand against."""
+    def library(self) -> None:
+        """What ``product`` and ``down`` stand against."""
         y = F.linear(self.x, self.W)
         _, h = project(y, self.rows, self.core, 1.0, q_dtype=self.dtype)
-        epilogue(y, h, self.C, self.r, gate=self.gate if gate else None,
-                 saved=self.code if gate else None)
+        epilogue(y, h, self.C, self.r)
+
+    def library_gate(self) -> None:
+        """What ``product_gate`` and ``down`` stand against."""
+        y = F.linear(self.x, self.W)
+        _, h = project(y, self.rows, self.core, 1.0, q_dtype=self.dtype)
+        epilogue(y, h, self.C, self.r, gate=self.gate, saved=self.code)
+
+    def library_of_input_gradient(self) -> None:
+        """What ``product_of_input_gradient`` stands against."""
+        epilogue(self.dy @ self.W, self.h, self.R, self.r)
 
     def epilogue(self) -> None:
         epilogue(self.y, self.h, self.C, self.r, gate=self.gate, saved=self.code)

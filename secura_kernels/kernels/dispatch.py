@@ -1,6 +1,6 @@
 """Which form a layer runs in, by shape, and why."""
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 
 import torch
 
@@ -26,26 +26,32 @@ class Plan:
 
 
 def plan(M: int, N: int, K: int, r: int, dtype: torch.dtype, device: torch.device,
-         norm: SMagNorm | None) -> Plan:
+         norm: SMagNorm | None, *, input_gradient: bool = False, aligned: bool = True) -> Plan:
     """The form of ``(M, K) x (K, N)``, the base product of a layer (or of dX without a gate).
 
     One pass saves writing and reading the base output, 2 M N elements; the library's product is
     faster by some percent of 2 M N K operations. So one pass wins up to some K, unless measured.
+
+    Args:
+        input_gradient: it is dX = dY W, whose second operand is W by columns.
+        aligned: rows of both operands lie on 16-byte boundaries.
     """
     if norm is not None and norm.ref == "max":
         return Plan(None, "library product: ref='max' needs the largest ratio of the whole matrix "
                           "before any output")
     if dtype == torch.float32:
         return Plan(None, "library product: float32 has no tensor-core form of ours")
+    if not aligned:
+        return Plan(None, "library product: rows are not on 16-byte boundaries")
     name, chip = "product" if norm is None else "product_gate", chips.chip_of(device)
-    candidates = rows_of(name, chip, dtype, chips.rank_block(r))
     rank = chips.rank_block(r)
-    best = tuned.choice(device, f"{name} k{K}", dtype, M, N, rank)
-    if best is not None:
-        if best < len(candidates):
-            return Plan(candidates[best], f"one pass: fastest of {len(candidates) + 1} when tuned "
-                                          "on this GPU")
+    candidates = rows_of(name, chip, dtype, rank)
+    best = tuned.choice(device, tuned_name(name, K, input_gradient), dtype, M, N, rank)
+    if best == tuned.LIBRARY:
         return Plan(None, "library product: faster than one pass when tuned on this GPU")
+    for tile in candidates:
+        if best == asdict(tile):
+            return Plan(tile, f"one pass: fastest of {len(candidates) + 1} when tuned on this GPU")
     if M <= MOST_TOKENS:
         return Plan(None, f"library product: for M <= {MOST_TOKENS} it splits K over the chip")
     enough = chips.processors(device)
@@ -59,3 +65,8 @@ def plan(M: int, N: int, K: int, r: int, dtype: torch.dtype, device: torch.devic
                           "(predicted)")
     return Plan(filling[0], f"one pass: K <= {largest:.0f}, so the saved pass over y0 outweighs a "
                             f"product {ASSUMED_LOSS:.0%} slower (predicted)")
+
+
+def tuned_name(name: str, K: int, input_gradient: bool) -> str:
+    """What a product's choice is tuned under."""
+    return f"{name}{' dX' * input_gradient} k{K}"

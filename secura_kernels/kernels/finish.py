@@ -83,10 +83,11 @@ def _raise_largest(rho, m, M, n, N, largest_ptr):
 
 @triton.jit
 def _divided_by_largest(slope, largest_ptr):
-    """slope / max(rho), for ``ref="max"``; slope itself where all of d is zero or ref is a
-    number (largest_ptr None)."""
+    """slope / max(rho), for ``ref="max"``; slope itself where ``ref`` is a number."""
     if largest_ptr is None:
         return slope
     else:
         largest = tl.load(largest_ptr).to(tl.float32, bitcast=True)
-        return slope / tl.where(largest == 0, 1.0, largest)
+        # Not > 0: nothing moved, or a NaN, which is its own token's affair. And never so small that
+        # the quotient overflows.
+        return slope / tl.where(largest > 0, tl.maximum(largest, 2.0**-100), 1.0)

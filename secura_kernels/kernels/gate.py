@@ -119,7 +119,7 @@ def _by_relative_magnitude(grad, b, d, decay, rho, slope, offset, beta):
 @triton.jit
 def _at_largest(rho, largest):
     """1 where rho is the largest, else 0; up to the rounding by which two kernels may differ."""
-    return (rho >= largest * (1 - 2.0**-18)).to(tl.float32)
+    return (rho >= largest * (1 - 2.0**-16)).to(tl.float32)
 
 
 def through_largest(statistics: Tensor, largest: Tensor) -> Tensor:
@@ -130,7 +130,9 @@ def through_largest(statistics: Tensor, largest: Tensor) -> Tensor:
         largest: (1,) int32, the bits of max(rho); where that is 0, so is the gradient.
     """
     total, maxima = statistics.sum(0)
-    return total / largest.view(torch.float32).clamp_min(2.0**-126) / maxima
+    largest = largest.view(torch.float32)
+    safe = torch.where(largest > 0, largest, 1)
+    return total / safe / maxima.clamp_min(1)  # none, where rounding differs by more than assumed
 
 
 @triton.jit

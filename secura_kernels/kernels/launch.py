@@ -80,5 +80,10 @@ def addressable(matrix: Tensor) -> Tensor:
     return matrix.contiguous()
 
 
+def contiguous(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
+    """Vectors and saved matrices, whose strides the kernels take as given."""
+    return tuple(None if t is None else t.contiguous() for t in tensors)
+
+
 def strides(matrix: Tensor) -> tuple[int, int]:
     return matrix.stride(0), matrix.stride(1)

@@ -14,9 +14,9 @@ from .core_gradient import core_gradient
 from .epilogue import epilogue
 from .gate import GateNumbers
 from .gate_backward import gate_backward
-from .launch import addressable, cdiv
+from .launch import addressable, cdiv, contiguous
 from .low_rank import down, project
-from .product import product
+from .product import has_descriptor, product
 from .tiles import tile_for
 
 
@@ -28,7 +28,9 @@ def forward(
     """y, t, what the backward pass needs of the gate, and the count of gates <= ``edge``."""
     (M, K), N, r = x.shape, weight.shape[0], core.shape[0]
     x = addressable(x)
-    plan = dispatch.plan(M, N, K, r, x.dtype, x.device, norm)
+    bias, cols, rows, adapter_bias, decay = contiguous(bias, cols, rows, adapter_bias, decay)
+    plan = dispatch.plan(M, N, K, r, x.dtype, x.device, norm,
+                         aligned=has_descriptor(x, weight))
     gate = None if norm is None else GateNumbers.of(norm, x.dtype)
     saved, keep, save_base = _saved_for_backward(x, N, norm, save)
     moved = x.new_zeros(1 if edge and norm is not None else 0, dtype=torch.int64)
@@ -75,6 +77,8 @@ def backward(
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """Gradients of x, core and adapter_bias; None where ``needs`` is False."""
     dy = addressable(dy)
+    cols, rows, adapter_bias, decay, t, saved = contiguous(
+        cols, rows, adapter_bias, decay, t, saved)
     if norm is None:
         dx, v, dbias = _backward_without_gate(
             dy, weight, core, cols, rows, C, R, alpha, needs)
@@ -92,7 +96,8 @@ def _backward_without_gate(dy, weight, core, cols, rows, C, R, alpha, needs):
         side = sides.columns(weight, cols, C, reads=cdiv(M, tile_for("down", dy, M, N, r).m))
         v, dT = down(dy, side, core, alpha, p_dtype=torch.float32, transpose_core=True)
     if needs[0]:
-        plan = dispatch.plan(M, K, N, r, dy.dtype, dy.device, None)
+        plan = dispatch.plan(M, K, N, r, dy.dtype, dy.device, None, input_gradient=True,
+                             aligned=has_descriptor(dy, weight.T))
         side = sides.rows(weight, rows, R)
         if plan.one_pass:
             dx = dy.new_empty(M, K)

@@ -129,7 +129,7 @@ def product(a: Tensor, b: Tensor, h: Tensor, side: Side, r: int, y: Tensor, tile
     N = b.shape[0]
     if M == 0:
         return  # a descriptor of nothing is an error
-    tma = tile.tma and _has_descriptor(a) and (_has_descriptor(b) or _has_descriptor(b.T))
+    tma = tile.tma and has_descriptor(a, b)
     k_major = b.stride(1) == 1
     operands = dict(a_ptr=a, b_ptr=b)
     if tma:
@@ -151,7 +151,13 @@ def product(a: Tensor, b: Tensor, h: Tensor, side: Side, r: int, y: Tensor, tile
         PRECISION=dot_precision(a.dtype))
 
 
-def _has_descriptor(matrix: Tensor) -> bool:
-    """Whether the bulk-copy engine can read it: rows contiguous, on 16-byte boundaries."""
-    return (matrix.stride(1) == 1 and matrix.data_ptr() % 16 == 0
+def has_descriptor(a: Tensor, b: Tensor) -> bool:
+    """Whether the bulk-copy engine can read both operands of a b^T, b by rows or by columns."""
+    return _has_aligned_rows(a) and (_has_aligned_rows(b) or _has_aligned_rows(b.T))
+
+
+def _has_aligned_rows(matrix: Tensor) -> bool:
+    """Rows contiguous, apart, and on 16-byte boundaries."""
+    return (matrix.stride(1) == 1 and matrix.stride(0) >= matrix.shape[1]
+            and matrix.data_ptr() % 16 == 0
             and matrix.stride(0) * matrix.element_size() % 16 == 0)

@@ -7,7 +7,7 @@ the rows of a pass on the GPU at hand and keeps the fastest in the user's cache 
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 
 import torch
 from torch import Tensor
@@ -155,9 +155,10 @@ def tile_for(name: str, like: Tensor, rows: int, columns: int, r: int) -> Tile:
         return _used
     chip = chips.chip_of(like.device)
     candidates = rows_of(name, chip, like.dtype, chips.rank_block(r))
-    index = tuned.choice(like.device, name, like.dtype, rows, columns, chips.rank_block(r))
-    if index is not None and index < len(candidates):
-        return candidates[index]
+    best = tuned.choice(like.device, name, like.dtype, rows, columns, chips.rank_block(r))
+    for tile in candidates:
+        if best == asdict(tile):
+            return tile
     enough = chips.processors(like.device)
     filling = (tile for tile in candidates if programs(name, tile, rows, columns) >= enough)
     return next(filling, candidates[-1])

@@ -5,7 +5,7 @@ used from then on. A stopped run is resumed: what was measured is not measured a
 """
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
@@ -14,6 +14,7 @@ from tqdm import tqdm
 
 from . import chips, tuned
 from .cases import RUNS, Inputs, run
+from .dispatch import tuned_name
 from .tiles import rows_of
 
 # N, K of the linear layers of common models: Llama-3.1-8B, Qwen2-7B, Gemma-2-2B.
@@ -21,7 +22,13 @@ LAYERS = ((4096, 4096), (1024, 4096), (14336, 4096), (4096, 14336), (3584, 3584)
           (18944, 3584), (3584, 18944), (2048, 2304), (9216, 2304), (2304, 9216))
 PASSES = ("down", "project", "epilogue", "gate_backward", "effective_weight",
           "weight_core_gradient")
-PRODUCTS = ("product", "product_gate")
+# A product, by the name of its run, and what the library's form of the same needs beside it.
+PRODUCTS = {
+    "product": ("product", Inputs.product, Inputs.down, Inputs.library),
+    "product_gate": ("product_gate", Inputs.product_gate, Inputs.down, Inputs.library_gate),
+    "product_of_input_gradient": ("product", Inputs.product_of_input_gradient, None,
+                                  Inputs.library_of_input_gradient),
+}
 
 
 @dataclass(frozen=True)
@@ -38,13 +45,17 @@ class Job:
     @property
     def key(self) -> str:
         """As the pass itself looks it up."""
-        rank = chips.rank_block(self.r)
         rows, columns = {
             "down": (self.M, self.K), "project": (self.M, self.r),
             "effective_weight": (self.N, self.K), "weight_core_gradient": (self.N, self.K),
+            "product_of_input_gradient": (self.M, self.K),
         }.get(self.name, (self.M, self.N))
-        name = f"{self.name} k{self.K}" if self.name in PRODUCTS else self.name
-        return tuned.key(name, self.dtype, rows, columns, rank)
+        name = self.name
+        if name == "product_of_input_gradient":
+            name = tuned_name("product", self.N, input_gradient=True)
+        elif name in PRODUCTS:
+            name = tuned_name(name, self.K, input_gradient=False)
+        return tuned.key(name, self.dtype, rows, columns, chips.rank_block(self.r))
 
 
 def jobs(layers: Iterable[tuple[int, int]], tokens: Iterable[int], ranks: Iterable[int],
@@ -65,22 +76,24 @@ def measure(function: Callable[[], None]) -> float:
     return triton.testing.do_bench(function, warmup=10, rep=40, return_mode="median")
 
 
-def fastest(job: Job, device: torch.device, time: Callable[[Callable], float]) -> int:
-    """Index of the fastest row of the table; for a product one more, the library's product and the
-    epilogue over it."""
+def fastest(job: Job, device: torch.device, time: Callable[[Callable], float]) -> dict | str:
+    """Fields of the fastest tile of a pass, or ``tuned.LIBRARY`` for a product that loses."""
     inputs = Inputs(job.M, job.N, job.K, job.r, job.dtype, device)
-    function = RUNS[job.name][0]
-    times = [time(lambda tile=tile: run(job.name, inputs, tile, function))
-             for tile in rows_of(job.name, chips.chip_of(device), job.dtype,
-                                 chips.rank_block(job.r))]
-    if job.name in PRODUCTS:
-        times = [t + time(inputs.down) for t in times]
-        times.append(time(lambda: inputs.library(gate=job.name == "product_gate")))
-    return min(range(len(times)), key=times.__getitem__)
+    name, function, before, library = PRODUCTS.get(
+        job.name, (job.name, RUNS.get(job.name, (None,))[0], None, None))
+    times = {}
+    for tile in rows_of(name, chips.chip_of(device), job.dtype, chips.rank_block(job.r)):
+        times[tile] = time(lambda tile=tile: run(name, inputs, tile, function))
+    best = min(times, key=times.__getitem__)
+    if library is not None:
+        ours = times[best] + (time(lambda: before(inputs)) if before else 0.0)
+        if time(lambda: library(inputs)) < ours:
+            return tuned.LIBRARY
+    return asdict(best)
 
 
 def tune(work: list[Job], device: torch.device, file: Path, *, again: bool = False,
-         time: Callable[[Callable], float] = measure) -> dict[str, int]:
+         time: Callable[[Callable], float] = measure) -> dict[str, dict | str]:
     """Measures every job that ``file`` does not hold (for ``again``: all), saving as it goes.
 
     Returns the entries of the file.

@@ -10,6 +10,7 @@ import torch
 import triton
 
 FORMAT = 1
+LIBRARY = "library"  # instead of a tile: the library's product was faster
 
 
 def key(name: str, dtype: torch.dtype, rows: int, columns: int, rank: int) -> str:
@@ -26,7 +27,7 @@ def path(device: torch.device) -> Path:
 
 
 @functools.cache
-def load(file: Path) -> dict[str, int]:
+def load(file: Path) -> dict[str, dict | str]:
     """Entries of a file, {} where there is none; one that is not ours is reported and left."""
     try:
         content = json.loads(file.read_text())
@@ -37,14 +38,14 @@ def load(file: Path) -> dict[str, int]:
         return {}
     entries = content.get("entries") if isinstance(content, dict) else None
     good = (isinstance(entries, dict) and content.get("format") == FORMAT
-            and all(isinstance(v, int) and v >= 0 for v in entries.values()))
+            and all(isinstance(v, dict) or v == LIBRARY for v in entries.values()))
     if not good:
         warnings.warn(f"tuned tiles {file} have another format and are not used", stacklevel=2)
         return {}
     return entries
 
 
-def save(file: Path, entries: dict[str, int], about: dict) -> None:
+def save(file: Path, entries: dict[str, dict | str], about: dict) -> None:
     """Writes whole or not at all."""
     file.parent.mkdir(parents=True, exist_ok=True)
     part = file.with_suffix(".part")
@@ -54,8 +55,8 @@ def save(file: Path, entries: dict[str, int], about: dict) -> None:
 
 
 def choice(device: torch.device, name: str, dtype: torch.dtype, rows: int, columns: int,
-           rank: int) -> int | None:
-    """Index of the tuned choice, or None where this was not tuned."""
+           rank: int) -> dict | str | None:
+    """Fields of the tuned tile, or LIBRARY, or None where this was not tuned."""
     if device.type != "cuda":
         return None
     return load(_path(device)).get(key(name, dtype, rows, columns, rank))

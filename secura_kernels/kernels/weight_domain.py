@@ -14,7 +14,7 @@ from .core_gradient import core_gradient
 from .decode import MOST_TOKENS, decode
 from .effective_weight import effective_weight
 from .gate import GateNumbers
-from .launch import addressable
+from .launch import addressable, contiguous
 from .low_rank import project
 from .weight_core_gradient import weight_core_gradient
 
@@ -44,6 +44,7 @@ def forward(
 ) -> tuple[Tensor, Tensor]:
     """y (M, N) and the count of gates <= ``edge``."""
     x = addressable(x)
+    bias, cols, rows, adapter_bias, decay = contiguous(bias, cols, rows, adapter_bias, decay)
     change = _Change(weight, core, cols, rows, C, R, alpha, norm)
     moved = x.new_zeros(1 if edge else 0, dtype=torch.int64)
     if x.shape[0] <= MOST_TOKENS and not edge:
@@ -62,6 +63,7 @@ def backward(
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """Gradients of x, core and adapter_bias; None where ``needs`` is False."""
     dy, x = addressable(dy), addressable(x)
+    cols, rows, adapter_bias, decay = contiguous(cols, rows, adapter_bias, decay)
     dx = dcore = dbias = None
     if needs[0] or needs[1]:
         change = _Change(weight, core, cols, rows, C, R, alpha, norm)
