@@ -23,7 +23,7 @@ def test_no_spill_and_the_claimed_instructions(dtype):
     assert done.returncode == 0 and lines[-1] == "no faults", (
         "\n".join(line for line in lines if "FAULT" in line) + done.stderr)
     for chip in chips:
-        assert sum(line.split()[1] == f"sm_{chip}" for line in lines[:-1]) > 20
+        assert sum(line.split()[1] == f"sm_{chip}" for line in lines[:-1]) > 15
 
 
 def test_faults_are_found():
