@@ -4,59 +4,30 @@ import math
 
 import pytest
 import torch
-from forms import case, relative_error
+from forms import PRECISION_NORMS as NORMS
+from forms import (
+    case,
+    check_no_more_than_eager,
+    skip_where_low_precision_jumps,
+    small_change,
+)
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from secura_kernels import SMagNorm
 from secura_kernels.reference.gate import decode, encode
 
-NORMS = {
-    "no gate": None,
-    "output": SMagNorm(),
-    "output, max": SMagNorm(ref="max"),
-    "output, full": SMagNorm(detach_gate=False),
-    "weight": SMagNorm(domain="weight"),
-    "weight, full": SMagNorm(domain="weight", detach_gate=False),
-    # "published" and "figure" jump where d leaves 0, so a d that rounds to 0 costs a third of the
-    # value, in eager PyTorch as here: compared in float32, where no d does.
-    "published": SMagNorm.preset("published"),
-    "figure": SMagNorm.preset("figure"),
-}
 # (M, N, K, r): a layer; ragged; the published rank; few tokens.
 SHAPES = [(192, 128, 256, 32), (133, 131, 67, 7), (96, 160, 176, 150), (5, 96, 64, 8)]
-
-
-def errors(c, norm):
-    """Relative errors of y and of every gradient: ours, and the eager formula's in this dtype."""
-    truth, true_leaves = c.eager(norm, torch.float64)
-    dy = torch.randn_like(truth).to(c.x.dtype)
-    y, (eager, leaves) = c.ours(norm), c.eager(norm)
-    expected = truth, *torch.autograd.grad(truth, true_leaves, dy.double())
-    ours = y, *torch.autograd.grad(y, c.trained(), dy)
-    plain = eager, *torch.autograd.grad(eager, leaves, dy)
-    names = ["y", "dx", "dcore", "dadapter_bias"]
-    return {n: (relative_error(a, t), relative_error(e, t))
-            for n, a, e, t in zip(names, ours, plain, expected, strict=False)}
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("name", NORMS)
 def test_error_is_no_more_than_eager(name, dtype):
-    norm = NORMS[name]
-    if norm is not None and not norm.continuous and dtype != torch.float32:
-        pytest.skip("the preset jumps at d = 0, which low precision reaches")
-    found: dict[str, list[tuple[float, float]]] = {}
-    for shape in SHAPES:
-        for tied, biases in ((True, True), (True, False), (False, False)):
-            c = case(*shape, dtype, tied=tied, bias=biases, adapter_bias=biases, decay=False)
-            with torch.no_grad():
-                c.core.mul_(0.3 / shape[-1])
-            for quantity, pair in errors(c, norm).items():
-                found.setdefault(quantity, []).append(pair)
-    for quantity, pairs in found.items():
-        ours, eager = (math.sqrt(sum(p[i] ** 2 for p in pairs) / len(pairs)) for i in (0, 1))
-        assert ours <= eager + 1e-6, f"{quantity}: {ours:.3e}, eager {eager:.3e}"
+    skip_where_low_precision_jumps(NORMS[name], dtype)
+    check_no_more_than_eager(
+        [small_change(*shape, dtype=dtype, tied=tied, biases=biases) for shape in SHAPES
+         for tied, biases in ((True, True), (True, False), (False, False))], NORMS[name], "auto")
 
 
 @pytest.mark.parametrize(("dtype", "allowed"), [
