@@ -13,15 +13,14 @@ finetune: .venv/ready  ## the main job: fine-tune SmolLM2 by SECURA, CURLoRA, Lo
 test: .venv/ready  ## run the tests
 	$(BIN)/python -m pytest $(ARGS)
 
-bench: .venv/ready  ## time the layers and their rivals on the CPU (3 minutes)
-	$(BIN)/python benchmarks/layer/cpu.py $(ARGS)
+bench: .venv/ready  ## time the layers and their rivals (3 minutes on a CPU)
+	$(BIN)/python benchmarks/layer/run.py $(ARGS)
 
 codegen: .venv/ready  ## compile every kernel for every chip, no GPU needed, and read the code
 	$(BIN)/python -m secura_kernels.kernels.inspect $(ARGS)
 
-gpu: .venv/ready  ## on an NVIDIA GPU: the tests of the kernels, then tune their tiles
-	$(BIN)/python -m pytest -m gpu
-	$(BIN)/python -m secura_kernels tune
+gpu:  ## on an NVIDIA GPU: kernels' tests, tuning, benchmarks, plots; installs nothing
+	PYTHONPATH=. $(PYTHON) benchmarks/gpu.py $(ARGS)
 
 lint: .venv/ready  ## check the style
 	$(BIN)/ruff check .

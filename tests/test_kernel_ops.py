@@ -183,7 +183,7 @@ def test_a_tuned_choice_is_used_while_the_table_has_it(monkeypatch):
         monkeypatch.setattr(tuned, "choice", lambda *_: tuned.LIBRARY)
         assert not plan(8192, 4096, 4096, 64, torch.bfloat16, device, None).one_pass
         monkeypatch.setattr(tuned, "choice", lambda *_: {"m": 7})  # of another version
-        assert plan(8192, 4096, 4096, 64, torch.bfloat16, device, None).one_pass
+        assert "predicted" in plan(8192, 4096, 4096, 64, torch.bfloat16, device, None).reason
 
 
 @pytest.mark.parametrize("content", ["{", "[]", '{"format": 99, "entries": {}}',

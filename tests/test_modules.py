@@ -372,7 +372,7 @@ class TestImportanceDecay:
      "replace=True"),
     (CURLoRALinear, dict(r=4, alpha=float("nan")), ValueError, "alpha=nan is not allowed"),
     (CURLoRALinear, dict(r=4, impl="fast"), ValueError, "impl='fast' is not allowed"),
-    (CURLoRALinear, dict(r=4, impl="triton"), RuntimeError, "impl='triton' cannot run here"),
+    (CURLoRALinear, dict(r=4, impl="cuda"), RuntimeError, "impl='cuda' cannot run here"),
     (CURLoRALinear, dict(r=4, importance_decay=ImportanceDecay()), ValueError, "importance_decay="),
     (SECURALinear, dict(r=4, importance_decay=True), ValueError, "importance_decay=True"),
 ])

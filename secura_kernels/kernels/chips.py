@@ -14,8 +14,9 @@ INTERPRETER = 0  # the "chip" of Triton's interpreter, which runs the kernels on
 class Chip:
     """What the tables and ``inspect`` need to know; the first GPU of the architecture's kind.
 
-    ``flops_per_byte``: dense bfloat16 rate over copy bandwidth, each about what is measured.
-    ``shared_memory``: bytes one block may use.
+    ``shared_memory``: bytes one block may use. Assumed sustained rates, for predictions: ``flops``,
+    dense bfloat16 products; ``bandwidth``, bytes/s of a copy; ``special``, special functions/s (16
+    a cycle and processor).
     """
 
     name: str
@@ -23,16 +24,18 @@ class Chip:
     shared_memory: int
     tensor_core: str
     bulk_copies: bool
-    flops_per_byte: float
+    flops: float
+    bandwidth: float
+    special: float
 
 
 CHIPS = {
-    80: Chip("A100", 108, 163 * 1024, "HMMA", False, 250e12 / 1.6e12),
-    89: Chip("RTX 4090, L40S", 142, 99 * 1024, "HMMA", False, 300e12 / 0.8e12),
-    90: Chip("H100, H200", 132, 227 * 1024, "HGMMA", True, 790e12 / 3.0e12),
-    100: Chip("B200", 148, 227 * 1024, "UTCHMMA", True, 1700e12 / 6.5e12),
-    120: Chip("RTX 5090", 170, 99 * 1024, "HMMA", False, 220e12 / 1.5e12),
-    INTERPRETER: Chip("interpreter", 4, 227 * 1024, "", True, 250.0),
+    80: Chip("A100", 108, 163 * 1024, "HMMA", False, 250e12, 1.75e12, 108 * 16 * 1.41e9),
+    89: Chip("RTX 4090, L40S", 142, 99 * 1024, "HMMA", False, 300e12, 0.8e12, 142 * 16 * 2.5e9),
+    90: Chip("H100, H200", 132, 227 * 1024, "HGMMA", True, 790e12, 3.0e12, 132 * 16 * 1.755e9),
+    100: Chip("B200", 148, 227 * 1024, "UTCHMMA", True, 1600e12, 6.5e12, 148 * 16 * 1.85e9),
+    120: Chip("RTX 5090", 170, 99 * 1024, "HMMA", False, 220e12, 1.5e12, 170 * 16 * 2.4e9),
+    INTERPRETER: Chip("interpreter", 4, 227 * 1024, "", True, 790e12, 3.0e12, 3.7e12),
 }
 _LIKE = {86: 89, 87: 80, 103: 100, 121: 120}  # the row whose limits they keep
 

@@ -26,14 +26,14 @@ class Plan:
 
 
 def plan(M: int, N: int, K: int, r: int, dtype: torch.dtype, device: torch.device,
-         norm: SMagNorm | None, *, input_gradient: bool = False, aligned: bool = True) -> Plan:
-    """The form of ``(M, K) x (K, N)``, the base product of a layer (or of dX without a gate).
-
-    One pass saves writing and reading the base output, 2 M N elements; the library's product is
-    faster by some percent of 2 M N K operations. So one pass wins up to some K, unless measured.
+         norm: SMagNorm | None, *, input_gradient: bool = False, needs_down: bool = False,
+         aligned: bool = True) -> Plan:
+    """The form of ``(M, K) x (K, N)``, the base product of a layer (or of dX without a gate): what
+    was faster when tuned, else what is predicted to be.
 
     Args:
         input_gradient: it is dX = dY W, whose second operand is W by columns.
+        needs_down: t comes from x in either form (a bias, or a stored R), not from y0.
         aligned: rows of both operands lie on 16-byte boundaries.
     """
     if norm is not None and norm.ref == "max":
@@ -58,13 +58,31 @@ def plan(M: int, N: int, K: int, r: int, dtype: torch.dtype, device: torch.devic
     filling = [tile for tile in candidates if programs(name, tile, M, N) >= enough]
     if not filling:
         return Plan(None, f"library product: fewer tiles than the {enough} processors")
-    largest = 2 * chips.CHIPS[chip].flops_per_byte / ASSUMED_LOSS
-    if largest < K:
-        return Plan(None, f"library product: K > {largest:.0f}, where a product "
-                          f"{ASSUMED_LOSS:.0%} slower costs more than the pass it saves "
-                          "(predicted)")
-    return Plan(filling[0], f"one pass: K <= {largest:.0f}, so the saved pass over y0 outweighs a "
-                            f"product {ASSUMED_LOSS:.0%} slower (predicted)")
+    ours, library = predict(M, N, K, r, chips.CHIPS[chip], gate=norm is not None,
+                            low_rank_too=not (input_gradient or needs_down))
+    if library <= ours:
+        return Plan(None, f"library product: {1e6 * library:.0f} us against {1e6 * ours:.0f} in "
+                          "one pass (predicted)")
+    return Plan(filling[0], f"one pass: {1e6 * ours:.0f} us against {1e6 * library:.0f} by the "
+                            "library's product and an epilogue (predicted)")
+
+
+def predict(M: int, N: int, K: int, r: int, chip: chips.Chip, *, gate: bool,
+            low_rank_too: bool) -> tuple[float, float]:
+    """Seconds in one pass, and by the library's product and the epilogue over it, in 16 bits.
+
+    One pass writes and reads y0 no more, 4 M N bytes, but multiplies ASSUMED_LOSS slower and has
+    the gate's three special functions an element to itself, which the epilogue hides behind its
+    memory. ``low_rank_too``: t costs a reading of x in one pass, and r columns of y0 (a sector of
+    32 bytes an element) after the library's product.
+    """
+    product = 2 * M * N * K / chip.flops
+    ours = (1 + ASSUMED_LOSS) * product + gate * 3 * M * N / chip.special
+    library = product + M * N * (4 + gate) / chip.bandwidth
+    if low_rank_too:
+        ours += 2 * M * K / chip.bandwidth
+        library += 32 * M * r / chip.bandwidth
+    return ours, library
 
 
 def tuned_name(name: str, K: int, input_gradient: bool) -> str:

@@ -29,7 +29,8 @@ def forward(
     (M, K), N, r = x.shape, weight.shape[0], core.shape[0]
     x = addressable(x)
     bias, cols, rows, adapter_bias, decay = contiguous(bias, cols, rows, adapter_bias, decay)
-    plan = dispatch.plan(M, N, K, r, x.dtype, x.device, norm,
+    needs_down = R is not None or bias is not None  # else t is columns of y0 (identity 1)
+    plan = dispatch.plan(M, N, K, r, x.dtype, x.device, norm, needs_down=needs_down,
                          aligned=has_descriptor(x, weight))
     gate = None if norm is None else GateNumbers.of(norm, x.dtype)
     saved, keep, save_base = _saved_for_backward(x, N, norm, save)
@@ -43,10 +44,10 @@ def forward(
         product(x, weight, h, side, r, y, plan.tile, bias=bias, **change)
         return y, t, saved, moved
     y = F.linear(x, weight, bias)
-    if R is None and bias is None:  # identity 1
-        t, h = project(y, rows, core, alpha, q_dtype=x.dtype)
-    else:
+    if needs_down:
         t, h = down(x, sides.rows(weight, rows, R), core, alpha, p_dtype=x.dtype)
+    else:
+        t, h = project(y, rows, core, alpha, q_dtype=x.dtype)
     tile = tile_for("epilogue", y, M, N, r)
     side = sides.columns(weight, cols, C, reads=cdiv(M, tile.m))
     if norm is not None and norm.ref == "max":

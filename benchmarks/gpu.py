@@ -1,0 +1,98 @@
+"""Everything that needs an NVIDIA GPU, in stages; ``make gpu`` runs it.
+
+    python benchmarks/gpu.py              # all stages that this commit has not passed here
+    python benchmarks/gpu.py layer step   # these, again
+
+Each stage writes its result as it ends, under ``benchmarks/results/<chip>/``. A stage that fails
+does not stop the next one; a run that is stopped goes on with the stage it was in. Needs PyTorch,
+Triton, pytest, hypothesis, rich, matplotlib, transformers and peft; downloads nothing.
+"""
+
+import argparse
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import torch
+
+ROOT = Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT / "benchmarks/layer"))
+
+import machine  # noqa: E402
+
+LAYER = "benchmarks/layer/run.py"
+STAGES: dict[str, list[str]] = {
+    # Hundreds of kernels are compiled: in several processes where pytest-xdist is installed.
+    "tests": ["-m", "pytest", "-m", "gpu", "-p", "no:cacheprovider",
+              *(["-n", "8"] if importlib.util.find_spec("xdist") else [])],
+    "tune": ["-m", "secura_kernels", "tune", "--layer", "4096x4096", "8192x8192", "14336x4096",
+             "4096x14336", "--tokens", "2048", "8192", "16384", "--rank", "16", "64"],
+    "bars": [LAYER, "--name", "bars", "--model", "square", "--layer", "4096", "8192", "--tokens",
+             "8192", "16384", "--rank", "16", "64", "150"],
+    "small": [LAYER, "--name", "small", "--model", "llama-3.1-8b", "qwen2-1.5b", "--layer",
+              "k_proj", "down_proj", "--tokens", "1", "16", "64", "512", "--rank", "64"],
+    "layer": [LAYER, "--name", "layer", "--model", "llama-3.1-8b", "llama-3-70b-tp8", "qwen2-7b",
+              "gemma-2-2b", "gpt2-large", "--layer", "q_proj", "gate_proj", "down_proj", "c_attn",
+              "--tokens", "2048", "8192", "--rank", "16", "64", "--rounds", "20"],
+    "passes": ["benchmarks/layer/passes.py"],
+    "step": ["benchmarks/step/run.py"],
+}
+
+
+def passed(marker: Path) -> bool:
+    """Whether the stage passed for this commit."""
+    if not marker.exists():
+        return False
+    content = json.loads(marker.read_text())
+    return content["status"] == 0 and content["commit"] == machine.commit()
+
+
+def run(name: str, folder: Path) -> int:
+    """One stage: its output on the screen and in a log, its status in ``<name>.stage.json``."""
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": "1"}
+    start = time.time()
+    with open(folder / f"{name}.log", "w") as log:
+        process = subprocess.Popen([sys.executable, *STAGES[name]], cwd=ROOT, env=environment,
+                                   stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        for line in process.stdout:
+            print(line, end="", flush=True)
+            log.write(line)
+        status = process.wait()
+    device = torch.device("cuda")
+    content = dict(stage=name, status=status, seconds=round(time.time() - start, 1),
+                   **machine.describe(device))
+    (folder / f"{name}.stage.json").write_text(json.dumps(content, indent=1) + "\n")
+    return status
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("stage", nargs="*", help=f"of {', '.join(STAGES)}; none: all that are left")
+    options = parser.parse_args()
+    unknown = sorted(set(options.stage) - set(STAGES))
+    if unknown:
+        parser.error(f"stage={unknown} is not allowed: it must be of {list(STAGES)}")
+    if not torch.cuda.is_available():
+        print("gpu: no NVIDIA GPU is here", file=sys.stderr)
+        return 1
+    folder = ROOT / "benchmarks/results" / machine.chip(torch.device("cuda"))
+    folder.mkdir(parents=True, exist_ok=True)
+    statuses = {}
+    for name in options.stage or STAGES:
+        if not options.stage and passed(folder / f"{name}.stage.json"):
+            print(f"== {name}: passed for this commit already")
+            continue
+        print(f"== {name}", flush=True)
+        statuses[name] = run(name, folder)
+    for name, status in statuses.items():
+        print(f"== {name}: {'passed' if status == 0 else f'FAILED ({status})'}")
+    return 1 if any(statuses.values()) else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

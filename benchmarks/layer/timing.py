@@ -1,0 +1,172 @@
+"""Time, memory and error of one layer's rivals: one process, interleaved, inputs rotated."""
+
+import copy
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from rivals import Rival, rivals
+from shapes import DTYPES, Case
+from torch import Tensor, nn
+
+MODES = ("forward", "backward", "both")
+WARM_UP = 3
+CACHE_BYTES = {"cpu": 0, "cuda": 256 * 2**20}  # rotated inputs exceed the last cache by far
+
+
+@dataclass
+class Inputs:
+    """x (M, K) and dy (M, N), several of each, so that no run finds its own in the cache."""
+
+    pairs: list[tuple[Tensor, Tensor]]
+
+    @classmethod
+    def random(cls, case: Case, device: torch.device) -> "Inputs":
+        dtype = DTYPES[case.dtype]
+        generator = torch.Generator(device).manual_seed(0)
+
+        def tensor(columns: int) -> Tensor:
+            return torch.randn(case.M, columns, device=device, generator=generator).to(dtype)
+
+        bytes_each = case.M * (case.N + case.K) * dtype.itemsize
+        count = min(64, 1 + CACHE_BYTES[device.type] // bytes_each)
+        return cls([(tensor(case.K), tensor(case.N)) for _ in range(count)])
+
+    def __getitem__(self, i: int) -> tuple[Tensor, Tensor]:
+        return self.pairs[i % len(self.pairs)]
+
+
+class Clock:
+    """Milliseconds between marks: events on a GPU, the process's clock on a CPU."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.gpu = device.type == "cuda"
+
+    def mark(self):
+        if not self.gpu:
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
+
+    def between(self, start, end) -> float:
+        if not self.gpu:
+            return 1e3 * (end - start)
+        end.synchronize()
+        return start.elapsed_time(end)
+
+
+def trained(layer: nn.Module) -> list[nn.Parameter]:
+    return [p for p in layer.parameters() if p.requires_grad]
+
+
+def step(layer: nn.Module, x: Tensor, dy: Tensor, clock: Clock) -> tuple[tuple, tuple[Tensor, ...]]:
+    """One forward and backward: the three marks, then y, dx and the parameters' gradients."""
+    x = x.detach().requires_grad_()
+    start = clock.mark()
+    y = layer(x)
+    middle = clock.mark()
+    gradients = torch.autograd.grad(y, [x, *trained(layer)], dy)
+    return (start, middle, clock.mark()), (y.detach(), *gradients)
+
+
+def relative_error(value: Tensor, truth: Tensor) -> float:
+    return float((value.double() - truth).norm() / truth.norm())
+
+
+def errors(found: dict[str, Rival], x: Tensor, dy: Tensor) -> dict[str, float]:
+    """Largest relative error of y, dx and dcore against the eager formula in float64, of each rival
+    that computes it; the eager ones among them.
+
+    Raises:
+        AssertionError: a rival is off by more than three times eager PyTorch plus 1e-5: it does not
+            compute the same, so it must not be timed beside it.
+    """
+    truths, off = {}, {}
+    for name, rival in found.items():
+        plain = rival.truth or (name if name.endswith(", eager") else None)
+        if plain is None:
+            continue
+        if plain not in truths:
+            exact = copy.deepcopy(found[plain].layer).double()
+            truths[plain] = step(exact, x.double(), dy.double(), Clock(x.device))[1]
+        results = step(rival.layer, x, dy, Clock(x.device))[1]
+        off[name] = max(map(relative_error, results, truths[plain]))
+    for name in off:
+        plain = found[name].truth or name
+        if off[name] > 3 * off[plain] + 1e-5:
+            raise AssertionError(f"{name} is off by {off[name]:.1e}, eager PyTorch by "
+                                 f"{off[plain]:.1e}: they do not compute the same")
+    return off
+
+
+def saved_bytes(layer: nn.Module, x: Tensor) -> int:
+    """Bytes that autograd keeps for the backward pass, parameters and buffers not counted."""
+    own = {t.untyped_storage().data_ptr() for t in [*layer.parameters(), *layer.buffers()]}
+    kept: dict[int, int] = {}
+
+    def pack(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in own:
+            kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        layer(x.detach().requires_grad_())
+    return sum(kept.values())
+
+
+def peak_bytes(layer: nn.Module, x: Tensor, dy: Tensor) -> int | None:
+    """Memory that one step allocates at its peak beyond what was there; None on a CPU."""
+    if x.device.type != "cuda":
+        return None
+    torch.cuda.synchronize()
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    step(layer, x, dy, Clock(x.device))
+    torch.cuda.synchronize()
+    return torch.cuda.max_memory_allocated() - before
+
+
+def measure(case: Case, device: torch.device, rounds: int, *, compiled: bool,
+            tick: Callable[[], None] = lambda: None) -> tuple[list[dict], list[str]]:
+    """Rows, one a rival and mode, and why rivals are missing. ``tick`` is called after each round.
+
+    The rivals take turns within a round, in an order that turns with it, so that a machine that
+    slows down slows all of them.
+    """
+    torch.manual_seed(0)
+    linear = nn.Linear(case.K, case.N, bias=False, device=device, dtype=DTYPES[case.dtype])
+    found, missing = rivals(linear, case.r, compiled=compiled)
+    inputs, clock = Inputs.random(case, device), Clock(device)
+    off = errors(found, *inputs[0])
+    times: dict[str, dict[str, list[float]]] = {n: {m: [] for m in MODES} for n in found}
+    order = list(found)
+    for i in range(WARM_UP + rounds):
+        marks = {name: step(found[name].layer, *inputs[i], clock)[0] for name in order}
+        for name, (start, middle, end) in marks.items():
+            if i >= WARM_UP:
+                times[name]["forward"].append(clock.between(start, middle))
+                times[name]["backward"].append(clock.between(middle, end))
+                times[name]["both"].append(clock.between(start, end))
+        order.append(order.pop(0))
+        tick()
+    rows = []
+    for name, by_mode in times.items():
+        layer = found[name].layer
+        fixed = dict(saved_bytes=saved_bytes(layer, inputs[0][0]),
+                     peak_bytes=peak_bytes(layer, *inputs[0]), error=off.get(name),
+                     flops=case.flops)
+        for mode, ms in by_mode.items():
+            floor = statistics.median(times["frozen"][mode])
+            rows.append(case.to_dict() | dict(rival=name, mode=mode) | summary(ms) | fixed
+                        | dict(ratio=statistics.median(ms) / floor))
+    return rows, missing
+
+
+def summary(ms: list[float]) -> dict:
+    quartiles = statistics.quantiles(ms, n=4) if len(ms) > 1 else ms * 3
+    return dict(median_ms=statistics.median(ms), low_ms=quartiles[0], high_ms=quartiles[2],
+                rounds=len(ms))
