@@ -23,6 +23,7 @@ ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / "benchmarks/layer"))
 
 import machine  # noqa: E402
+from shapes import RANKS, TOKENS  # noqa: E402
 
 LAYER = "benchmarks/layer/run.py"
 STAGES: dict[str, list[str]] = {
@@ -35,9 +36,11 @@ STAGES: dict[str, list[str]] = {
              "8192", "16384", "--rank", "16", "64", "150"],
     "small": [LAYER, "--name", "small", "--model", "llama-3.1-8b", "qwen2-1.5b", "--layer",
               "k_proj", "down_proj", "--tokens", "1", "16", "64", "512", "--rank", "64"],
+    "sweep": [LAYER, "--name", "sweep", "--model", "llama-3.1-8b", "--layer", "q_proj", "--tokens",
+              *map(str, TOKENS), "--rank", *map(str, RANKS), "--rounds", "20", "--no-compiled"],
     "layer": [LAYER, "--name", "layer", "--model", "llama-3.1-8b", "llama-3-70b-tp8", "qwen2-7b",
               "gemma-2-2b", "gpt2-large", "--layer", "q_proj", "gate_proj", "down_proj", "c_attn",
-              "--tokens", "2048", "8192", "--rank", "16", "64", "--rounds", "20"],
+              "--tokens", "8192", "--rank", "64", "--rounds", "20"],
     "passes": ["benchmarks/layer/passes.py"],
     "step": ["benchmarks/step/run.py"],
 }

@@ -106,6 +106,26 @@ def test_a_fine_tuning_step_of_each_method(tmp_path):
     assert all(row["tokens_per_s"] > 0 for row in rows) and "tokens/s" in done.stdout
 
 
+def test_the_prediction_beside_the_measured_ratio():
+    row = dict(M=8192, N=4096, K=4096, r=64, dtype="bfloat16", rival="SECURA, triton", mode="both")
+    gpu = {"gpu": "NVIDIA H100 80GB HBM3"}
+    ours = run.results.predicted(row, gpu)
+    assert 1 < ours < run.results.predicted(row | {"rival": "LoRA (PEFT)"}, gpu)
+    assert run.results.predicted(row, {"gpu": "GeForce"}) is None
+    assert run.results.predicted(row | {"rival": "frozen"}, gpu) is None
+    assert run.results.predicted(row | {"mode": "forward"}, gpu) is None
+
+
+def test_the_roofline_is_drawn(tmp_path):
+    import passes
+
+    rows = [dict(run="down", flops=1e12, bandwidth=1e11), dict(run="gather", flops=0.0,
+                                                               bandwidth=1e11)]
+    about = dict(gpu="a chip", ceilings=dict(bandwidth=3e12, flops=8e14))
+    passes.draw(tmp_path / "roofline.png", rows, about)
+    assert (tmp_path / "roofline.png").stat().st_size > 5000
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="for machines without a GPU")
 def test_without_a_gpu_the_gpu_run_says_so():
     for script in ("gpu.py", "layer/passes.py"):

@@ -3,6 +3,7 @@ copy bandwidth and the library's rate, both measured in the same run. On a GPU o
 
 import argparse
 import sys
+from pathlib import Path
 
 import ceilings
 import machine
@@ -48,6 +49,29 @@ def measure(shape: tuple[int, int, int, int], device: torch.device, top: dict) -
     return rows
 
 
+def draw(file: Path, rows: list[dict], about: dict) -> None:
+    """Each pass at its operations per byte, under the two ceilings."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    top = about["ceilings"]
+    figure, axes = plt.subplots(figsize=(8, 5))
+    intensity = [0.1 * 1.2**i for i in range(60)]
+    axes.plot(intensity, [min(x * top["bandwidth"], top["flops"]) for x in intensity], "k-")
+    for name in dict.fromkeys(row["run"] for row in rows if row["flops"]):
+        own = [row for row in rows if row["run"] == name]
+        axes.scatter([row["flops"] / row["bandwidth"] for row in own],
+                     [row["flops"] for row in own], label=name)
+    axes.set(xscale="log", yscale="log", xlabel="operations per byte", ylabel="FLOP/s",
+             title=f"passes under the measured ceilings, {about['gpu']}")
+    axes.legend(fontsize=8)
+    figure.tight_layout()
+    figure.savefig(file, dpi=120)
+    plt.close(figure)
+
+
 def main() -> int:
     argparse.ArgumentParser(description=__doc__).parse_args()
     if not torch.cuda.is_available():
@@ -66,7 +90,9 @@ def main() -> int:
                       f"{row['of_roofline']:.0%}", f"{row['bandwidth'] / 1e9:.0f}",
                       f"{row['flops'] / 1e12:.1f}")
     Console(width=120).print(table)
-    results.write(machine.ROOT / "benchmarks/results" / machine.chip(device), "passes", rows, about)
+    folder = machine.ROOT / "benchmarks/results" / machine.chip(device)
+    results.write(folder, "passes", rows, about)
+    draw(folder / "passes-roofline.png", rows, about)
     return 0
 
 

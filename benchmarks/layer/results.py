@@ -4,18 +4,35 @@ import csv
 import json
 from pathlib import Path
 
+import model
 from rich.console import Console
 from rich.table import Table
 
+from secura_kernels.kernels.costs import Layer
+
 MODE = "both"
+
+
+def predicted(row: dict, about: dict) -> float | None:
+    """The ratio to the frozen layer by ``model.py``; None for a chip, a rival or a mode that it has
+    nothing on."""
+    chip = next((c for name, c in model.CEILINGS.items() if name in about.get("gpu", "")), None)
+    if chip is None or row["mode"] != MODE or row["dtype"] == "float32":
+        return None
+    layer = Layer(row["M"], row["N"], row["K"], row["r"], g=1 if row["dtype"] == "bfloat16" else 2)
+    if row["rival"] == "LoRA (PEFT)":
+        return model.lora(layer, chip) / model.frozen(layer, chip)
+    gates = {"CURLoRA, triton": False, "SECURA, triton": True}
+    return model.ratio(layer, gates[row["rival"]], chip) if row["rival"] in gates else None
 
 
 def table(rows: list[dict], about: dict) -> Table:
     """Forward and backward, one line a case and rival."""
     shown = Table(title=f"forward + backward; {about.get('gpu', about['processor'])}, torch "
                         f"{about['torch']}, {about['date']}")
-    for column in ("layer", "M, N, K", "r", "dtype", "rival", "median ms", "quartiles", "÷ frozen",
-                   "TFLOP/s", "of ceiling", "saved MB", "peak MB", "error"):
+    for column in ("layer", "M, N, K", "r", "dtype", "rival", "median ms", "quartiles",
+                   "÷ frozen", "predicted", "TFLOP/s", "of ceiling", "saved MB", "peak MB",
+                   "error"):
         shown.add_column(column)
     for row in rows:
         if row["mode"] != MODE:
@@ -26,11 +43,19 @@ def table(rows: list[dict], about: dict) -> Table:
             f"{row['model']} {row['layer']}", f"{row['M']}, {row['N']}, {row['K']}", str(row["r"]),
             row["dtype"], row["rival"], f"{row['median_ms']:.3f}",
             f"{row['low_ms']:.3f}-{row['high_ms']:.3f}", f"{row['ratio']:.3f}",
-            f"{rate / 1e12:.2f}", f"{rate / ceiling:.0%}" if ceiling else "",
+            _beside(row), f"{rate / 1e12:.2f}", f"{rate / ceiling:.0%}" if ceiling else "",
             f"{row['saved_bytes'] / 1e6:.2f}",
             "" if row["peak_bytes"] is None else f"{row['peak_bytes'] / 1e6:.1f}",
             "" if row["error"] is None else f"{row['error']:.1e}")
     return shown
+
+
+def _beside(row: dict) -> str:
+    """The prediction, with a mark where the measured ratio is far from it."""
+    if row["predicted"] is None:
+        return ""
+    far = model.flag(row["predicted"], row["ratio"])
+    return f"{row['predicted']:.3f}{' !' * far}"
 
 
 def print_table(rows: list[dict], about: dict) -> None:
@@ -75,13 +100,15 @@ def plot(folder: Path, name: str, rows: list[dict], about: dict) -> list[Path]:
                 y = [sorted(points[v])[len(points[v]) // 2] for v in x]
                 panel.plot(x, y, marker="o", label=rival)
             panel.axhline(1, color="black", linewidth=0.8)
-            panel.set(xscale="log", xlabel=label, title=" ".join(layer))
-            panel.set_yscale("log")
+            ticks = sorted({row[axis] for row in own})
+            panel.set_xscale("log")
+            panel.set_xticks(ticks, map(str, ticks))
+            panel.minorticks_off()
+            panel.set(xlabel=label, title=" ".join(layer))
         panels[0][0].set_ylabel("time ÷ frozen linear")
-        panels[0][-1].legend(fontsize=7)
+        panels[0][-1].legend(fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
         figure.suptitle(f"forward + backward, {about.get('gpu', about['processor'])}")
-        figure.tight_layout()
         written.append(folder / f"{name}-{label}.png")
-        figure.savefig(written[-1], dpi=120)
+        figure.savefig(written[-1], dpi=120, bbox_inches="tight")
         plt.close(figure)
     return written

@@ -68,6 +68,8 @@ def run(cases: list[Case], device: torch.device, rounds: int, compiled: bool, fo
             rows += found
             with open(unfinished, "a") as file:
                 file.write(json.dumps(dict(about=_identity(about), key=key, rows=found)) + "\n")
+    for row in rows:
+        row["predicted"] = results.predicted(row, about)
     about["missing"] = missing
     for reason in missing:
         print(f"left out: {reason}", file=sys.stderr)
@@ -126,7 +128,7 @@ def _same(options: argparse.Namespace) -> list[str]:
     for name in ("model", "layer", "tokens", "rank", "dtype"):
         values = getattr(options, name)
         words += [f"--{name}", *map(str, values)] if values else []
-    return words + ["--compiled"] * options.compiled
+    return [*words, "--compiled" if options.compiled else "--no-compiled"]
 
 
 def arguments() -> argparse.Namespace:
@@ -141,7 +143,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--dtype", nargs="+", choices=list(DTYPES),
                         default=["bfloat16" if gpu else "float32"])
     parser.add_argument("--rounds", type=int, default=50 if gpu else 40)
-    parser.add_argument("--compiled", action="store_true", default=gpu,
+    parser.add_argument("--compiled", action=argparse.BooleanOptionalAction, default=gpu,
                         help="time torch.compile of the eager formula as well")
     parser.add_argument("--base", metavar="REV", help="compare with a git revision instead")
     parser.add_argument("--out", type=Path, help="results folder")

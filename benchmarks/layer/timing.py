@@ -160,9 +160,10 @@ def measure(case: Case, device: torch.device, rounds: int, *, compiled: bool,
                      peak_bytes=peak_bytes(layer, *inputs[0]), error=off.get(name),
                      flops=case.flops)
         for mode, ms in by_mode.items():
-            floor = statistics.median(times["frozen"][mode])
+            # Round by round: what slows the machine down for a while slows both.
+            ratios = [a / b for a, b in zip(ms, times["frozen"][mode], strict=True)]
             rows.append(case.to_dict() | dict(rival=name, mode=mode) | summary(ms) | fixed
-                        | dict(ratio=statistics.median(ms) / floor))
+                        | dict(ratio=statistics.median(ratios)))
     return rows, missing
 
 
