@@ -6,6 +6,8 @@ import torch
 # Without a GPU the kernels run in Triton's interpreter; Triton reads this when it is imported.
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
+# Poisoned memory comes with deterministic algorithms, for which cuBLAS wants a fixed workspace.
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 
 
 @pytest.fixture(autouse=True)

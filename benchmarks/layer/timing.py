@@ -138,6 +138,7 @@ def measure(case: Case, device: torch.device, rounds: int, *, compiled: bool,
     slows down slows all of them.
     """
     torch.manual_seed(0)
+    torch.compiler.reset()  # or the compiler gives up after some shapes and runs the rest eagerly
     linear = nn.Linear(case.K, case.N, bias=False, device=device, dtype=DTYPES[case.dtype])
     found, missing = rivals(linear, case.r, compiled=compiled)
     inputs, clock = Inputs.random(case, device), Clock(device)
