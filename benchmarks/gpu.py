@@ -1,7 +1,7 @@
 """Everything that needs an NVIDIA GPU, in stages; ``make gpu`` runs it.
 
     python benchmarks/gpu.py              # all stages that this commit has not passed here
-    python benchmarks/gpu.py layer step   # these, again
+    python benchmarks/gpu.py bars small   # these, again
 
 Each stage writes its result as it ends, under ``benchmarks/results/<chip>/``. A stage that fails
 does not stop the next one; a run that is stopped goes on with the stage it was in. Needs PyTorch,
@@ -33,16 +33,21 @@ STAGES: dict[str, list[str]] = {
     "tune": ["-m", "secura_kernels", "tune", "--layer", "4096x4096", "8192x8192", "14336x4096",
              "4096x14336", "--tokens", "2048", "8192", "16384", "--rank", "16", "64"],
     "bars": [LAYER, "--name", "bars", "--model", "square", "--layer", "4096", "8192", "--tokens",
-             "8192", "16384", "--rank", "16", "64", "150"],
-    "small": [LAYER, "--name", "small", "--model", "llama-3.1-8b", "qwen2-1.5b", "--layer",
-              "k_proj", "down_proj", "--tokens", "1", "16", "64", "512", "--rank", "64"],
+             "8192", "16384", "--rank", "16", "64", "150", "--no-compiled"],
+    # torch.compile takes most of a minute a case.
+    "compiled": [LAYER, "--name", "compiled", "--model", "square", "--layer", "4096", "8192",
+                 "--tokens", "8192", "--rank", "64", "--compiled"],
+    "small": [LAYER, "--name", "small", "--model", "llama-3.1-8b", "--layer", "k_proj",
+              "down_proj", "--tokens", "1", "64", "512", "--rank", "64", "--compiled"],
     "sweep": [LAYER, "--name", "sweep", "--model", "llama-3.1-8b", "--layer", "q_proj", "--tokens",
               *map(str, TOKENS), "--rank", *map(str, RANKS), "--rounds", "20", "--no-compiled"],
-    "layer": [LAYER, "--name", "layer", "--model", "llama-3.1-8b", "llama-3-70b-tp8", "qwen2-7b",
-              "gemma-2-2b", "gpt2-large", "--layer", "q_proj", "gate_proj", "down_proj", "c_attn",
-              "--tokens", "8192", "--rank", "64", "--rounds", "20"],
+    "layer": [LAYER, "--name", "layer", "--model", "llama-3.1-8b", "llama-3-70b-tp8", "qwen2-1.5b",
+              "qwen2-7b", "gemma-2-2b", "gpt2-large", "--layer", "q_proj", "gate_proj",
+              "down_proj", "c_attn", "--tokens", "8192", "--rank", "64", "--rounds", "20",
+              "--no-compiled"],
     "passes": ["benchmarks/layer/passes.py"],
-    "step": ["benchmarks/step/run.py"],
+    "step-1b": ["benchmarks/step/run.py", "--model", "1b", "--name", "step-1b"],
+    "step-8b": ["benchmarks/step/run.py", "--model", "8b", "--name", "step-8b"],
 }
 
 

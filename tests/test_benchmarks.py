@@ -104,6 +104,7 @@ def test_a_fine_tuning_step_of_each_method(tmp_path):
     biases = 2 * (64 + 32 + 32 + 64 + 128 + 128 + 64)
     assert rows[0]["trained"] == 2 * 7 * 2 * 5 * 4 + biases
     assert all(row["tokens_per_s"] > 0 for row in rows) and "tokens/s" in done.stdout
+    assert (tmp_path / "step.png").stat().st_size > 5000
 
 
 def test_the_prediction_beside_the_measured_ratio():

@@ -114,7 +114,7 @@ def _wait(device: torch.device) -> None:
 
 def run(options: argparse.Namespace, device: torch.device) -> list[dict]:
     """Each model and method that the results do not hold yet, in a process of its own."""
-    unfinished = options.out / "step.unfinished.jsonl"
+    unfinished = options.out / f"{options.name}.unfinished.jsonl"
     options.out.mkdir(parents=True, exist_ok=True)
     key = dict(commit=machine.commit(), steps=options.steps, r=options.rank)
     lines = unfinished.read_text().splitlines() if unfinished.exists() else []
@@ -136,9 +136,33 @@ def run(options: argparse.Namespace, device: torch.device) -> list[dict]:
                 with open(unfinished, "a") as file:
                     file.write(json.dumps([row, key]) + "\n")
             rows.append(row)
-    results.write(options.out, "step", rows, machine.describe(device))
+    results.write(options.out, options.name, rows, machine.describe(device))
+    draw(options.out / f"{options.name}.png", rows)
     unfinished.unlink(missing_ok=True)
     return rows
+
+
+def draw(file: Path, rows: list[dict]) -> None:
+    """Tokens per second and, on a GPU, peak memory of each method."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    labels = [f"{row['model']}\n{row['method']}" for row in rows]
+    figures = {"tokens/s": [row["tokens_per_s"] for row in rows]}
+    if all(row["peak_bytes"] is not None for row in rows):
+        figures["peak GB"] = [row["peak_bytes"] / 1e9 for row in rows]
+    figure, panels = plt.subplots(1, len(figures), figsize=(1.2 * len(rows) * len(figures) + 2, 4),
+                                  squeeze=False)
+    for panel, (name, values) in zip(panels[0], figures.items(), strict=True):
+        panel.bar(labels, values)
+        panel.set_title(name)
+        panel.tick_params(axis="x", labelsize=8)
+    figure.suptitle("one fine-tuning step, random weights, all linear layers")
+    figure.tight_layout()
+    figure.savefig(file, dpi=120)
+    plt.close(figure)
 
 
 def print_table(rows: list[dict]) -> None:
@@ -169,6 +193,7 @@ def main() -> int:
     parser.add_argument("--steps", type=int, default=10)
     parser.add_argument("--device", default="cuda" if gpu else "cpu")
     parser.add_argument("--out", type=Path, help="results folder")
+    parser.add_argument("--name", default="step", help="name of the results' files")
     parser.add_argument("--one", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.steps < 2 or options.rank < 1:
