@@ -10,7 +10,7 @@ import torch
 
 from . import __version__
 from .ops import IMPLS, why_unavailable
-from .selfcheck import FORMS, SHAPE, relative_errors
+from .selfcheck import FORMS, SHAPES, relative_errors
 
 PACKAGES = ("torch", "triton", "safetensors", "transformers", "peft")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -52,7 +52,7 @@ def check(impl: str, device: torch.device) -> int:
     On average ours is off by no more than eager PyTorch (the test suite asks for that), but a few
     small cases scatter, most where the full derivative divides by a base near 0.
     """
-    M, N, K, r = SHAPE
+    M, N, K, r = SHAPES[device.type]
     print(f"\nself-check of {impl} on {device}: largest error of y and of the gradients against "
           f"float64,\nand eager PyTorch's (M, N, K, r = {M}, {N}, {K}, {r})")
     failures = 0

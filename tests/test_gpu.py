@@ -7,6 +7,7 @@ import torch
 from forms import case, relative_error
 
 from secura_kernels import SECURALinear, SMagNorm
+from secura_kernels.kernels import dispatch, tuned
 from secura_kernels.ops import resolve
 
 pytestmark = pytest.mark.gpu
@@ -20,8 +21,11 @@ def test_auto_is_triton():
                          ids=["no gate", "output", "weight"])
 @pytest.mark.parametrize(("M", "N", "K", "r"), [(4096, 4096, 4096, 64), (4096, 1536, 8960, 150)],
                          ids=["r 64", "r 150"])
-def test_a_real_layer(M, N, K, r, norm):
-    """At sizes where every shipped form is chosen; the truth in float64 on the GPU."""
+@pytest.mark.parametrize("loss", [-0.9, 9.0], ids=["one pass", "library"])
+def test_a_real_layer(M, N, K, r, norm, loss, monkeypatch):
+    """Both forms of a layer, whatever would be chosen; the truth in float64 on the GPU."""
+    monkeypatch.setattr(dispatch, "ASSUMED_LOSS", loss)
+    monkeypatch.setattr(tuned, "choice", lambda *_: None)
     c = case(M, N, K, r, torch.bfloat16, bias=False, adapter_bias=False, decay=False, device="cuda")
     with torch.no_grad():
         c.core.mul_(0.3 / r)
