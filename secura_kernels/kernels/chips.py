@@ -23,19 +23,18 @@ class Chip:
     processors: int
     shared_memory: int
     tensor_core: str
-    bulk_copies: bool
     flops: float
     bandwidth: float
     special: float
 
 
 CHIPS = {
-    80: Chip("A100", 108, 163 * 1024, "HMMA", False, 250e12, 1.75e12, 108 * 16 * 1.41e9),
-    89: Chip("RTX 4090, L40S", 142, 99 * 1024, "HMMA", False, 300e12, 0.8e12, 142 * 16 * 2.5e9),
-    90: Chip("H100, H200", 132, 227 * 1024, "HGMMA", True, 790e12, 3.0e12, 132 * 16 * 1.755e9),
-    100: Chip("B200", 148, 227 * 1024, "UTCHMMA", True, 1600e12, 6.5e12, 148 * 16 * 1.85e9),
-    120: Chip("RTX 5090", 170, 99 * 1024, "HMMA", False, 220e12, 1.5e12, 170 * 16 * 2.4e9),
-    INTERPRETER: Chip("interpreter", 4, 227 * 1024, "", True, 790e12, 3.0e12, 3.7e12),
+    80: Chip("A100", 108, 163 * 1024, "HMMA", 250e12, 1.75e12, 108 * 16 * 1.41e9),
+    89: Chip("RTX 4090, L40S", 142, 99 * 1024, "HMMA", 300e12, 0.8e12, 142 * 16 * 2.5e9),
+    90: Chip("H100, H200", 132, 227 * 1024, "HGMMA", 790e12, 3.0e12, 132 * 16 * 1.755e9),
+    100: Chip("B200", 148, 227 * 1024, "UTCHMMA", 1600e12, 6.5e12, 148 * 16 * 1.85e9),
+    120: Chip("RTX 5090", 170, 99 * 1024, "HMMA", 220e12, 1.5e12, 170 * 16 * 2.4e9),
+    INTERPRETER: Chip("interpreter", 4, 227 * 1024, "", 790e12, 3.0e12, 3.7e12),
 }
 _LIKE = {86: 89, 87: 80, 103: 100, 121: 120}  # the row whose limits they keep
 

@@ -14,20 +14,17 @@ ROWS_PER_PROGRAM = 256
 
 @triton.jit
 def _core_gradient_kernel(
-    v_ptr, t_ptr, index_ptr, part_ptr, M, R, stride_vm, stride_vr, stride_tm, alpha,
+    v_ptr, t_ptr, part_ptr, M, R, stride_vm, stride_tm, alpha,
     ROWS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_R: tl.constexpr, WIDE: tl.constexpr,
 ):
     blocks = tl.cdiv(R, BLOCK_R)
     part = tl.program_id(0) // (blocks * blocks)
     i = (tl.program_id(0) // blocks % blocks) * BLOCK_R + tl.arange(0, BLOCK_R)
     j = (tl.program_id(0) % blocks) * BLOCK_R + tl.arange(0, BLOCK_R)
-    where = i
-    if index_ptr is not None:
-        where = tl.load(index_ptr + i, mask=i < R, other=0)
     acc = tl.zeros((BLOCK_R, BLOCK_R), tl.float32)
     for m0 in range(0, ROWS, BLOCK_M):
         m = (part * ROWS + m0 + tl.arange(0, BLOCK_M)).to(tl.int64)
-        v = tl.load(v_ptr + m[None, :] * stride_vm + where.to(tl.int64)[:, None] * stride_vr,
+        v = tl.load(v_ptr + m[None, :] * stride_vm + i[:, None],
                     mask=(m < M)[None, :] & (i < R)[:, None], other=0.0)
         t = tl.load(t_ptr + m[:, None] * stride_tm + j[None, :],
                     mask=(m < M)[:, None] & (j < R)[None, :], other=0.0)
@@ -36,9 +33,8 @@ def _core_gradient_kernel(
              mask=(i < R)[:, None] & (j < R)[None, :])
 
 
-def core_gradient(v: Tensor, t: Tensor, core: Tensor, alpha: float, layer: Tensor,
-                  index: Tensor | None = None) -> Tensor:
-    """alpha v[:, index]^T t (r, r) in core's dtype; v, t: (M, >= r). ``layer``: a tensor of the
+def core_gradient(v: Tensor, t: Tensor, core: Tensor, alpha: float, layer: Tensor) -> Tensor:
+    """alpha v^T t (r, r) in core's dtype; v, t: (M, r), rows contiguous. ``layer``: a tensor of the
     layer's dtype."""
     M, r = t.shape[0], core.shape[0]
     tile = tile_for("core_gradient", layer, M, r, r)
@@ -46,7 +42,6 @@ def core_gradient(v: Tensor, t: Tensor, core: Tensor, alpha: float, layer: Tenso
     parts = cdiv(M, ROWS_PER_PROGRAM)
     part = core.new_empty(parts, r, r, dtype=torch.float32)
     launch(_core_gradient_kernel, parts * cdiv(r, block) ** 2, tile, v.device, v_ptr=v, t_ptr=t,
-           index_ptr=index, part_ptr=part, M=M, R=r, stride_vm=v.stride(0), stride_vr=v.stride(1),
-           stride_tm=t.stride(0), alpha=alpha, ROWS=ROWS_PER_PROGRAM, BLOCK_M=tile.m,
-           BLOCK_R=block, WIDE=wide_precision(layer.dtype))
+           part_ptr=part, M=M, R=r, stride_vm=v.stride(0), stride_tm=t.stride(0), alpha=alpha,
+           ROWS=ROWS_PER_PROGRAM, BLOCK_M=tile.m, BLOCK_R=block, WIDE=wide_precision(layer.dtype))
     return part.sum(0).to(core.dtype)

@@ -19,7 +19,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 
-from . import chips
+from . import DTYPES, chips
 from .cases import RUNS, Inputs, run
 from .chips import CHIPS, INTERPRETER, rank_block
 from .launch import INTERPRETED, instead_of_launching
@@ -27,7 +27,6 @@ from .tiles import Tile, rows_of
 
 SHAPE = (8192, 4096, 4096)  # M, N, K: sizes that are multiples of 16 are compiled for as such
 RANKS = (16, 64, 150)
-DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 INSTRUCTIONS = ("HMMA", "HGMMA", "UTCHMMA", "UTMALDG", "LDGSTS", "LDG", "STG", "LDL", "STL", "MUFU")
 TENSOR_CORES = ("HMMA", "HGMMA", "UTCHMMA")
 
