@@ -8,15 +8,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..gate_code import saved_dtype
+from ..kernel_inputs import GateNumbers, padded_rank
 from ..smagnorm import SMagNorm
 from . import sides
 from .core_gradient import core_gradient
 from .decode import decode
 from .effective_weight import effective_weight
 from .epilogue import epilogue
-from .gate import GateNumbers
 from .gate_backward import gate_backward
-from .launch import padded_rank
 from .low_rank import down, project
 from .product import product
 from .tiles import Tile, use

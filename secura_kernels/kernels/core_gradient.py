@@ -5,8 +5,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..kernel_inputs import cdiv
 from .chips import rank_block
-from .launch import cdiv, launch, wide_precision
+from .launch import launch, wide_precision
 from .tiles import tile_for
 
 ROWS_PER_PROGRAM = 256

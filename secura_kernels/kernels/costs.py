@@ -7,8 +7,8 @@ same from the loads and stores of the kernels themselves.
 
 from dataclasses import dataclass
 
+from ..kernel_inputs import cdiv, padded_rank
 from .core_gradient import ROWS_PER_PROGRAM
-from .launch import cdiv, padded_rank
 
 
 @dataclass(frozen=True)

@@ -7,11 +7,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..kernel_inputs import GateNumbers, cdiv
 from .chips import rank_block
 from .effective_weight import _delta_weight_tile, _weight_tile
 from .finish import _divided_by_largest, _store, _vector
-from .gate import GateNumbers, _apply_gate, _gate
-from .launch import WIDE_STEP, cdiv, dot_precision, launch, wide_precision
+from .gate import _apply_gate, _gate
+from .launch import WIDE_STEP, dot_precision, launch, wide_precision
 from .sides import Side
 from .tiles import tile_for
 

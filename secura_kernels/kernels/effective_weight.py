@@ -8,10 +8,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..kernel_inputs import GateNumbers, cdiv
 from .chips import rank_block
 from .finish import _at_row, _divided_by_largest, _finish, _raise_largest, _vector
-from .gate import GateNumbers, _relative_magnitude
-from .launch import WIDE_STEP, cdiv, launch, wide_precision
+from .gate import _relative_magnitude
+from .launch import WIDE_STEP, launch, wide_precision
 from .sides import Side, _side_tile
 from .tiles import tile_for
 

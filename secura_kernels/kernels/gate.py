@@ -9,47 +9,8 @@ Special functions are the scarce unit of this epilogue (16 a cycle and SM agains
 adds), so there are three per element: two reciprocals and one exp2.
 """
 
-import math
-from dataclasses import asdict, dataclass
-
-import torch
 import triton
 import triton.language as tl
-from torch import Tensor
-
-from ..gate_code import code_range, highest_gate
-from ..smagnorm import SMagNorm
-
-LOG2_E = 1 / math.log(2)
-
-
-@dataclass(frozen=True)
-class GateNumbers:
-    """The gate's settings as the kernels take them; ``slope`` is yet to be divided by max(rho)
-    where ``ref`` is "max". ``code_steps`` and ``code_low``: the saved code of g."""
-
-    slope: float
-    offset: float
-    eps: float
-    beta: float
-    top: float
-    code_steps: float
-    code_low: float
-
-    @classmethod
-    def of(cls, norm: SMagNorm, dtype: torch.dtype) -> "GateNumbers":
-        low, high = code_range(dtype) or (0, 0)
-        top = highest_gate(norm)
-        return cls(
-            slope=norm.scale * LOG2_E / (1.0 if norm.ref == "max" else norm.ref),
-            offset=norm.scale * norm.shift * LOG2_E, eps=norm.eps, beta=norm.base_weight,
-            top=top, code_steps=(high - low) / (top - 1), code_low=float(low))
-
-    def arguments(self) -> dict[str, float]:
-        return asdict(self)
-
-
-NO_GATE = GateNumbers(0.0, 0.0, 1.0, 1.0, 2.0, 1.0, 0.0)
 
 
 @triton.jit
@@ -120,19 +81,6 @@ def _by_relative_magnitude(grad, b, d, decay, rho, slope, offset, beta):
 def _at_largest(rho, largest):
     """1 where rho is the largest, else 0; up to the rounding by which two kernels may differ."""
     return (rho >= largest * (1 - 2.0**-16)).to(tl.float32)
-
-
-def through_largest(statistics: Tensor, largest: Tensor) -> Tensor:
-    """Gradient of max(rho), the share of each element that attains it.
-
-    Args:
-        statistics: (programs, 2) float32, sums of (gradient of rho) * rho and counts of maxima.
-        largest: (1,) int32, the bits of max(rho); where that is 0, so is the gradient.
-    """
-    total, maxima = statistics.sum(0)
-    largest = largest.view(torch.float32)
-    safe = torch.where(largest > 0, largest, 1)
-    return total / safe / maxima.clamp_min(1)  # none, where rounding differs by more than assumed
 
 
 @triton.jit

@@ -18,27 +18,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..kernel_inputs import GateNumbers, cdiv, padded_rank, through_largest
 from .chips import rank_block
 from .finish import _at_row, _change, _divided_by_largest, _store, _vector
-from .gate import (
-    GateNumbers,
-    _at_largest,
-    _by_relative_magnitude,
-    _decode,
-    _gate,
-    _relative_magnitude,
-    _sign,
-    through_largest,
-)
-from .launch import (
-    WIDE_STEP,
-    cdiv,
-    dot_precision,
-    launch,
-    padded_rank,
-    strides,
-    wide_precision,
-)
+from .gate import _at_largest, _by_relative_magnitude, _decode, _gate, _relative_magnitude, _sign
+from .launch import WIDE_STEP, dot_precision, launch, strides, wide_precision
 from .low_rank import _times_core
 from .sides import Side, _side_tile
 from .tiles import tile_for

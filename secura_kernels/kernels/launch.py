@@ -16,10 +16,6 @@ if INTERPRETED:
     repair()
 
 
-def cdiv(a: int, b: int) -> int:
-    return -(-a // b)
-
-
 def launch(kernel, programs: int, tile: Tile, device: torch.device, **arguments) -> None:
     """Runs ``programs`` programs of ``kernel`` on the current stream of ``device``."""
     if programs == 0:
@@ -45,11 +41,6 @@ def instead_of_launching(function: Callable) -> Iterator[None]:
         yield
     finally:
         _instead = None
-
-
-def padded_rank(r: int) -> int:
-    """Row stride of the internal (M, r) matrices: 16-byte rows; the padding is written as zero."""
-    return cdiv(r, 16) * 16
 
 
 def dot_precision(dtype: torch.dtype) -> str:
@@ -78,11 +69,6 @@ def addressable(matrix: Tensor) -> Tensor:
     if all(0 <= stride < LARGEST_STRIDE for stride in matrix.stride()):
         return matrix
     return matrix.contiguous()
-
-
-def contiguous(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
-    """Vectors and saved matrices, whose strides the kernels take as given."""
-    return tuple(None if t is None else t.contiguous() for t in tensors)
 
 
 def strides(matrix: Tensor) -> tuple[int, int]:

@@ -10,17 +10,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..kernel_inputs import cdiv, padded_rank
 from .chips import rank_block
 from .finish import _at_row
-from .launch import (
-    WIDE_STEP,
-    cdiv,
-    dot_precision,
-    launch,
-    padded_rank,
-    strides,
-    wide_precision,
-)
+from .launch import WIDE_STEP, dot_precision, launch, strides, wide_precision
 from .sides import Side, _side_tile
 from .tiles import tile_for
 

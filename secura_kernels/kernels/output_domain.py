@@ -7,14 +7,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..gate_code import saved_dtype
+from ..kernel_inputs import GateNumbers, cdiv, contiguous, saved_for_backward
 from ..smagnorm import SMagNorm
 from . import dispatch, sides
 from .core_gradient import core_gradient
 from .epilogue import epilogue
-from .gate import GateNumbers
 from .gate_backward import gate_backward
-from .launch import addressable, cdiv, contiguous
+from .launch import addressable
 from .low_rank import down, project
 from .product import has_descriptor, product
 from .tiles import tile_for
@@ -33,7 +32,7 @@ def forward(
     plan = dispatch.plan(M, N, K, r, x.dtype, x.device, norm, needs_down=needs_down,
                          aligned=has_descriptor(x, weight))
     gate = None if norm is None else GateNumbers.of(norm, x.dtype)
-    saved, keep, save_base = _saved_for_backward(x, N, norm, save)
+    saved, keep, save_base = saved_for_backward(x, N, norm, save)
     moved = x.new_zeros(1 if edge and norm is not None else 0, dtype=torch.int64)
     change = dict(adapter_bias=adapter_bias, decay=decay, gate=gate, saved=keep,
                   save_base=save_base, moved=moved if moved.numel() else None, edge=edge)
@@ -57,17 +56,6 @@ def forward(
         change["largest"] = largest
     epilogue(y, h, side, r, **change)
     return y, t, saved, moved
-
-
-def _saved_for_backward(x, N, norm, save):
-    """(the op's output, the kernel's argument, whether it is b rather than the gate)."""
-    if norm is None:
-        return x.new_empty(0), None, False
-    dtype = saved_dtype(x.dtype) if norm.detach_gate else x.dtype
-    if not save:
-        return x.new_empty(0, dtype=dtype), None, False
-    saved = x.new_empty(x.shape[0], N, dtype=dtype)
-    return saved, saved, not norm.detach_gate
 
 
 def backward(

@@ -10,10 +10,10 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from ..kernel_inputs import NO_GATE, GateNumbers, cdiv
 from .chips import processors, rank_block
 from .finish import _at_row, _change, _finish, _store, _vector
-from .gate import NO_GATE, GateNumbers
-from .launch import cdiv, dot_precision, launch
+from .launch import dot_precision, launch
 from .sides import Side
 from .tiles import Tile
 

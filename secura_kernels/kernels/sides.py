@@ -7,8 +7,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..kernel_inputs import cdiv, padded_rank
 from .chips import rank_block
-from .launch import cdiv, launch, padded_rank
+from .launch import launch
 from .tiles import tile_for
 
 

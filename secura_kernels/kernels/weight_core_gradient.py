@@ -7,19 +7,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..kernel_inputs import GateNumbers, cdiv, through_largest
 from .chips import processors, rank_block
 from .effective_weight import _delta_weight_tile, _weight_tile
 from .finish import _divided_by_largest, _vector
-from .gate import (
-    GateNumbers,
-    _at_largest,
-    _by_relative_magnitude,
-    _gate,
-    _relative_magnitude,
-    _sign,
-    through_largest,
-)
-from .launch import WIDE_STEP, cdiv, dot_precision, launch, wide_precision
+from .gate import _at_largest, _by_relative_magnitude, _gate, _relative_magnitude, _sign
+from .launch import WIDE_STEP, dot_precision, launch, wide_precision
 from .product import _product_tile
 from .sides import Side, _side_tile
 from .tiles import tile_for

@@ -8,13 +8,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..kernel_inputs import GateNumbers, contiguous
 from ..smagnorm import SMagNorm
 from . import sides
 from .core_gradient import core_gradient
 from .decode import MOST_TOKENS, decode
 from .effective_weight import effective_weight
-from .gate import GateNumbers
-from .launch import addressable, contiguous
+from .launch import addressable
 from .low_rank import project
 from .weight_core_gradient import weight_core_gradient
 

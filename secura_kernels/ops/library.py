@@ -25,49 +25,48 @@ IMPLS = ("auto", "triton", "cuda", "reference")
 
 
 # Where each backend lives: a package with the modules of ``reference``.
-_PACKAGES = {"reference": "reference", "triton": "kernels"}
+_PACKAGES = {"reference": "reference", "triton": "kernels", "cuda": "cuda"}
 
 
 def why_unavailable(impl: str, device: torch.device, dtype: torch.dtype = torch.float32,
                     r: int = 1) -> str | None:
     """Why a backend cannot run a layer of ``dtype`` and rank ``r`` on ``device``, or None."""
-    if impl == "triton":
-        return _why_no_triton(device, dtype, r)
-    if impl == "cuda":
-        from .. import __version__
-
-        return f"secura_kernels {__version__} has no cuda kernels yet"
-    return None
-
-
-def _why_no_triton(device: torch.device, dtype: torch.dtype, r: int) -> str | None:
-    if importlib.util.find_spec("triton") is None:
+    if impl == "reference":
+        return None
+    if impl == "triton" and importlib.util.find_spec("triton") is None:
         return "triton is not installed (pip install triton)"
-    return importlib.import_module("..kernels", __package__).why_unavailable(device, dtype, r)
+    package = importlib.import_module(f"..{_PACKAGES[impl]}", __package__)
+    return package.why_unavailable(device, dtype, r)
 
 
 def resolve(impl: str, device: torch.device, dtype: torch.dtype, r: int) -> str:
     """The backend that runs ``impl`` for a layer of ``dtype`` and rank ``r`` on ``device``.
 
-    ``"auto"`` is Triton on an NVIDIA GPU; where it cannot run there, the reference, with one
-    warning that says why.
+    ``"auto"`` is Triton on an NVIDIA GPU; where it cannot run there, the CUDA kernels, and where
+    they cannot either, the reference; with one warning that says why.
 
     Raises:
         ValueError: an unknown name. RuntimeError: a named backend that cannot run, and why.
     """
     check_choice("impl", impl, IMPLS)
-    if impl == "auto":
-        if device.type != "cuda":
-            return "reference"
-        reason = why_unavailable("triton", device, dtype, r)
-        if reason is None:
-            return "triton"
-        _warn_once(f"impl='auto' runs the reference on {device.type}: {reason}")
+    if impl != "auto":
+        reason = why_unavailable(impl, device, dtype, r)
+        if reason:
+            raise RuntimeError(f"impl={impl!r} cannot run here: {reason}; impl='reference' can")
+        return impl
+    if device.type != "cuda":
         return "reference"
-    reason = why_unavailable(impl, device, dtype, r)
-    if reason:
-        raise RuntimeError(f"impl={impl!r} cannot run here: {reason}; impl='reference' can")
-    return impl
+    reasons = []
+    for candidate in ("triton", "cuda"):
+        reason = why_unavailable(candidate, device, dtype, r)
+        if reason is None:
+            break
+        reasons.append(reason)
+    else:
+        candidate = "reference"
+    if reasons:
+        _warn_once(f"impl='auto' runs impl={candidate!r} on {device.type}: {'; '.join(reasons)}")
+    return candidate
 
 
 def backend(impl: str, domain: str, like: Tensor, r: int) -> ModuleType:

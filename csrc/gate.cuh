@@ -1,0 +1,105 @@
+// S-MagNorm element by element [secura_kernels/reference/gate.py], with z in units of ln 2:
+//
+//   rho = |d| / (|b| + eps)          e = 2^(rho * slope - offset) = exp(z)
+//   g = (2 + e) / (1 + e)            s = 1 / g        both from one reciprocal of (1 + e)(2 + e)
+#pragma once
+
+#include "passes.h"
+#include "types.cuh"
+
+namespace secura {
+
+// At e = 2^60 the gate is 1 to float32's last bit, and (1 + e)(2 + e) does not overflow.
+constexpr float LARGEST_EXPONENT = 60.0f, LARGEST_E = 1152921504606846976.0f;
+constexpr float LN_2 = 0.6931471805599453f, LOG2_E = 1.4426950408889634f;
+
+__device__ __forceinline__ float reciprocal(float value) { return __fdividef(1.0f, value); }
+
+__device__ __forceinline__ float relative_magnitude(float b, float d, float eps) {
+  return fabsf(d) * reciprocal(fabsf(b) + eps);
+}
+
+__device__ __forceinline__ float exp_z(float rho, float slope, float offset) {
+  const float z = rho * slope - offset;
+  return exp2f(z > LARGEST_EXPONENT ? LARGEST_EXPONENT : z);  // NaN stays NaN
+}
+
+struct GateValue {
+  float g, s;
+};
+
+// Where d == 0: beta and 1 / beta, and the output is then b.
+__device__ __forceinline__ GateValue gate_value(float b, float d, float slope, const Gate& gate) {
+  const float e = exp_z(relative_magnitude(b, d, gate.eps), slope, gate.offset);
+  const float upper = 2.0f + e, lower = 1.0f + e, both = reciprocal(upper * lower);
+  return d == 0.0f ? GateValue{gate.beta, 1.0f / gate.beta}
+                   : GateValue{upper * upper * both, lower * lower * both};
+}
+
+// ((beta - 1 + decay) b + decay d) s, and b itself where nothing moved and decayed.
+__device__ __forceinline__ float apply_gate(float b, float d, float s, float beta, float decay) {
+  return d == 0.0f ? b * (1.0f + (decay - 1.0f) / beta)
+                   : ((beta - 1.0f + decay) * b + decay * d) * s;
+}
+
+// What is saved: s itself in float32, else the linear code of g [gate_code.py], as a float.
+template <typename Code>
+__device__ __forceinline__ float encode(GateValue value, const Gate& gate) {
+  if constexpr (Is<Code, float>) {
+    return value.s;
+  } else {
+    constexpr float LAST = Is<Code, uint8_t> ? 255.0f : 65535.0f;
+    const float steps = floorf((gate.top - value.g) * gate.code_steps + 0.5f);
+    // NaN has no code; any will do, the output it belongs to is NaN already.
+    return (steps >= 0.0f ? fminf(steps, LAST) : 0.0f) + gate.code_low;
+  }
+}
+
+// s from what `encode` saved.
+template <typename Code>
+__device__ __forceinline__ float decode(Code saved, const Gate& gate) {
+  if constexpr (Is<Code, float>) {
+    return saved;
+  } else {
+    const float steps = static_cast<float>(saved) - gate.code_low;
+    return reciprocal(gate.top - steps / gate.code_steps);
+  }
+}
+
+// The gradient of rho through a gate that is not detached [gate_gradient in reference/gate.py]; 0
+// where d == 0, by rule. `grad`: the output's gradient.
+__device__ __forceinline__ float gradient_of_rho(float grad, float b, float d, float decay,
+                                                 float rho, float slope, const Gate& gate) {
+  const float e = exp_z(rho, slope, gate.offset);
+  // Exactly 0 where e is at its limit: a zero base divides what is left by eps.
+  const float by_z = e < LARGEST_E ? e * reciprocal((2.0f + e) * (2.0f + e)) : 0.0f;
+  const float numerator = (gate.beta - 1.0f + decay) * b + decay * d;
+  return d == 0.0f ? 0.0f : grad * numerator * by_z * (slope * LN_2);
+}
+
+// 1 where rho is the largest, up to the rounding by which two kernels may differ.
+__device__ __forceinline__ float at_largest(float rho, float largest) {
+  return rho >= largest * (1.0f - 0x1p-16f) ? 1.0f : 0.0f;
+}
+
+__device__ __forceinline__ float sign(float value) {
+  return static_cast<float>(value > 0.0f) - static_cast<float>(value < 0.0f);
+}
+
+// Bits that order as the values of rho do, NaN above all; and back.
+__device__ __forceinline__ int bits_of(float rho) { return __float_as_int(fabsf(rho)); }
+__device__ __forceinline__ float largest_of(const int* bits) {
+  return bits == nullptr ? 0.0f : __int_as_float(*bits);
+}
+
+// slope / max(rho) for ref = "max"; slope itself where there is no such pointer. Not > 0: nothing
+// moved, or a NaN, which is its own token's affair. Never so small that the quotient overflows.
+__device__ __forceinline__ float slope_of(const Gate& gate, const int* largest) {
+  if (largest == nullptr) {
+    return gate.slope;
+  }
+  const float value = largest_of(largest);
+  return gate.slope / (value > 0.0f ? fmaxf(value, 0x1p-100f) : 1.0f);
+}
+
+}  // namespace secura

@@ -1,0 +1,266 @@
+// Gate backward: from dY and the saved gate, in one pass, everything the backward pass needs.
+//
+//   db = (beta - 1 + c) s dY       gradient of the base, G' once dT is added into it
+//   dd = c s dY                    gradient of the change; c = 1 without importance decay
+//   v  = dd C                      (M, r)
+//   dT = alpha v core              added to columns I of db (identity 3), so that dX = G' W
+//   dadapter_bias = column sums of dd
+//
+// A block owns whole rows: no atomics, and two runs are bitwise equal. A gate that is not detached
+// saves the base output b instead of s and gives the change h C^T too; the gate's own derivative is
+// formed here.
+
+#include "fragments.cuh"
+#include "gate.cuh"
+#include "launch.cuh"
+#include "low_rank.cuh"
+#include "reduce.cuh"
+
+namespace secura {
+namespace {
+
+// A step walks over WIDTH columns of the block's rows: dY, what was saved, the change (FULL), and
+// those rows of C. Two or three steps are under way, in 64 KiB at most, which every chip has.
+template <typename T, int RANK, bool FULL>
+struct Step {
+  using Saved = std::conditional_t<FULL, T, GateCode<T>>;
+  using Sum = Accumulator<ROWS_PER_PROGRAM, RANK, 32, RANK / 4>;
+  static constexpr int THREADS = Sum::THREADS;
+  static constexpr int WIDTH = RANK == 256 ? 64 / sizeof(T) : 128 / sizeof(T) < 64 ? 32 : 64;
+  static constexpr int STAGES = RANK == 64 && !FULL && sizeof(T) == 2 ? 3 : 2;
+  using Gradient = SharedTile<T, ROWS_PER_PROGRAM, WIDTH, Along::DEPTH>;
+  using Gate = SharedTile<Saved, ROWS_PER_PROGRAM, WIDTH, Along::DEPTH>;
+  using Side = SharedTile<T, RANK, WIDTH, Along::ROWS>;
+  static constexpr int BYTES = (FULL ? 2 : 1) * Gradient::BYTES + Gate::BYTES + Side::BYTES;
+
+  Gradient gradient;
+  Gate saved;
+  Side side;
+  Gradient change;  // FULL only
+
+  __device__ __forceinline__ explicit Step(unsigned char* memory)
+      : gradient(memory),
+        saved(memory + Gradient::BYTES),
+        side(memory + Gradient::BYTES + Gate::BYTES),
+        change(memory + Gradient::BYTES + Gate::BYTES + Side::BYTES) {}
+};
+
+// dT of a block's rows and 64 ranks, and where it is to be added.
+struct Scatter {
+  static constexpr int WIDTH = ByCore::COLUMNS + 1;  // odd: a column's rows lie in different banks
+  float dt[ROWS_PER_PROGRAM * WIDTH];
+  int column[ByCore::COLUMNS];  // of g
+  int next[ByCore::COLUMNS];    // the next rank with the same column, or -1
+  bool first[ByCore::COLUMNS];  // whether no earlier rank has it
+};
+
+// g[m0..., rows[j]] += dT, for rows of g that this block owns and has written. Equal indices are
+// added up in float32 by the thread of the first of them.
+template <typename T>
+__device__ __forceinline__ void add_to_columns(const ByCore& q, const GateBackward& p, int m0,
+                                               int j0, Scatter& s) {
+  constexpr int THREADS = ByCore::THREADS;
+  const int count = min(p.r - j0, ByCore::COLUMNS), here = threadIdx.x;
+  for_elements<ByCore>([&](int i, int j, int e) {
+    s.dt[ByCore::row(i, e) * Scatter::WIDTH + ByCore::column(j, e)] = p.alpha * q.value[i][j][e];
+  });
+  if (here < count) {
+    s.column[here] = static_cast<int>(p.rows[j0 + here]);
+  }
+  __syncthreads();
+  if (here < count) {
+    const int column = s.column[here];
+    bool first = true;
+    for (int j = 0; j < here; ++j) {
+      first = first && s.column[j] != column;
+    }
+    int next = here + 1;
+    while (next < count && s.column[next] != column) {
+      ++next;
+    }
+    s.first[here] = first;
+    s.next[here] = next < count ? next : -1;
+  }
+  __syncthreads();
+  T* g = static_cast<T*>(p.g);
+  for (int i = here; i < ROWS_PER_PROGRAM * ByCore::COLUMNS; i += THREADS) {
+    const int row = i / ByCore::COLUMNS, j = i % ByCore::COLUMNS;
+    if (m0 + row < p.dy.rows && j < count && s.first[j]) {
+      float sum = 0.0f;
+      for (int same = j; same >= 0; same = s.next[same]) {
+        sum += s.dt[row * Scatter::WIDTH + same];
+      }
+      T& to = g[static_cast<int64_t>(m0 + row) * p.dy.columns + s.column[j]];
+      to = from_float<T>(to_float(to) + sum);
+    }
+  }
+  __syncthreads();  // the next ranks may add to the same columns, and reuse the memory
+}
+
+template <typename T, int RANK, bool FULL>
+__global__ void __launch_bounds__(Step<T, RANK, FULL>::THREADS, 1)
+    gate_backward_kernel(GateBackward p) {
+  using Tiles = Step<T, RANK, FULL>;
+  using Sum = typename Tiles::Sum;
+  using Saved = typename Tiles::Saved;
+  constexpr int THREADS = Tiles::THREADS, WIDTH = Tiles::WIDTH, PER_CHUNK = 16 / sizeof(T);
+  constexpr int CHUNKS = WIDTH / PER_CHUNK, STAGES = Tiles::STAGES;
+  const Operand<T> dy = operand<T>(p.dy);
+  const int M = dy.rows, N = dy.depth, m0 = blockIdx.x * ROWS_PER_PROGRAM;
+  const Operand<Saved> saved = packed<Saved>(p.saved, M, N);
+  const Operand<T> side = transposed(packed<T>(p.side, N, p.padded));
+  T* g = static_cast<T*>(p.g);
+  const bool chunks_of_g = is_aligned(g, N, sizeof(T));
+  // Without decay and with a constant gate dd is db / beta: one matrix, rounded once, serves both.
+  const bool proportional = !FULL && p.decay == nullptr;
+  const float beta = p.gate.beta, slope = slope_of(p.gate, p.find_largest ? nullptr : p.largest);
+  const float largest = largest_of(p.largest);
+  const float through = p.through == nullptr ? 0.0f : *p.through;
+  unsigned char* memory = shared_memory();
+  const int steps = (N + WIDTH - 1) / WIDTH;
+  const auto tiles = [&](int step) { return Tiles(memory + step % STAGES * Tiles::BYTES); };
+  const auto start = [&](int step) {
+    if (step < steps) {
+      const Tiles to = tiles(step);
+      to.gradient.template load<THREADS>(dy, m0, step * WIDTH);
+      to.saved.template load<THREADS>(saved, m0, step * WIDTH);
+      if (p.v != nullptr) {
+        to.side.template load<THREADS>(side, 0, step * WIDTH);
+      }
+      if constexpr (FULL) {
+        to.change.template load<THREADS>(packed<T>(p.change, M, N), m0, step * WIDTH);
+      }
+    }
+    commit_copies();
+  };
+
+  Sum v;
+  float total = 0.0f, maxima = 0.0f;
+  int bits = 0;
+  for (int step = 0; step < STAGES - 1; ++step) {
+    start(step);
+  }
+  for (int step = 0; step < steps; ++step) {
+    wait_copies<STAGES - 2>();
+    __syncthreads();
+    start(step + STAGES - 1);
+    const Tiles tile = tiles(step);
+    const int n0 = step * WIDTH;
+#pragma unroll
+    for (int i = threadIdx.x; i < ROWS_PER_PROGRAM * CHUNKS; i += THREADS) {
+      const int row = i / CHUNKS, index = i % CHUNKS, n = n0 + index * PER_CHUNK;
+      auto& factor = *reinterpret_cast<Chunk<T>*>(tile.gradient.chunk(row, index));
+      const auto& from = *reinterpret_cast<const Vector<Saved, PER_CHUNK>*>(
+          &tile.saved.at(row, index * PER_CHUNK));
+      Chunk<T> db;
+#pragma unroll
+      for (int e = 0; e < PER_CHUNK; ++e) {
+        const bool inside = m0 + row < M && n + e < N;
+        const float c = inside && p.decay != nullptr ? p.decay[n + e] : 1.0f;
+        const float grad = to_float(factor.value[e]);
+        if constexpr (FULL) {
+          const float bias = inside && p.adapter_bias != nullptr ? p.adapter_bias[n + e] : 0.0f;
+          const float b = to_float(from.value[e]);
+          const float d = to_float(tile.change.chunk(row, index)[e]) + bias;
+          const float rho = relative_magnitude(b, d, p.gate.eps);
+          const float s = gate_value(b, d, slope, p.gate).s;
+          float by_rho = gradient_of_rho(grad, b, d, c, rho, slope, p.gate);
+          if (p.largest != nullptr) {
+            const float here = inside ? at_largest(rho, largest) : 0.0f;
+            bits = max(bits, inside ? bits_of(rho) : 0);
+            total += by_rho * rho;
+            maxima += here;
+            by_rho -= through * here;
+          }
+          const float by_d = by_rho * reciprocal(fabsf(b) + p.gate.eps);
+          db.value[e] =
+              from_float<T>((beta - 1.0f + c) * s * grad - by_d * rho * sign(b));
+          factor.value[e] = from_float<T>(c * s * grad + by_d * sign(d));
+        } else {
+          const float scaled = decode(from.value[e], p.gate) * grad;
+          db.value[e] = from_float<T>((beta - 1.0f + c) * scaled);
+          factor.value[e] = proportional ? db.value[e] : from_float<T>(c * scaled);
+        }
+      }
+      if (g != nullptr && m0 + row < M && n < N) {
+        T* to = g + static_cast<int64_t>(m0 + row) * N + n;
+        if (chunks_of_g && n + PER_CHUNK <= N) {
+          *reinterpret_cast<Chunk<T>*>(to) = db;
+        } else {
+          for (int e = 0; e < min(PER_CHUNK, N - n); ++e) {
+            to[e] = db.value[e];
+          }
+        }
+      }
+    }
+    __syncthreads();  // dd stands where dY was
+    if (p.bias_part != nullptr && threadIdx.x < BIAS_PARTS * WIDTH) {
+      constexpr int ROWS = ROWS_PER_PROGRAM / BIAS_PARTS;
+      const int part = threadIdx.x / WIDTH, column = threadIdx.x % WIDTH;
+      float sum = 0.0f;
+      for (int row = part * ROWS; row < (part + 1) * ROWS; ++row) {
+        sum += to_float(tile.gradient.at(row, column));
+      }
+      if (n0 + column < N) {
+        p.bias_part[static_cast<int64_t>(blockIdx.x * BIAS_PARTS + part) * N + n0 + column] =
+            proportional ? sum / beta : sum;
+      }
+    }
+    if (p.v != nullptr) {
+      v.add(tile.gradient, tile.side);
+    }
+  }
+  wait_copies<0>();
+  __syncthreads();
+
+  if (FULL && p.find_largest) {
+    raise_largest(bits, p.largest);
+  } else if (FULL && p.statistics != nullptr) {
+    total = sum_of_block<THREADS>(total, memory);
+    maxima = sum_of_block<THREADS>(maxima, memory);
+    if (threadIdx.x == 0) {
+      p.statistics[2 * blockIdx.x] = total;
+      p.statistics[2 * blockIdx.x + 1] = maxima;
+    }
+  } else if (p.v != nullptr) {
+    if (proportional) {
+      for_elements<Sum>([&](int i, int j, int e) { v.value[i][j][e] /= beta; });
+    }
+    store(v, p.v, m0, M, 0, p.r);
+    if (g != nullptr && p.rows == nullptr) {
+      project_rows(p.v, M, p.r, p.padded, p.core, p.alpha, static_cast<T*>(p.q), m0, memory);
+    } else if (g != nullptr) {
+      __syncthreads();  // v and g are read back by other threads than wrote them
+      for (int j0 = 0; j0 < p.r; j0 += ByCore::COLUMNS) {
+        const ByCore q = times_core(p.v, M, p.r, p.core, m0, j0, memory);
+        add_to_columns<T>(q, p, m0, j0, *reinterpret_cast<Scatter*>(memory));
+      }
+    }
+  }
+}
+
+}  // namespace
+
+void gate_backward(const GateBackward& p, const Launch& where) {
+  const int M = p.dy.rows;
+  const auto run = [&](auto step, auto* kernel) {
+    using Tiles = typename decltype(step)::type;
+    constexpr int BYTES = std::max({Tiles::STAGES * Tiles::BYTES, MULTIPLY_BYTES<float, ByCore>,
+                                    static_cast<int>(sizeof(Scatter))});
+    launch(kernel, p, ceil_div(M, ROWS_PER_PROGRAM), Tiles::THREADS, BYTES, where, "gate_backward",
+           {{"M", M}, {"N", p.dy.columns}, {"r", p.r}});
+  };
+  with_dtype(where.dtype, [&](auto type) {
+    using T = typename decltype(type)::type;
+    if (p.change != nullptr) {  // seldom asked for: one form for every rank
+      run(Type<Step<T, 256, true>>(), gate_backward_kernel<T, 256, true>);
+    } else {
+      with_rank(p.padded, [&](auto rank) {
+        constexpr int RANK = decltype(rank)::value;
+        run(Type<Step<T, RANK, false>>(), gate_backward_kernel<T, RANK, false>);
+      });
+    }
+  });
+}
+
+}  // namespace secura

@@ -1,0 +1,55 @@
+// Sums and maxima over the threads of a block, in a fixed order.
+#pragma once
+
+#include "types.cuh"
+
+namespace secura {
+
+template <typename T>
+__device__ __forceinline__ T sum_of_warp(T value) {
+#pragma unroll
+  for (int mask = 16; mask > 0; mask /= 2) {
+    value += __shfl_xor_sync(0xffffffffu, value, mask);
+  }
+  return value;
+}
+
+// Raises *to by the block's sum, warp by warp: integers, so the order does not matter.
+__device__ __forceinline__ void add_count(int count, unsigned long long* to) {
+  count = sum_of_warp(count);
+  if (threadIdx.x % 32 == 0 && count > 0) {
+    atomicAdd(to, static_cast<unsigned long long>(count));
+  }
+}
+
+// *largest = max(*largest, the warps' largest bits).
+__device__ __forceinline__ void raise_largest(int bits, int* largest) {
+#pragma unroll
+  for (int mask = 16; mask > 0; mask /= 2) {
+    bits = max(bits, __shfl_xor_sync(0xffffffffu, bits, mask));
+  }
+  if (threadIdx.x % 32 == 0) {
+    atomicMax(largest, bits);
+  }
+}
+
+// The block's sum, valid in thread 0. `memory`: a float per warp.
+template <int THREADS>
+__device__ __forceinline__ float sum_of_block(float value, unsigned char* memory) {
+  float* parts = reinterpret_cast<float*>(memory);
+  value = sum_of_warp(value);
+  __syncthreads();
+  if (threadIdx.x % 32 == 0) {
+    parts[threadIdx.x / 32] = value;
+  }
+  __syncthreads();
+  float total = 0.0f;
+  if (threadIdx.x == 0) {
+    for (int warp = 0; warp < THREADS / 32; ++warp) {
+      total += parts[warp];
+    }
+  }
+  return total;
+}
+
+}  // namespace secura

@@ -1,0 +1,147 @@
+// Weight core gradient: Q = (dW_eff * ds) R (N, r), where dW_eff = dY^T X is contracted tile by tile
+// and never stored. d_core = alpha C^T Q follows (`core_gradient`).
+
+#include "launch.cuh"
+#include "weight_change.cuh"
+
+namespace secura {
+namespace {
+
+// A tile of W, its gradient times R, and where that is multiplied: the gradient of delta_W in shared
+// memory and a tile of R. In float32 half as many rows fit in shared memory, with the gate's own
+// derivative in registers.
+template <typename T, bool FULL>
+struct Tiles {
+  static constexpr bool WIDE = rows_of_w(sizeof(T) == 4, FULL) == 128;
+  using OfW = std::conditional_t<WIDE, Accumulator<128, COLUMNS_OF_W, 64, 32>,
+                                 Accumulator<64, COLUMNS_OF_W, 32, 32>>;
+  using Q = std::conditional_t<WIDE, Accumulator<128, 64, 32, 32>, Accumulator<64, 64, 32, 16>>;
+  using Factor = SharedTile<T, OfW::ROWS, COLUMNS_OF_W, Along::DEPTH>;
+  using Side = SharedTile<T, Q::COLUMNS, DEPTH, Along::ROWS>;
+  static constexpr int BYTES = std::max({Factor::BYTES + Side::BYTES, MULTIPLY_BYTES<T, OfW>,
+                                         MULTIPLY_BYTES<float, OfW>});
+};
+
+// DEPTH columns of a shared tile, as a tile of their own.
+template <class Tile>
+struct Part {
+  using Element = typename Tile::Element;
+  static constexpr int ROWS = Tile::ROWS, DEPTH = secura::DEPTH;
+  static constexpr bool ALONG_DEPTH = Tile::ALONG_DEPTH;
+  static_assert(ALONG_DEPTH, "columns are what a line holds");
+  Tile whole;
+  int k;
+  __device__ __forceinline__ Element* chunk(int line, int index) const {
+    return whole.chunk(line, k / Tile::PER_CHUNK + index);
+  }
+  __device__ __forceinline__ Element& at(int row, int depth) const {
+    return whole.at(row, k + depth);
+  }
+};
+
+template <typename T, bool FULL>
+__global__ void __launch_bounds__(Tiles<T, FULL>::OfW::THREADS, 1)
+    weight_core_gradient_kernel(WeightCoreGradient p) {
+  using Sum = typename Tiles<T, FULL>::OfW;
+  using Q = typename Tiles<T, FULL>::Q;
+  constexpr int THREADS = Sum::THREADS;
+  const Gate& gate = p.change.gate;
+  const Operand<T> dy = transposed(operand<T>(p.dy)), x = transposed(operand<T>(p.x));
+  const int N = dy.rows, K = x.rows, padded = p.change.padded;
+  const int tiles = (K + COLUMNS_OF_W - 1) / COLUMNS_OF_W;
+  const int group = blockIdx.x % p.groups, n0 = blockIdx.x / p.groups * Sum::ROWS;
+  unsigned char* memory = shared_memory();
+  const typename Tiles<T, FULL>::Factor factor(memory);
+  const typename Tiles<T, FULL>::Side side(memory + decltype(factor)::BYTES);
+  const float slope = slope_of(gate, p.largest), largest = largest_of(p.largest);
+  const float through = p.through == nullptr ? 0.0f : *p.through;
+  float total = 0.0f, maxima = 0.0f;
+
+  for (int tile = group; tile < tiles; tile += p.groups) {
+    const int k0 = tile * COLUMNS_OF_W;
+    Sum base, change, gradient;
+    weight_and_change<T>(base, change, p.change, n0, k0, memory);
+    const auto decay = [&](int i, int e) {
+      const int n = n0 + Sum::row(i, e);
+      return n < N ? element(p.change.decay, n, 1.0f) : 1.0f;
+    };
+    if constexpr (!FULL) {  // c s is all that is needed: half the registers
+      for_elements<Sum>([&](int i, int j, int e) {
+        float& b = base.value[i][j][e];
+        b = decay(i, e) * gate_value(b, change.value[i][j][e], slope, gate).s;
+      });
+    }
+    multiply<T, Along::ROWS, Along::ROWS>(gradient, dy, n0, x, k0, memory);
+    for_elements<Sum>([&](int i, int j, int e) {
+      const float b = base.value[i][j][e], grad = gradient.value[i][j][e];
+      float dd = b * grad;
+      if constexpr (FULL) {
+        const float d = change.value[i][j][e], c = decay(i, e);
+        const float rho = relative_magnitude(b, d, gate.eps);
+        float by_rho = gradient_of_rho(grad, b, d, c, rho, slope, gate);
+        if (p.largest != nullptr) {
+          const bool inside = n0 + Sum::row(i, e) < N && k0 + Sum::column(j, e) < K;
+          const float here = inside ? at_largest(rho, largest) : 0.0f;
+          total += by_rho * rho;
+          maxima += here;
+          by_rho -= through * here;
+        }
+        dd = c * gate_value(b, d, slope, gate).s * grad +
+             by_rho * reciprocal(fabsf(b) + gate.eps) * sign(d);
+      }
+      factor.at(Sum::row(i, e), Sum::column(j, e)) = from_float<T>(dd);
+    });
+    if (p.statistics != nullptr) {
+      __syncthreads();  // the pipeline's memory and the factor's are one
+      continue;
+    }
+    for (int r0 = 0; r0 < padded; r0 += Q::COLUMNS) {
+      Q q;
+      for (int k = 0; k < COLUMNS_OF_W; k += DEPTH) {
+        __syncthreads();  // the factor is written, the previous part of R used
+        side.template load<THREADS>(transposed(packed<T>(p.change.side, K, padded)), r0, k0 + k);
+        commit_copies();
+        wait_copies<0>();
+        __syncthreads();
+        q.add(Part<typename Tiles<T, FULL>::Factor>{factor, k}, side);
+      }
+      for_elements<Q>([&](int i, int j, int e) {
+        const int n = n0 + Q::row(i, e), rank = r0 + Q::column(j, e);
+        if (n < N && rank < padded) {  // this block's alone, and always this thread's
+          p.q[(static_cast<int64_t>(group) * N + n) * padded + rank] += q.value[i][j][e];
+        }
+      });
+    }
+    __syncthreads();
+  }
+  if (FULL && p.statistics != nullptr) {
+    total = sum_of_block<THREADS>(total, memory);
+    maxima = sum_of_block<THREADS>(maxima, memory);
+    if (threadIdx.x == 0) {
+      p.statistics[2 * blockIdx.x] = total;
+      p.statistics[2 * blockIdx.x + 1] = maxima;
+    }
+  }
+}
+
+}  // namespace
+
+void weight_core_gradient(const WeightCoreGradient& p, const Launch& where) {
+  const int N = p.dy.columns, K = p.x.columns;
+  const auto run = [&](auto tiles, auto* kernel) {
+    using Of = typename decltype(tiles)::type;
+    launch(kernel, p, int64_t{p.groups} * ceil_div(N, Of::OfW::ROWS), Of::OfW::THREADS, Of::BYTES,
+           where, "weight_core_gradient",
+           {{"M", p.dy.rows}, {"N", N}, {"K", K}, {"r", p.change.padded}});
+  };
+  with_dtype(where.dtype, [&](auto type) {
+    using T = typename decltype(type)::type;
+    if (p.full) {
+      run(Type<Tiles<T, true>>(), weight_core_gradient_kernel<T, true>);
+    } else {
+      run(Type<Tiles<T, false>>(), weight_core_gradient_kernel<T, false>);
+    }
+  });
+}
+
+}  // namespace secura
