@@ -18,6 +18,8 @@ bench: .venv/ready  ## time the layers and their rivals (3 minutes on a CPU)
 
 codegen: .venv/ready  ## compile every kernel for every chip, no GPU needed, and read the code
 	$(BIN)/python -m secura_kernels.kernels.inspect $(ARGS)
+	@if command -v nvcc >/dev/null; then $(BIN)/python -m secura_kernels.cuda.inspect; \
+	else echo 'no nvcc here: the CUDA kernels are left out'; fi
 
 gpu:  ## on an NVIDIA GPU: kernels' tests, tuning, benchmarks, plots; installs nothing
 	PYTHONPATH=. $(PYTHON) benchmarks/gpu.py $(ARGS)

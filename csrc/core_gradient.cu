@@ -33,7 +33,7 @@ void core_gradient(const CoreGradient& p, const Launch& where) {
   with_dtype(p.t_float32 ? Dtype::float32 : where.dtype, [&](auto type) {
     using T = typename decltype(type)::type;
     launch(core_gradient_kernel<T>, p, int64_t{ceil_div(M, ROWS_PER_PART)} * blocks * blocks,
-           ByCore::THREADS, MULTIPLY_BYTES<float, ByCore>, where, "core_gradient",
+           ByCore::THREADS, MULTIPLY_BYTES<ByCore>, where, "core_gradient",
            {{"M", M}, {"r", r}});
   });
 }

@@ -44,7 +44,7 @@ void down(const Down& d, const Launch& where) {
       using T = typename decltype(type)::type;
       using Rows = Sum<decltype(rank)::value>;
       launch(down_kernel<T, decltype(rank)::value>, d, ceil_div(M, Rows::ROWS), Rows::THREADS,
-             std::max(MULTIPLY_BYTES<T, Rows>, MULTIPLY_BYTES<float, ByCore>), where, "down",
+             std::max(MULTIPLY_BYTES<Rows>, MULTIPLY_BYTES<ByCore>), where, "down",
              {{"M", M}, {"K", d.a.columns}, {"r", d.r}});
     });
   });

@@ -34,7 +34,7 @@ void effective_weight(const EffectiveWeight& p, const Launch& where) {
     using T = typename decltype(type)::type;
     launch(effective_weight_kernel<T>, p,
            int64_t{ceil_div(N, Sum::ROWS)} * ceil_div(K, Sum::COLUMNS), Sum::THREADS,
-           MULTIPLY_BYTES<float, Sum>, where, "effective_weight",
+           MULTIPLY_BYTES<Sum>, where, "effective_weight",
            {{"N", N}, {"K", K}, {"r", p.change.padded}});
   });
 }

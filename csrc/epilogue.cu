@@ -38,7 +38,7 @@ void epilogue(const Epilogue& p, const Launch& where) {
   with_dtype(where.dtype, [&](auto type) {
     using T = typename decltype(type)::type;
     launch(epilogue_kernel<T>, p, int64_t{ceil_div(p.M, Sum::ROWS)} * ceil_div(p.N, Sum::COLUMNS),
-           Sum::THREADS, MULTIPLY_BYTES<T, Sum>, where, "epilogue",
+           Sum::THREADS, MULTIPLY_BYTES<Sum>, where, "epilogue",
            {{"M", p.M}, {"N", p.N}, {"r", p.padded}});
   });
 }

@@ -27,11 +27,11 @@ struct Step {
   using Sum = Accumulator<ROWS_PER_PROGRAM, RANK, 32, RANK / 4>;
   static constexpr int THREADS = Sum::THREADS;
   static constexpr int WIDTH = RANK == 256 ? 64 / sizeof(T) : 128 / sizeof(T) < 64 ? 32 : 64;
-  static constexpr int STAGES = RANK == 64 && !FULL && sizeof(T) == 2 ? 3 : 2;
   using Gradient = SharedTile<T, ROWS_PER_PROGRAM, WIDTH, Along::DEPTH>;
   using Gate = SharedTile<Saved, ROWS_PER_PROGRAM, WIDTH, Along::DEPTH>;
   using Side = SharedTile<T, RANK, WIDTH, Along::ROWS>;
   static constexpr int BYTES = (FULL ? 2 : 1) * Gradient::BYTES + Gate::BYTES + Side::BYTES;
+  static constexpr int STAGES = std::min(3, 65536 / BYTES);
 
   Gradient gradient;
   Gate saved;
@@ -245,7 +245,7 @@ void gate_backward(const GateBackward& p, const Launch& where) {
   const int M = p.dy.rows;
   const auto run = [&](auto step, auto* kernel) {
     using Tiles = typename decltype(step)::type;
-    constexpr int BYTES = std::max({Tiles::STAGES * Tiles::BYTES, MULTIPLY_BYTES<float, ByCore>,
+    constexpr int BYTES = std::max({Tiles::STAGES * Tiles::BYTES, MULTIPLY_BYTES<ByCore>,
                                     static_cast<int>(sizeof(Scatter))});
     launch(kernel, p, ceil_div(M, ROWS_PER_PROGRAM), Tiles::THREADS, BYTES, where, "gate_backward",
            {{"M", M}, {"N", p.dy.columns}, {"r", p.r}});

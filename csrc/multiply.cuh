@@ -1,6 +1,8 @@
 // A block's product: an accumulator in registers, and the pipeline of shared tiles that feeds it.
 #pragma once
 
+#include <algorithm>
+
 #include "instructions.cuh"
 #include "operand.cuh"
 
@@ -83,7 +85,8 @@ struct Accumulator {
 
   template <class A, class B>
   __device__ __forceinline__ void add_in_float32(const A& a, const B& b) {
-#pragma unroll 4
+    // Unrolled further, the weight domain's core gradient spills.
+#pragma unroll(sizeof(typename A::Element) == 2 ? 1 : 2)
     for (int k = 0; k < A::DEPTH; ++k) {
       float left[I][2], right[J][2];
 #pragma unroll
@@ -125,15 +128,16 @@ __device__ __forceinline__ void for_elements(Run run) {
   }
 }
 
-// Depth of a tile, and tiles under way: 64 KiB for a 128 x 128 accumulator.
-constexpr int DEPTH = 32;
+// A tile is 64 bytes deep, whatever its type. STAGES tiles of both operands are under way at once, in
+// the 64 KiB that every chip has: the shared memory of `multiply`.
 template <typename T>
-constexpr int STAGES = sizeof(T) == 2 ? 4 : 2;
-
-// Shared memory of `multiply`.
-template <typename T, class Accumulator>
-constexpr int MULTIPLY_BYTES = STAGES<T>*(Accumulator::ROWS + Accumulator::COLUMNS) * DEPTH*
-                               static_cast<int>(sizeof(T));
+constexpr int DEPTH = 64 / sizeof(T);
+template <class Accumulator>
+constexpr int STAGE_BYTES = 64 * (Accumulator::ROWS + Accumulator::COLUMNS);
+template <class Accumulator>
+constexpr int STAGES = std::min(4, 65536 / STAGE_BYTES<Accumulator>);
+template <class Accumulator>
+constexpr int MULTIPLY_BYTES = STAGES<Accumulator>* STAGE_BYTES<Accumulator>;
 
 // sum += a b^T at rows row0... of a and column0... of b, multiplied as T. Every thread of the block
 // calls it; on return the shared memory is free again.
@@ -142,26 +146,26 @@ template <typename T, Along ALONG_A, Along ALONG_B, class Accumulator, typename 
 __device__ __forceinline__ void multiply(Accumulator& sum, const Operand<GlobalA>& a, int row0,
                                          const Operand<GlobalB>& b, int column0,
                                          unsigned char* memory) {
-  using TileA = SharedTile<T, Accumulator::ROWS, DEPTH, ALONG_A>;
-  using TileB = SharedTile<T, Accumulator::COLUMNS, DEPTH, ALONG_B>;
-  constexpr int THREADS = Accumulator::THREADS, IN_FLIGHT = STAGES<T> - 1;
-  const int steps = (a.depth + DEPTH - 1) / DEPTH;
-  const auto tile_a = [&](int step) {
-    return TileA(memory + step % STAGES<T> * (TileA::BYTES + TileB::BYTES));
+  using TileA = SharedTile<T, Accumulator::ROWS, DEPTH<T>, ALONG_A>;
+  using TileB = SharedTile<T, Accumulator::COLUMNS, DEPTH<T>, ALONG_B>;
+  constexpr int THREADS = Accumulator::THREADS, IN_FLIGHT = STAGES<Accumulator> - 1;
+  const int steps = (a.depth + DEPTH<T> - 1) / DEPTH<T>;
+  const auto memory_of = [&](int step) {
+    return memory + step % STAGES<Accumulator> * STAGE_BYTES<Accumulator>;
   };
-  const auto tile_b = [&](int step) {
-    return TileB(memory + step % STAGES<T> * (TileA::BYTES + TileB::BYTES) + TileA::BYTES);
-  };
+  const auto tile_a = [&](int step) { return TileA(memory_of(step)); };
+  const auto tile_b = [&](int step) { return TileB(memory_of(step) + TileA::BYTES); };
   const auto start = [&](int step) {
     if (step < steps) {
-      tile_a(step).template load<THREADS>(a, row0, step * DEPTH);
-      tile_b(step).template load<THREADS>(b, column0, step * DEPTH);
+      tile_a(step).template load<THREADS>(a, row0, step * DEPTH<T>);
+      tile_b(step).template load<THREADS>(b, column0, step * DEPTH<T>);
     }
     commit_copies();  // an empty group at the end, so that one count of groups serves every step
   };
   for (int step = 0; step < IN_FLIGHT; ++step) {
     start(step);
   }
+#pragma unroll 1
   for (int step = 0; step < steps; ++step) {
     wait_copies<IN_FLIGHT - 1>();
     __syncthreads();  // the step's tiles are here, and all have used the previous step's

@@ -90,6 +90,15 @@ Gate gate_of(const std::vector<double>& numbers) {
   return {true, number(0), number(1), number(2), number(3), number(4), number(5), number(6)};
 }
 
+// The padded rank, as every pass takes it: the columns of a side or of q.
+int padded_of(const Tensor& tensor, const char* name, int64_t r = 1) {
+  const int64_t padded = tensor.size(1);
+  STD_TORCH_CHECK(padded % 16 == 0 && r <= padded && padded <= LARGEST_RANK, name, " of shape ",
+                  shape_of(tensor), " must have a multiple of 16 columns, from ", r, " to ",
+                  LARGEST_RANK);
+  return static_cast<int>(padded);
+}
+
 ScalarType code_type(Dtype dtype) {
   return dtype == Dtype::float32    ? ScalarType::Float
          : dtype == Dtype::bfloat16 ? ScalarType::Byte
@@ -119,7 +128,7 @@ void gather_op(const Tensor& from, const OptionalTensor& index, const Tensor& si
   p.matrix = matrix(from, "matrix", scalar_type(dtype));
   p.r = as_int(index ? index->numel() : from.size(1), "index");
   p.index = contiguous<const int64_t>(index, "index", ScalarType::Long, p.r);
-  p.padded = as_int(side.size(1), "side");
+  p.padded = padded_of(side, "side", p.r);
   p.side = contiguous(side, "side", scalar_type(dtype), from.size(0) * p.padded);
   gather(p, where(dtype, stream));
 }
@@ -128,13 +137,14 @@ void down_op(const Tensor& a, const Tensor& side, const Tensor& core, double alp
              const Tensor& p_out, const Tensor& q_out, int64_t stream) {
   const Dtype dtype = dtype_of(a, "a");
   const ScalarType type = scalar_type(dtype);
-  const int64_t M = a.size(0), padded = side.size(1);
+  const int64_t M = a.size(0);
+  const int padded = padded_of(side, "side", core.size(0));
   Down p = {};
   p.a = matrix(a, "a", type);
   p.side = contiguous(side, "side", type, a.size(1) * padded);
   p.core = matrix(core, "core", ScalarType::Float);
   p.r = p.core.rows;
-  p.padded = as_int(padded, "side");
+  p.padded = padded;
   p.alpha = static_cast<float>(alpha);
   p.p_float32 = p_out.scalar_type() == ScalarType::Float;
   p.p = contiguous(p_out, "p", p.p_float32 ? ScalarType::Float : type, M * p.r);
@@ -146,13 +156,14 @@ void project_op(const Tensor& a, const OptionalTensor& index, const Tensor& core
                 const Tensor& p_out, const Tensor& q_out, int64_t stream) {
   const Dtype dtype = dtype_of(a, "a");
   const ScalarType type = scalar_type(dtype);
-  const int64_t M = a.size(0), padded = q_out.size(1);
+  const int64_t M = a.size(0);
+  const int padded = padded_of(q_out, "q", core.size(0));
   Project p = {};
   p.a = matrix(a, "a", type);
   p.core = matrix(core, "core", ScalarType::Float);
   p.r = p.core.rows;
   p.index = contiguous<const int64_t>(index, "index", ScalarType::Long, p.r);
-  p.padded = as_int(padded, "q");
+  p.padded = padded;
   p.alpha = static_cast<float>(alpha);
   p.p = contiguous(p_out, "p", type, M * p.r);
   p.q_float32 = q_out.scalar_type() == ScalarType::Float;
@@ -167,7 +178,8 @@ void product_op(const Tensor& a, const Tensor& b, const Tensor& h, const Tensor&
                 const OptionalTensor& moved, double edge, int64_t stream) {
   const Dtype dtype = dtype_of(a, "a");
   const ScalarType type = scalar_type(dtype);
-  const int64_t M = a.size(0), N = b.size(0), padded = side.size(1);
+  const int64_t M = a.size(0), N = b.size(0);
+  const int padded = padded_of(side, "side");
   Product p = {};
   p.a = matrix(a, "a", type);
   p.b = matrix(b, "b", type);
@@ -175,7 +187,7 @@ void product_op(const Tensor& a, const Tensor& b, const Tensor& h, const Tensor&
                   shape_of(b), " have no product a b^T");
   p.h = contiguous(h, "h", type, M * padded);
   p.side = contiguous(side, "side", type, N * padded);
-  p.padded = as_int(padded, "side");
+  p.padded = padded;
   p.bias = contiguous(bias, "bias", type, N);
   p.finish =
       finish_of(adapter_bias, decay, gate, saved, save_base, moved, edge, dtype, M, N);
@@ -190,14 +202,15 @@ void epilogue_op(const Tensor& y, const Tensor& h, const Tensor& side,
                  bool find_largest, int64_t stream) {
   const Dtype dtype = dtype_of(y, "y");
   const ScalarType type = scalar_type(dtype);
-  const int64_t M = y.size(0), N = y.size(1), padded = side.size(1);
+  const int64_t M = y.size(0), N = y.size(1);
+  const int padded = padded_of(side, "side");
   Epilogue p = {};
   p.y = contiguous(y, "y", type, M * N);
   p.M = as_int(M, "y");
   p.N = as_int(N, "y");
   p.h = contiguous(h, "h", type, M * padded);
   p.side = contiguous(side, "side", type, N * padded);
-  p.padded = as_int(padded, "side");
+  p.padded = padded;
   p.finish =
       finish_of(adapter_bias, decay, gate, saved, save_base, moved, edge, dtype, M, N);
   p.largest = contiguous<int>(largest, "largest", ScalarType::Int, 1);
@@ -216,7 +229,8 @@ void gate_backward_op(const Tensor& dy, const Tensor& saved, const OptionalTenso
                       int64_t stream) {
   const Dtype dtype = dtype_of(dy, "dy");
   const ScalarType type = scalar_type(dtype), wide = ScalarType::Float;
-  const int64_t M = dy.size(0), N = dy.size(1), padded = side.size(1);
+  const int64_t M = dy.size(0), N = dy.size(1);
+  const int padded = padded_of(side, "side", core.size(0));
   const int64_t programs = (M + ROWS_PER_PROGRAM - 1) / ROWS_PER_PROGRAM;
   GateBackward p = {};
   p.dy = matrix(dy, "dy", type);
@@ -225,7 +239,7 @@ void gate_backward_op(const Tensor& dy, const Tensor& saved, const OptionalTenso
   p.side = contiguous(side, "side", type, N * padded);
   p.core = matrix(core, "core", wide);
   p.r = p.core.rows;
-  p.padded = as_int(padded, "side");
+  p.padded = padded;
   p.rows = contiguous<const int64_t>(rows, "rows", ScalarType::Long, p.r);
   p.alpha = static_cast<float>(alpha);
   p.adapter_bias = contiguous<const float>(adapter_bias, "adapter_bias", wide, N);
@@ -258,11 +272,12 @@ void core_gradient_op(const Tensor& v, const Tensor& t, double alpha, const Tens
 WeightChange change_of(const Tensor& weight, const Tensor& P, const Tensor& side,
                        const OptionalTensor& decay, const std::vector<double>& gate,
                        Dtype dtype) {
-  const int64_t N = weight.size(0), K = weight.size(1), padded = side.size(1);
+  const int64_t N = weight.size(0), K = weight.size(1);
+  const int padded = padded_of(side, "side");
   return {matrix(weight, "weight", scalar_type(dtype)),
           static_cast<const float*>(contiguous(P, "P", ScalarType::Float, N * padded)),
           contiguous(side, "side", scalar_type(dtype), K * padded),
-          as_int(padded, "side"),
+          padded,
           contiguous<const float>(decay, "decay", ScalarType::Float, N),
           gate_of(gate)};
 }

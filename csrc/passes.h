@@ -11,6 +11,8 @@
 
 namespace secura {
 
+constexpr int LARGEST_RANK = 256;
+
 enum class Dtype { float32, bfloat16, float16 };
 
 // Element (i, j) of a matrix lies at data[i * stride_row + j * stride_column].

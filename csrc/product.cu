@@ -65,7 +65,7 @@ void product(const Product& p, const Launch& where) {
       kernel = product_kernel<T, true, Along::DEPTH>;
     }
     launch(kernel, p, int64_t{ceil_div(M, Sum::ROWS)} * ceil_div(N, Sum::COLUMNS), Sum::THREADS,
-           MULTIPLY_BYTES<T, Sum>, where, "product",
+           MULTIPLY_BYTES<Sum>, where, "product",
            {{"M", M}, {"N", N}, {"K", p.a.columns}, {"r", p.padded}});
   });
 }

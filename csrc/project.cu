@@ -33,7 +33,7 @@ void project(const Project& d, const Launch& where) {
   with_dtype(where.dtype, [&](auto type) {
     using T = typename decltype(type)::type;
     launch(project_kernel<T>, d, ceil_div(d.a.rows, ByCore::ROWS), ByCore::THREADS,
-           MULTIPLY_BYTES<float, ByCore>, where, "project", {{"M", d.a.rows}, {"r", d.r}});
+           MULTIPLY_BYTES<ByCore>, where, "project", {{"M", d.a.rows}, {"r", d.r}});
   });
 }
 

@@ -8,8 +8,8 @@ namespace secura {
 namespace {
 
 // A tile of W, its gradient times R, and where that is multiplied: the gradient of delta_W in shared
-// memory and a tile of R. In float32 half as many rows fit in shared memory, with the gate's own
-// derivative in registers.
+// memory and a tile of R. In float32 half as many rows fit in 64 KiB of shared memory, with the
+// gate's own derivative in registers.
 template <typename T, bool FULL>
 struct Tiles {
   static constexpr bool WIDE = rows_of_w(sizeof(T) == 4, FULL) == 128;
@@ -17,16 +17,15 @@ struct Tiles {
                                  Accumulator<64, COLUMNS_OF_W, 32, 32>>;
   using Q = std::conditional_t<WIDE, Accumulator<128, 64, 32, 32>, Accumulator<64, 64, 32, 16>>;
   using Factor = SharedTile<T, OfW::ROWS, COLUMNS_OF_W, Along::DEPTH>;
-  using Side = SharedTile<T, Q::COLUMNS, DEPTH, Along::ROWS>;
-  static constexpr int BYTES = std::max({Factor::BYTES + Side::BYTES, MULTIPLY_BYTES<T, OfW>,
-                                         MULTIPLY_BYTES<float, OfW>});
+  using Side = SharedTile<T, Q::COLUMNS, DEPTH<T>, Along::ROWS>;
+  static constexpr int BYTES = std::max(Factor::BYTES + Side::BYTES, MULTIPLY_BYTES<OfW>);
 };
 
 // DEPTH columns of a shared tile, as a tile of their own.
 template <class Tile>
 struct Part {
   using Element = typename Tile::Element;
-  static constexpr int ROWS = Tile::ROWS, DEPTH = secura::DEPTH;
+  static constexpr int ROWS = Tile::ROWS, DEPTH = secura::DEPTH<Element>;
   static constexpr bool ALONG_DEPTH = Tile::ALONG_DEPTH;
   static_assert(ALONG_DEPTH, "columns are what a line holds");
   Tile whole;
@@ -74,7 +73,8 @@ __global__ void __launch_bounds__(Tiles<T, FULL>::OfW::THREADS, 1)
     multiply<T, Along::ROWS, Along::ROWS>(gradient, dy, n0, x, k0, memory);
     for_elements<Sum>([&](int i, int j, int e) {
       const float b = base.value[i][j][e], grad = gradient.value[i][j][e];
-      float dd = b * grad;
+      float& dd = gradient.value[i][j][e];
+      dd *= b;
       if constexpr (FULL) {
         const float d = change.value[i][j][e], c = decay(i, e);
         const float rho = relative_magnitude(b, d, gate.eps);
@@ -89,30 +89,38 @@ __global__ void __launch_bounds__(Tiles<T, FULL>::OfW::THREADS, 1)
         dd = c * gate_value(b, d, slope, gate).s * grad +
              by_rho * reciprocal(fabsf(b) + gate.eps) * sign(d);
       }
-      factor.at(Sum::row(i, e), Sum::column(j, e)) = from_float<T>(dd);
     });
     if (p.statistics != nullptr) {
-      __syncthreads();  // the pipeline's memory and the factor's are one
       continue;
     }
-    for (int r0 = 0; r0 < padded; r0 += Q::COLUMNS) {
-      Q q;
-      for (int k = 0; k < COLUMNS_OF_W; k += DEPTH) {
-        __syncthreads();  // the factor is written, the previous part of R used
-        side.template load<THREADS>(transposed(packed<T>(p.change.side, K, padded)), r0, k0 + k);
-        commit_copies();
-        wait_copies<0>();
-        __syncthreads();
-        q.add(Part<typename Tiles<T, FULL>::Factor>{factor, k}, side);
-      }
-      for_elements<Q>([&](int i, int j, int e) {
-        const int n = n0 + Q::row(i, e), rank = r0 + Q::column(j, e);
-        if (n < N && rank < padded) {  // this block's alone, and always this thread's
-          p.q[(static_cast<int64_t>(group) * N + n) * padded + rank] += q.value[i][j][e];
-        }
+    // In 16 bits as two addends, dd rounded and what that leaves: once rounded, it would be the
+    // largest error of d_core.
+    for (int addend = 0; addend < (sizeof(T) == 2 ? 2 : 1); ++addend) {
+      for_elements<Sum>([&](int i, int j, int e) {
+        float& dd = gradient.value[i][j][e];
+        const T rounded = from_float<T>(dd);
+        factor.at(Sum::row(i, e), Sum::column(j, e)) = rounded;
+        dd -= to_float(rounded);
       });
+      for (int r0 = 0; r0 < padded; r0 += Q::COLUMNS) {
+        Q q;
+        for (int k = 0; k < COLUMNS_OF_W; k += DEPTH<T>) {
+          __syncthreads();  // the factor is written, the previous part of R used
+          side.template load<THREADS>(transposed(packed<T>(p.change.side, K, padded)), r0, k0 + k);
+          commit_copies();
+          wait_copies<0>();
+          __syncthreads();
+          q.add(Part<typename Tiles<T, FULL>::Factor>{factor, k}, side);
+        }
+        for_elements<Q>([&](int i, int j, int e) {
+          const int n = n0 + Q::row(i, e), rank = r0 + Q::column(j, e);
+          if (n < N && rank < padded) {  // this block's alone, and always this thread's
+            p.q[(static_cast<int64_t>(group) * N + n) * padded + rank] += q.value[i][j][e];
+          }
+        });
+      }
+      __syncthreads();  // the factor is used
     }
-    __syncthreads();
   }
   if (FULL && p.statistics != nullptr) {
     total = sum_of_block<THREADS>(total, memory);

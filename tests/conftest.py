@@ -15,6 +15,16 @@ def _seeded():
     torch.manual_seed(0)
 
 
+@pytest.fixture(params=["triton", "cuda"])
+def impl(request):
+    """Each backend of kernels, made to run here."""
+    if request.param == "cuda":
+        from cuda_host import load_cuda
+
+        load_cuda()
+    return request.param
+
+
 def pytest_collection_modifyitems(items):
     if not torch.cuda.is_available():
         skip = pytest.mark.skip(reason="no NVIDIA GPU")

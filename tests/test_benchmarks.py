@@ -1,5 +1,6 @@
 """The benchmarks measure what they say, check it first, and go on where they stopped."""
 
+import csv
 import json
 import subprocess
 import sys
@@ -7,12 +8,16 @@ from pathlib import Path
 
 import pytest
 import torch
+from cuda_host import load_cuda
 
 LAYER = Path(__file__).parents[1] / "benchmarks/layer"
-sys.path.insert(0, str(LAYER))
+sys.path[:0] = map(str, (LAYER, LAYER.parent))
 
+import gpu  # noqa: E402
+import passes  # noqa: E402
 import rivals  # noqa: E402
 import run  # noqa: E402
+import sanitize  # noqa: E402
 import shapes  # noqa: E402
 import timing  # noqa: E402
 
@@ -117,14 +122,134 @@ def test_the_prediction_beside_the_measured_ratio():
     assert run.results.predicted(row | {"mode": "forward"}, gpu) is None
 
 
-def test_the_roofline_is_drawn(tmp_path):
-    import passes
+PASSES_ABOUT = dict(gpu="a chip", ceilings=dict(bandwidth=3e12, flops=8e14))
 
-    rows = [dict(run="down", flops=1e12, bandwidth=1e11), dict(run="gather", flops=0.0,
-                                                               bandwidth=1e11)]
-    about = dict(gpu="a chip", ceilings=dict(bandwidth=3e12, flops=8e14))
+
+def test_passes_without_the_cuda_library(tmp_path):
+    common = dict(M=8, N=8, K=8, r=4, floor_ms=1.0, bandwidth=1e11)
+    rows = [dict(run="product", impl="triton", median_ms=2.5, of_roofline=0.4, flops=1e12,
+                 of_cublas=0.8, **common),
+            dict(run="product", impl="cublas", median_ms=2.0, of_roofline=0.5, flops=1e12,
+                 of_cublas=1.0, **common),
+            dict(run="gather", impl="triton", median_ms=1.25, of_roofline=0.8, flops=0.0,
+                 of_cublas=None, **common)]
+    about = PASSES_ABOUT | dict(missing=["no CUDA times: nobody built it"])
+    shown = passes.table(rows, about)
+    assert shown.caption == "no CUDA times: nobody built it"
+    cells = [list(column.cells) for column in shown.columns]
+    assert cells[1:] == [["product", "gather"], ["1.0000"] * 2, ["2.5000 (40%)", "1.2500 (80%)"],
+                         ["", ""], ["2.0000 (50%)", ""], ["0.80", ""], ["", ""]]
     passes.draw(tmp_path / "roofline.png", rows, about)
     assert (tmp_path / "roofline.png").stat().st_size > 5000
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="runs in the simulators of the kernels")
+def test_every_pass_of_both_backends_is_run(tmp_path, monkeypatch):
+    load_cuda()
+    times = iter(range(1, 1000))
+
+    def do_bench(run, return_mode):
+        run()
+        return float(next(times))
+
+    monkeypatch.setattr(passes.triton.testing, "do_bench", do_bench)
+    top = PASSES_ABOUT["ceilings"]
+    rows, wrong = passes.measure((33, 48, 40, 5), torch.device("cpu"), top, cuda=True)
+    assert not wrong
+    by = {(row["run"], row["impl"]): row for row in rows}
+    products = [name for name in passes.PASSES if name.startswith("product")]
+    assert set(by) == ({(name, impl) for name in passes.PASSES for impl in ("triton", "cuda")}
+                       | {(name, "cublas") for name in products})
+    ours, cublas = by["product", "cuda"], by["product", "cublas"]
+    assert ours["of_cublas"] == pytest.approx(cublas["median_ms"] / ours["median_ms"])
+    assert by["gather", "cuda"]["of_cublas"] is None
+    passes.results.write(tmp_path, "passes", rows, PASSES_ABOUT)
+    with open(tmp_path / "passes.csv") as file:
+        assert len(list(csv.DictReader(file))) == len(rows)
+
+
+def test_a_pass_that_fails_costs_no_other_figure(monkeypatch):
+    def do_bench(run, return_mode):
+        if run.__name__ == "broken":
+            run()
+        return 1.0
+
+    def broken():
+        raise RuntimeError("launch of gather\nmore")
+
+    monkeypatch.setattr(passes.triton.testing, "do_bench", do_bench)
+    monkeypatch.setattr(passes, "PASSES", ("gather",))
+    monkeypatch.setattr(passes, "contenders", lambda *_: {"triton": [print], "cuda": [broken]})
+    rows, wrong = passes.measure((33, 48, 40, 5), torch.device("cpu"), PASSES_ABOUT["ceilings"],
+                                 cuda=True)
+    assert [row["impl"] for row in rows] == ["triton"]
+    assert set(wrong) == {"CUDA gather at (33, 48, 40, 5): launch of gather"}
+
+
+def test_stages_are_in_order():
+    names = list(gpu.STAGES)
+    assert names[0] == "cuda-build" and "cuda-build" in gpu.ALWAYS
+    assert names.index("sanitizer") == names.index("tests") + 1
+    for words in gpu.STAGES.values():
+        assert words[0] in ("-m", "-c") or (LAYER.parents[1] / words[0]).is_file()
+    compile(gpu.STAGES["cuda-build"][1], "cuda-build", "exec")
+
+
+def test_the_sanitizer_watches_every_form():
+    found = sanitize.cases()
+    assert len(set(map(str, found))) == len(found) == 144
+    for form in sanitize.NORMS:
+        own = [case for case in found if case.form == form]
+        assert {case.shape for case in own} == set(sanitize.SHAPES)
+        assert {case.dtype for case in own} == set(sanitize.DTYPES)
+        assert {case.layout for case in own} == set(sanitize.LAYOUTS)
+    for part in ("output; stored; biases; float32", "weight, max, full; tied; bfloat16"):
+        case = next(case for case in found if str(case).startswith(part))
+        sanitize.run_case(case, "reference", "cpu")
+
+
+def test_what_the_sanitizer_watches_runs_by_itself():
+    done = subprocess.run([sys.executable, LAYER.parent / "sanitize.py", "--run", "--impl",
+                           "reference", "--device", "cpu", "--case", "no gate; stored; biases"],
+                          capture_output=True, text=True)
+    assert done.returncode == 0 and not done.stderr, done.stderr
+    assert done.stdout.endswith("6 cases have run\n")
+
+
+def test_plain_products():
+    a, b, c = torch.randn(5, 7), torch.randn(7, 3), torch.randn(5, 3)
+    expected = a @ b, torch.nn.functional.linear(a, b.T, c[0]), c.clone().addmm_(a, b, alpha=2)
+    library = sanitize.plain_products("CPU")
+    try:
+        found = a @ b, torch.nn.functional.linear(a, b.T, c[0]), c.clone().addmm_(a, b, alpha=2)
+    finally:
+        library._destroy()
+    torch.testing.assert_close(found, expected)
+
+
+def test_a_watched_run_ends_as_its_tool_says(tmp_path):
+    tool = tmp_path / "compute-sanitizer"
+    words = tmp_path / "words"
+    for end, wrong in (("exit 0", ""), ("exit 1", "exit status 1"), ("sleep 60", "not done after")):
+        tool.write_text(f'#!/bin/sh\necho "$PYTORCH_NO_CUDA_MEMORY_CACHING $@" > {words}\n{end}\n')
+        tool.chmod(0o755)
+        assert sanitize.watch(str(tool), "racecheck", "weight", 2).startswith(wrong)
+        given = words.read_text()
+        assert given.startswith("1 --tool racecheck --error-exitcode 1 ")
+        assert given.endswith("sanitize.py --run --case weight\n")
+
+
+@pytest.mark.parametrize(("script", "option", "wrong"), [
+    (sanitize, "--tool", ["--tool", "nope"]), (sanitize, "--case", ["--case", "nope"]),
+    (gpu, "cuda-build", ["nope"])])
+def test_scripts_name_their_options(script, option, wrong, monkeypatch, capsys):
+    for words, status in ((["--help"], 0), (wrong, 2)):
+        monkeypatch.setattr(sys, "argv", ["script", *words])
+        with pytest.raises(SystemExit) as end:
+            script.main()
+        assert end.value.code == status
+    printed = capsys.readouterr()
+    assert option in printed.out and "nope" in printed.err
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="for machines without a GPU")
@@ -133,3 +258,6 @@ def test_without_a_gpu_the_gpu_run_says_so():
         done = subprocess.run([sys.executable, LAYER.parent / script], capture_output=True,
                               text=True)
         assert done.returncode == 1 and "no NVIDIA GPU is here" in done.stderr
+    done = subprocess.run([sys.executable, LAYER.parent / "sanitize.py"], capture_output=True,
+                          text=True)
+    assert done.returncode == 1 and done.stderr.startswith("sanitize: ")

@@ -17,7 +17,7 @@ from secura_kernels.cuda import compiler as builder
 
 ROOT = Path(__file__).parents[1]
 try:
-    builder._tools()
+    builder.tools()
     MISSING = ""
 except RuntimeError as error:
     MISSING = str(error)

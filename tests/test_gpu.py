@@ -7,10 +7,19 @@ import torch
 from forms import case, relative_error
 
 from secura_kernels import SECURALinear, SMagNorm
+from secura_kernels.cuda import output_domain as cuda_output_domain
 from secura_kernels.kernels import dispatch, tuned
 from secura_kernels.ops import resolve
 
 pytestmark = pytest.mark.gpu
+FORMS = dict(argnames="one_pass", argvalues=[True, False], ids=["one pass", "library"])
+
+
+def take(one_pass: bool, monkeypatch) -> None:
+    """Both backends take this form of a layer, whatever would be chosen."""
+    monkeypatch.setattr(dispatch, "ASSUMED_LOSS", -0.9 if one_pass else 9.0)
+    monkeypatch.setattr(tuned, "choice", lambda *_: None)
+    monkeypatch.setattr(cuda_output_domain, "one_pass", lambda *_: one_pass)
 
 
 def test_auto_is_triton():
@@ -21,11 +30,10 @@ def test_auto_is_triton():
                          ids=["no gate", "output", "weight"])
 @pytest.mark.parametrize(("M", "N", "K", "r"), [(4096, 4096, 4096, 64), (4096, 1536, 8960, 150)],
                          ids=["r 64", "r 150"])
-@pytest.mark.parametrize("loss", [-0.9, 9.0], ids=["one pass", "library"])
-def test_a_real_layer(M, N, K, r, norm, loss, monkeypatch):
-    """Both forms of a layer, whatever would be chosen; the truth in float64 on the GPU."""
-    monkeypatch.setattr(dispatch, "ASSUMED_LOSS", loss)
-    monkeypatch.setattr(tuned, "choice", lambda *_: None)
+@pytest.mark.parametrize(**FORMS)
+def test_a_real_layer(M, N, K, r, norm, one_pass, impl, monkeypatch):
+    """The truth in float64 on the GPU."""
+    take(one_pass, monkeypatch)
     c = case(M, N, K, r, torch.bfloat16, bias=False, adapter_bias=False, decay=False, device="cuda")
     with torch.no_grad():
         c.core.mul_(0.3 / r)
@@ -34,48 +42,70 @@ def test_a_real_layer(M, N, K, r, norm, loss, monkeypatch):
     def results(y, leaves):
         return y, *torch.autograd.grad(y, leaves, dy.to(y.dtype))
 
-    ours = results(c.ours(norm, impl="triton"), c.trained())
+    ours = results(c.ours(norm, impl=impl), c.trained())
     for a, e, t in zip(ours, results(*c.eager(norm)), results(*c.eager(norm, torch.float64)),
                        strict=True):
         assert relative_error(a, t) <= relative_error(e, t) * 1.02 + 1e-6
-    again = results(c.ours(norm, impl="triton"), c.trained())
+    again = results(c.ours(norm, impl=impl), c.trained())
     assert all(torch.equal(a, b) for a, b in zip(ours, again, strict=True))
 
 
-def test_two_streams():
+@pytest.mark.parametrize("norm", [SMagNorm(), SMagNorm(domain="weight")],
+                         ids=["output", "weight"])
+def test_two_streams(norm, impl):
     """Layers that run at the same time share no scratch."""
-    norm = SMagNorm(domain="weight")
     cases = [case(512, 1024, 1024, 16, torch.bfloat16, bias=False, device="cuda") for _ in range(2)]
-    expected = [c.ours(norm, impl="triton") for c in cases]
+    expected = [c.ours(norm, impl=impl) for c in cases]
     torch.cuda.synchronize()
     streams = [torch.cuda.Stream() for _ in cases]
     for _ in range(20):
         found = []
         for c, stream in zip(cases, streams, strict=True):
             with torch.cuda.stream(stream):
-                found.append(c.ours(norm, impl="triton"))
+                found.append(c.ours(norm, impl=impl))
         torch.cuda.synchronize()
         assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
 
 
-def test_more_elements_than_32_bits_count():
+@pytest.mark.parametrize(**FORMS)
+def test_more_elements_than_32_bits_count(one_pass, impl, monkeypatch):
+    take(one_pass, monkeypatch)
     M, N, K, r = 2**19 + 3, 4104, 64, 8
     if torch.cuda.mem_get_info()[0] < 30 * 2**30:
         pytest.skip("needs 30 GiB of GPU memory")
     c = case(M, N, K, r, torch.bfloat16, bias=False, adapter_bias=False, decay=False, device="cuda")
-    y = c.ours(SMagNorm(), impl="triton")
+    y = c.ours(SMagNorm(), impl=impl)
     dx, dcore = torch.autograd.grad(y, [c.x, c.core], y.detach())
     last = slice(M - 300, M)
     tail = replace(c, x=c.x.detach()[last].clone().requires_grad_())
-    z = tail.ours(SMagNorm(), impl="triton")
+    z = tail.ours(SMagNorm(), impl=impl)
     torch.testing.assert_close(y[last], z, rtol=2e-2, atol=2e-2)
     torch.testing.assert_close(dx[last], torch.autograd.grad(z, tail.x, z.detach())[0],
                                rtol=2e-2, atol=2e-2)
     assert dcore.isfinite().all()
 
 
-def test_a_cuda_graph_replays_a_training_step():
-    layer = SECURALinear.from_linear(torch.nn.Linear(256, 256, device="cuda").bfloat16(), 16, m=32)
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+@pytest.mark.parametrize("norm", [None, SMagNorm(), SMagNorm(domain="weight")],
+                         ids=["no gate", "output", "weight"])
+def test_the_device_of_the_tensors_counts(norm, impl):
+    """Not the current one."""
+    c = case(130, 136, 72, 9, torch.bfloat16, device="cuda:1")
+    dy = torch.randn(130, 136).to("cuda:1", torch.bfloat16)
+
+    def results(current: int):
+        with torch.cuda.device(current):
+            y = c.ours(norm, impl=impl)
+            found = y.detach(), *torch.autograd.grad(y, c.trained(), dy)
+            torch.cuda.synchronize("cuda:1")
+        return found
+
+    assert all(torch.equal(a, b) for a, b in zip(results(0), results(1), strict=True))
+
+
+def test_a_cuda_graph_replays_a_training_step(impl):
+    layer = SECURALinear.from_linear(torch.nn.Linear(256, 256, device="cuda").bfloat16(), 16, m=32,
+                                     impl=impl)
     x = torch.randn(128, 256, device="cuda").bfloat16()
 
     def step():

@@ -1,19 +1,10 @@
 """The host shim, which runs CUDA kernels on a CPU: its instructions, schedules and checks."""
 
 import os
-import platform
-import shutil
 import subprocess
-import sys
-from pathlib import Path
 
 import pytest
-
-HOST = Path(__file__).parent / "host"
-CSRC = Path(__file__).parents[1] / "csrc"
-FLAGS = ["-x", "c++", "-std=c++20", "-fno-strict-aliasing", "-Wall", "-Wextra"]
-FLAGS += ["-Wno-unknown-pragmas", f"-I{HOST}", f"-I{CSRC}"]
-SANITIZE = ["-O1", "-g", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
+from cuda_host import HOST, SANITIZE, host_command
 
 SCHEDULES = ["forward", "reversed", "random"]
 CASES = ["conversions", "load_layout", "multiply", "shuffles", "copies", "unset", "limits"]
@@ -37,20 +28,9 @@ FAULTS = {
 }
 
 
-def compiler():
-    path = shutil.which("g++") if sys.platform == "linux" else None
-    if path is None:
-        pytest.skip("no g++ on Linux")
-    version = subprocess.run([path, "-dumpversion"], capture_output=True, text=True).stdout
-    needed = 12 if platform.machine() == "x86_64" else 13  # knows _Float16
-    if int(version.split(".")[0]) < needed:
-        pytest.skip(f"g++ {version.strip()} is older than {needed}")
-    return path
-
-
 def build(directory, *flags):
     program = directory / "test_shim"
-    command = [compiler(), *FLAGS, *flags, str(HOST / "test_shim.cu"), "-o", str(program)]
+    command = [*host_command(), *flags, "-x", "c++", str(HOST / "test_shim.cu"), "-o", str(program)]
     result = subprocess.run(command, capture_output=True, text=True)
     if "cannot find -lasan" in result.stderr or "cannot find -lubsan" in result.stderr:
         pytest.skip("g++ has no sanitizers")

@@ -31,32 +31,32 @@ FORMS = {"no gate": None, "output": SMagNorm(), "output, full": SMagNorm(detach_
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("norm", FORMS.values(), ids=FORMS)
-def test_opcheck(norm, dtype):
+def test_opcheck(norm, dtype, impl):
     c = case(9, 12, 10, 4, dtype, device=DEVICE)
     parameters = (c.core.detach(), c.cols, c.rows, None, None, c.adapter_bias.detach(), c.decay)
     settings = (c.alpha, pack_norm(norm), norm is None or norm.detach_gate)
     edge = 0.0 if norm is None else 1.2
     if norm is not None and norm.domain == "weight":
         opcheck(cur_weight_linear_fwd,
-                (c.x.detach(), c.W, c.bias, *parameters, *settings, edge, "triton"))
+                (c.x.detach(), c.W, c.bias, *parameters, *settings, edge, impl))
         opcheck(cur_weight_linear_bwd,
                 (torch.randn(9, 12, device=DEVICE).to(dtype), c.x.detach(), c.W, *parameters,
-                 *settings, [True, True, True], "triton"))
+                 *settings, [True, True, True], impl))
         return
-    arguments = (c.x.detach(), c.W, c.bias, *parameters, *settings, edge, True, "triton")
+    arguments = (c.x.detach(), c.W, c.bias, *parameters, *settings, edge, True, impl)
     opcheck(cur_linear_fwd, arguments)
     y, t, saved, _ = cur_linear_fwd(*arguments)
     opcheck(cur_linear_bwd, (torch.randn_like(y), c.W, *parameters, t, saved, *settings,
-                             [True, True, True], "triton"))
+                             [True, True, True], impl))
 
 
 @pytest.mark.parametrize("norm", FORMS.values(), ids=FORMS)
-def test_compiles_as_one_graph(norm):
+def test_compiles_as_one_graph(norm, impl):
     c = case(9, 12, 10, 4, torch.float32, device=DEVICE)
 
     def step(x, core):
         y = cur_linear(x, c.W, core, cols=c.cols, rows=c.rows, bias=c.bias, norm=norm,
-                       impl="triton")
+                       impl=impl)
         return (y * y).sum()
 
     leaves = [c.x, c.core]
@@ -85,15 +85,18 @@ def test_traces_for_a_gpu_without_one():
 
 
 @pytest.mark.parametrize("norm", FORMS.values(), ids=FORMS)
-def test_two_runs_are_bitwise_equal(norm, monkeypatch):
-    """In the interpreter the second run takes the programs in reverse order."""
+def test_two_runs_are_bitwise_equal(norm, impl, monkeypatch):
+    """Without a GPU the second run takes the programs in reverse order, on the simulated GPU the
+    threads of a block too."""
     def results():
         torch.manual_seed(1)
         c = case(200, 150, 80, 8, torch.float32, device=DEVICE)
-        y = c.ours(norm, impl="triton")
+        y = c.ours(norm, impl=impl)
         return y, *torch.autograd.grad(y, c.trained(), torch.randn_like(y))
 
     first = results()
+    if not GPU and impl == "cuda":
+        monkeypatch.setenv("SECURA_HOST_SCHEDULE", "reversed")
     if not GPU:
         from triton.runtime import interpreter
 

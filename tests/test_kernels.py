@@ -1,4 +1,5 @@
-"""The Triton kernels against float64 and the reference: every form, shape, stride and dtype."""
+"""The Triton and the CUDA kernels against float64 and the reference: every form, shape, stride and
+dtype. Without a GPU: in Triton's interpreter, and on a simulated GPU (``cuda_host``)."""
 
 from dataclasses import replace
 
@@ -17,7 +18,7 @@ from forms import (
     small_change,
 )
 from forms import PRECISION_NORMS as NORMS
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from secura_kernels import SMagNorm
@@ -51,18 +52,19 @@ def gradients(y, c: Case, dy):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("name", NORMS)
-def test_error_is_no_more_than_eager(name, dtype):
+def test_error_is_no_more_than_eager(name, dtype, impl):
     skip_where_low_precision_jumps(NORMS[name], dtype)
     check_no_more_than_eager(
         [small_change(*shape, dtype=dtype, tied=tied, biases=biases, device=DEVICE)
          for shape in SHAPES.values()
-         for tied, biases in ((True, True), (True, False), (False, False))], NORMS[name], "triton")
+         for tied, biases in ((True, True), (True, False), (False, False))], NORMS[name], impl)
 
 
-def compare(c: Case, norm, dy=None):
+def compare(c: Case, norm, impl, dy=None):
     """y and gradients, case by case, are off by no more than a few times what the plain formula in
-    this dtype is, and what one more rounding of x and dy would do: a sum that cancels scatters."""
-    y = c.ours(norm, impl="triton")
+    this dtype is, and what one more rounding of x, W and dy would do, the worst of three: a sum
+    that cancels scatters, and ref="max" hangs on the one element whose base is nearest to 0."""
+    y = c.ours(norm, impl=impl)
     assert y.shape == (c.x.shape[0], c.W.shape[0]) and y.dtype == c.x.dtype and y.is_contiguous()
     dy = torch.randn_like(y) if dy is None else dy
 
@@ -75,37 +77,43 @@ def compare(c: Case, norm, dy=None):
         return tensor.detach().double() * (1 + step * torch.randn_like(tensor.detach().double()))
 
     truth = plain(c, dy, torch.float64)
-    again = plain(replace(c, x=rounded_again(c.x)), rounded_again(dy), torch.float64)
+    again = [plain(replace(c, x=rounded_again(c.x), W=rounded_again(c.W)), rounded_again(dy),
+                   torch.float64) for _ in range(3)]
     ours = y, *gradients(y, c, dy)
-    for name, value, eager, moved, true in zip(QUANTITIES, ours, plain(c, dy), again, truth,
-                                               strict=False):
+    for name, value, eager, true, *moved in zip(QUANTITIES, ours, plain(c, dy), truth, *again,
+                                                strict=False):
         error = relative_error(value, true)
-        allowed = 3 * (relative_error(eager, true) + relative_error(moved, true)) + 1e-6
+        allowed = 3 * (relative_error(eager, true)
+                       + max(relative_error(m, true) for m in moved)) + 1e-6
         assert error <= allowed, f"{name}: {error:.2e}, allowed {allowed:.2e}"
 
 
 @pytest.mark.parametrize("tied", [True, False], ids=["tied", "stored"])
 @pytest.mark.parametrize("norm", **ALL_NORMS)
-def test_every_form(norm, tied):
-    compare(case(70, 45, 38, 5, torch.float32, tied=tied, device=DEVICE), norm)
+def test_every_form(norm, tied, impl):
+    compare(case(70, 45, 38, 5, torch.float32, tied=tied, device=DEVICE), norm, impl)
 
 
 @pytest.mark.parametrize("norm", [None, SMagNorm(), SMagNorm(domain="weight")],
                          ids=["no gate", "output", "weight"])
 @pytest.mark.parametrize("r", [1, 2, 15, 16, 17, 33, 64, 65, 128, 150, 256])
-def test_ranks(r, norm):
+def test_ranks(r, norm, impl):
     c = case(66, 260, 257, r, torch.float32, decay=False, device=DEVICE)
     with torch.no_grad():
         c.core.mul_(0.3 / r)
-    compare(c, norm)
+    compare(c, norm, impl)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40, deadline=None, derandomize=True,
+          suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(M=st.integers(0, 90), N=st.integers(1, 90), K=st.integers(1, 90), data=st.data(),
        norm=st.sampled_from(list(NORMS.values())), tied=st.booleans(), biases=st.booleans(),
        decay=st.booleans(), strides=st.sampled_from(["contiguous", "sliced", "transposed"]),
-       dtype=st.sampled_from([torch.float32, torch.bfloat16, torch.float16]))
-def test_any_shape_stride_and_dtype(M, N, K, data, norm, tied, biases, decay, strides, dtype):
+       dtype=st.sampled_from([torch.float32, torch.bfloat16, torch.float16]),
+       seed=st.integers(0, 2**16))
+def test_any_shape_stride_and_dtype(impl, M, N, K, data, norm, tied, biases, decay, strides, dtype,
+                                    seed):
+    torch.manual_seed(seed)
     if norm is not None and (not norm.continuous or not norm.detach_gate):
         dtype = torch.float32  # low precision costs a jump, or divides by a rounded base
     r = data.draw(st.integers(1, min(N, K)), label="r")
@@ -126,54 +134,54 @@ def test_any_shape_stride_and_dtype(M, N, K, data, norm, tied, biases, decay, st
             if vector is not None:
                 apart = torch.stack([vector.detach(), torch.full_like(vector, 1000)], 1)[:, 0]
                 setattr(c, name, apart.requires_grad_(vector.requires_grad))
-    compare(c, norm, dy)
+    compare(c, norm, impl, dy)
 
 
 @pytest.mark.parametrize("norm", **ALL_NORMS)
-def test_an_untrained_layer_is_the_base(norm):
+def test_an_untrained_layer_is_the_base(norm, impl):
     """A zero core: the output is F.linear's, to the bit where the product is the library's, and
     every gradient is finite."""
     for M in (40, 100):
-        c = case(M, 64, 40, 4, torch.float32, decay=False, adapter_bias=False, device=DEVICE)
+        c = case(M, 64, 60, 4, torch.float32, decay=False, adapter_bias=False, device=DEVICE)
         with torch.no_grad():
             c.core.zero_()
-        y = c.ours(norm, impl="triton")
+        y = c.ours(norm, impl=impl)
         base = F.linear(c.x, c.W, c.bias)
         if norm is not None and norm.domain == "weight":
             torch.testing.assert_close(y, base)
         else:
             assert torch.equal(y, base)
-        compare(c, norm)
+        compare(c, norm, impl)
 
 
 @pytest.mark.parametrize("norm", NORMS.values(), ids=NORMS)
-def test_nan_stays_in_its_token(norm):
+def test_nan_stays_in_its_token(norm, impl):
     c = case(M=70, N=40, K=33, r=4, dtype=torch.bfloat16, decay=False, device=DEVICE)
     with torch.no_grad():
         c.x[2, 3] = torch.nan
-    y = c.ours(norm, impl="triton")
+    y = c.ours(norm, impl=impl)
     others = torch.arange(70, device=DEVICE) != 2
     assert y[2].isnan().all() and not y[others].isnan().any()
 
 
 @pytest.mark.parametrize("norm", [None, SMagNorm()], ids=["no gate", "gate"])
-def test_duplicates_among_indices(norm):
+def test_duplicates_among_indices(norm, impl):
     c = case(70, 40, 33, 24, torch.float32, device=DEVICE)
     c.rows = torch.tensor([5] * 3 + [7] * 20 + [39], device=DEVICE)
     c.cols = torch.tensor([5] * 3 + [7] * 20 + [32], device=DEVICE)
-    compare(c, norm)
+    compare(c, norm, impl)
 
 
 @pytest.mark.parametrize("norm", [None, SMagNorm(), SMagNorm(ref="max"), SMagNorm(domain="weight")],
                          ids=["no gate", "output", "max", "weight"])
-def test_importance_count(norm):
+def test_importance_count(norm, impl):
     from secura_kernels.functional import cur_linear_and_moved
 
     c = case(70, 40, 33, 4, torch.float32, decay=False, device=DEVICE)
     counts = [cur_linear_and_moved(
         c.x, c.W, c.core, cols=c.cols, rows=c.rows, C=None, R=None, bias=c.bias, alpha=0.7,
         norm=norm, adapter_bias=c.adapter_bias, decay=None, impl=impl, edge=1.2)[1]
-        for impl in ("triton", "reference")]
+        for impl in (impl, "reference")]
     assert torch.equal(*counts)
 
 
@@ -214,13 +222,13 @@ def test_without_save_nothing_is_saved():
         assert saved.numel() == 0
 
 
-def test_expanded_operands():
+def test_expanded_operands(impl):
     """Strides of 0: the gradient of a sum, one decay factor for every channel."""
     c = case(70, 48, 40, 4, torch.float32, device=DEVICE)
     c.decay = torch.tensor(0.9, device=DEVICE).expand(48)
     for norm in NORMS.values():
-        compare(c, norm, torch.ones(1, 1, device=DEVICE).expand(70, 48))
-        compare(c, norm, torch.randn(48, device=DEVICE).expand(70, 48))
+        compare(c, norm, impl, torch.ones(1, 1, device=DEVICE).expand(70, 48))
+        compare(c, norm, impl, torch.randn(48, device=DEVICE).expand(70, 48))
 
 
 def test_a_long_stride_is_copied():

@@ -115,13 +115,19 @@ def test_impl_switch():
                        cur_linear(c.x, c.W, c.core, cols=c.cols, rows=c.rows))
 
 
-def test_auto_is_triton_on_a_gpu_else_the_reference_with_the_reason(monkeypatch):
+def test_auto_is_triton_on_a_gpu_then_cuda_then_the_reference_with_the_reasons(monkeypatch):
+    reasons = {"kernels": None, "cuda": None}
+    for package in reasons:
+        monkeypatch.setattr(f"secura_kernels.{package}.why_unavailable",
+                            lambda *_, package=package: reasons[package])
     device, dtype = torch.device("cuda"), torch.bfloat16
-    monkeypatch.setattr("secura_kernels.kernels.why_unavailable", lambda *_: None)
     assert resolve("auto", device, dtype, 8) == "triton"
     assert resolve("auto", torch.device("cpu"), dtype, 8) == "reference"
-    monkeypatch.setattr("secura_kernels.kernels.why_unavailable", lambda *_: "no luck")
-    with pytest.warns(UserWarning, match="impl='auto' runs the reference on cuda: no luck"):
+    reasons["kernels"] = "no luck"
+    with pytest.warns(UserWarning, match="impl='auto' runs impl='cuda' on cuda: no luck"):
+        assert resolve("auto", device, dtype, 8) == "cuda"
+    reasons["cuda"] = "nor here"
+    with pytest.warns(UserWarning, match="runs impl='reference' on cuda: no luck; nor here"):
         assert resolve("auto", device, dtype, 8) == "reference"
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     assert why_unavailable("triton", device).startswith("triton is not installed")

@@ -110,7 +110,7 @@ def compile_library(source: Path, output: Path, arches: Sequence[str],
     source = Path(source).resolve()
     if not any(path.suffix == ".cu" for path in _files(source)):
         raise FileNotFoundError(f"no CUDA source (*.cu) in {source}")
-    nvcc, ninja, torch = _tools()
+    nvcc, ninja, torch = tools()
     output.parent.mkdir(parents=True, exist_ok=True)
     env = dict(os.environ)
     with contextlib.ExitStack() as stack:
@@ -185,7 +185,7 @@ def _cache_path(source: Path, arches: Sequence[str]) -> Path:
     return root / "secura_kernels" / f"cuda-{key.hexdigest()[:24]}" / LIBRARY
 
 
-def _tools() -> tuple[str, str, Path]:
+def tools() -> tuple[str, str, Path]:
     """nvcc, ninja, and torch's folder.
 
     Raises:

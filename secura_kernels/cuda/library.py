@@ -51,22 +51,29 @@ def why_unavailable(device: torch.device, dtype: torch.dtype, r: int) -> str | N
 
 @functools.cache
 def _why_no_library(device: torch.device) -> str | None:
-    if device.type == "cuda":
-        if torch.version.hip is not None:
-            return "the CUDA kernels are for NVIDIA GPUs"
-        major, minor = torch.cuda.get_device_capability(device)
-        if (major, minor) < OLDEST_CHIP:
-            return f"the GPU has compute capability {major}.{minor}; the CUDA kernels need 7.5"
-        if not _loaded():
-            library = _find()
-            if library is None:
-                return ("the CUDA kernels are not built: secura_kernels.cuda.build() compiles them "
-                        "once (it needs nvcc), or install with SECURA_BUILD_CUDA=1")
-            load(library)
-    if not (_loaded() and torch._C._dispatch_has_kernel_for_dispatch_key(
-            "secura_cuda::product", device.type.upper())):
+    if device.type == "cpu" and _registered_for("CPU"):
+        return None  # the tests' simulated GPU
+    if device.type != "cuda" or torch.version.hip is not None:
         return f"the CUDA kernels are for NVIDIA GPUs, not {device.type} devices"
+    major, minor = torch.cuda.get_device_capability(device)
+    if (major, minor) < OLDEST_CHIP:
+        return f"the GPU has compute capability {major}.{minor}; the CUDA kernels need 7.5"
+    if _registered_for("CUDA"):
+        return None
+    library = _find()
+    if library is None:
+        return ("the CUDA kernels are not built: secura_kernels.cuda.build() compiles them once "
+                "(it needs nvcc), or install with SECURA_BUILD_CUDA=1")
+    try:
+        load(library)
+    except (OSError, RuntimeError) as error:
+        return str(error)
     return None
+
+
+def _registered_for(key: str) -> bool:
+    return hasattr(torch.ops.secura_cuda, "product") and (
+        torch._C._dispatch_has_kernel_for_dispatch_key("secura_cuda::product", key))
 
 
 def build(*args, **kwargs) -> Path:
@@ -82,10 +89,6 @@ def _find() -> Path | None:
     return installed if installed.is_file() else compiler.cached()
 
 
-def _loaded() -> bool:
-    return hasattr(torch.ops.secura_cuda, "product")
-
-
 def load(library: Path) -> None:
     """Loads a library of this package's csrc/.
 
@@ -94,13 +97,13 @@ def load(library: Path) -> None:
             other sources than this version's.
     """
     torch.ops.load_library(str(library))
+    _why_no_library.cache_clear()
     for name, schema in SCHEMAS.items():
         op = getattr(torch.ops.secura_cuda, name, None)
         found = None if op is None else str(op.default._schema)
         if found != f"secura_cuda::{name}{schema}":
             raise RuntimeError(f"{library} was built from other sources than this version of "
                                f"secura_kernels ({name}: {found}); build it again")
-    _why_no_library.cache_clear()
 
 
 def call(name: str, like: Tensor, *arguments) -> None:

@@ -8,6 +8,7 @@
 #include <cmath>
 #include <cstddef>
 #include <cstdint>
+#include <cstdlib>
 #include <map>
 #include <tuple>
 #include <type_traits>
@@ -242,6 +243,12 @@ constexpr int SHARED_BYTES_OPT_IN = SECURA_HOST_ARCH >= 800 ? 166912 : 65536;
 constexpr int SHARED_BYTES = 49152;  // without cudaFuncSetAttribute
 constexpr int MULTIPROCESSORS = SECURA_HOST_ARCH >= 800 ? 108 : 40;
 
+// The environment can make it a smaller chip, for a test of what is then reported.
+inline int opt_in_bytes() {
+  const char* bytes = std::getenv("SECURA_HOST_SHARED_BYTES");
+  return bytes == nullptr ? SHARED_BYTES_OPT_IN : std::atoi(bytes);
+}
+
 inline std::map<const void*, int> opted_in;  // each kernel's dynamic shared memory, at most
 inline thread_local cudaError_t last_error = cudaSuccess;
 
@@ -287,7 +294,7 @@ inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, 
       *value = SECURA_HOST_ARCH / 10 % 10;
       break;
     case cudaDevAttrMaxSharedMemoryPerBlockOptin:
-      *value = host::SHARED_BYTES_OPT_IN;
+      *value = host::opt_in_bytes();
       break;
   }
   return cudaSuccess;
@@ -296,7 +303,7 @@ inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, 
 template <typename T>
 cudaError_t cudaFuncSetAttribute(T* kernel, cudaFuncAttribute, int value) {
   const std::lock_guard lock(host::launch_mutex);
-  if (value < 0 || value > host::SHARED_BYTES_OPT_IN) return host::report(false);
+  if (value < 0 || value > host::opt_in_bytes()) return host::report(false);
   host::opted_in[reinterpret_cast<const void*>(kernel)] = value;
   return cudaSuccess;
 }

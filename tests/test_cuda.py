@@ -1,0 +1,178 @@
+"""The hand-written CUDA kernels: schedules, sanitizers, an older chip, choices and errors. What
+they compute is in test_kernels.py, on a simulated GPU where none is here (tests/host)."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from cuda_host import SANITIZE, SCHEDULES, host_command, load_cuda
+from devices import DEVICE, GPU, MARKS
+from forms import ALL_NORMS, case, small_change
+
+from secura_kernels import SMagNorm
+from secura_kernels.cuda import library, output_domain, passes
+from secura_kernels.cuda.plan import one_pass
+
+pytestmark = MARKS
+simulated = pytest.mark.skipif(GPU, reason="for the simulated GPU")
+
+
+@pytest.fixture(autouse=True)
+def _loaded():
+    load_cuda()
+
+
+@simulated
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("norm", **ALL_NORMS)
+def test_no_order_of_threads_shows(norm, dtype, monkeypatch):
+    """A missing barrier, or a read before a copy has landed, changes results with the order in
+    which threads run and copies arrive; bits must not change."""
+    found = []
+    for schedule in SCHEDULES:
+        monkeypatch.setenv("SECURA_HOST_SCHEDULE", schedule)
+        torch.manual_seed(1)
+        c = case(130, 136, 72, 9, dtype)
+        y = c.ours(norm, impl="cuda")
+        found.append((y, *torch.autograd.grad(y, c.trained(), torch.randn_like(y))))
+    for other in found[1:]:
+        for a, b in zip(found[0], other, strict=True):
+            torch.testing.assert_close(a, b, rtol=0, atol=0, equal_nan=True)
+
+
+def run_tests(flags: str, selected: str, **environment: str) -> None:
+    """tests/test_kernels.py again, in a process of its own, with another simulated GPU."""
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", "-x", "-p", "no:cacheprovider",
+         str(Path(__file__).with_name("test_kernels.py")), "-k", f"cuda and ({selected})"],
+        env=os.environ | {"SECURA_HOST_FLAGS": flags} | environment, capture_output=True, text=True)
+    assert done.returncode == 0 and " passed" in done.stdout, done.stdout[-4000:] + done.stderr
+
+
+@simulated
+def test_without_tensor_cores():
+    """A chip of sm_75: the products on plain multiply-adds, and 64 KiB of shared memory."""
+    run_tests("-O0 -DSECURA_HOST_ARCH=750", "no_more_than_eager")
+
+
+@simulated
+def test_address_and_undefined_behaviour_sanitizers():
+    """No access outside of a tensor or of shared memory, no misaligned vector, no overflow."""
+    libraries = [subprocess.run([host_command()[0], f"-print-file-name={name}"], text=True,
+                                capture_output=True).stdout.strip()
+                 for name in ("libasan.so", "libubsan.so")]
+    if not all(Path(path).is_file() for path in libraries):
+        pytest.skip("g++ has no sanitizers")
+    # What Python itself never frees is not ours to report; torch and the library share inlines.
+    options = "detect_leaks=0:detect_odr_violation=0:abort_on_error=1"
+    run_tests(" ".join(SANITIZE), "every_form or duplicates or expanded or any_shape",
+              LD_PRELOAD=" ".join(libraries), ASAN_OPTIONS=options, SECURA_HOST_SCHEDULE="random")
+
+
+def test_needs_input_grad(monkeypatch):
+    """Only what is asked for is computed: with x frozen, no (M, N) gradient is written."""
+    c = case(40, 48, 33, 4, torch.float32, decay=False, device=DEVICE)
+    y, t, saved, _ = output_domain.forward(
+        c.x.detach(), c.W, c.bias, c.core.detach(), c.cols, c.rows, None, None,
+        c.adapter_bias.detach(), None, 0.7, SMagNorm(), 0.0, True)
+    arguments = (torch.randn_like(y), c.W, c.core.detach(), c.cols, c.rows, None, None,
+                 c.adapter_bias.detach(), None, t, saved, 0.7, SMagNorm())
+    everything = output_domain.backward(*arguments, (True, True, True))
+    called = []
+    original = passes.call
+    monkeypatch.setattr(passes, "call", lambda name, *a: (called.append((name, a)),
+                                                          original(name, *a)))
+    for needs in ((False, True, False), (False, False, True), (True, False, False)):
+        called.clear()
+        part = output_domain.backward(*arguments, needs)
+        (call,) = (a for name, a in called if name == "gate_backward")
+        *_, g, v, q, bias_part, statistics = call
+        assert (g is not None) == needs[0] and (v is not None) == (needs[0] or needs[1])
+        assert (bias_part is not None) == needs[2] and q is statistics is None
+        assert any(name == "core_gradient" for name, _ in called) == needs[1]
+        for a, b, wanted in zip(part, everything, needs, strict=True):
+            assert torch.equal(a, b) if wanted else a is None
+
+
+def test_columns_of_W_in_several_groups():
+    """More columns than one block takes, in groups that are added up: W of 260 x 1100."""
+    for detach_gate in (True, False):
+        c = small_change(70, 260, 1100, 5, dtype=torch.float32, tied=True, biases=False,
+                         device=DEVICE)
+        norm = SMagNorm(domain="weight", ref="max", detach_gate=detach_gate)
+        results = []
+        for impl in ("cuda", "reference"):
+            y = c.ours(norm, impl=impl)
+            results.append(torch.autograd.grad(y, c.trained(), torch.ones_like(y)))
+        for a, b in zip(*results, strict=True):
+            torch.testing.assert_close(a, b, rtol=2e-4, atol=1e-5)
+
+
+def test_the_plan():
+    like = torch.empty(0, dtype=torch.bfloat16)  # planned for as on an A100
+    assert one_pass(8192, 4096, 512, like, None)
+    assert not one_pass(8192, 4096, 4096, like, None)
+    assert not one_pass(64, 4096, 512, like, None)
+    assert not one_pass(8192, 4096, 512, like, SMagNorm(ref="max"))
+    assert one_pass(8192, 4096, 40, like.float(), None)
+    assert not one_pass(8192, 4096, 512, like.float(), None)
+
+
+def test_bad_arguments_of_an_op():
+    op = torch.ops.secura_cuda
+    a, core = torch.randn(6, 8, device=DEVICE), torch.randn(4, 4, device=DEVICE)
+    side, p, q = (torch.empty(n, m, device=DEVICE) for n, m in ((8, 16), (6, 4), (6, 16)))
+    with pytest.raises(RuntimeError, match=r"side of shape \(7, 16\) is not contiguous with 128"):
+        op.down(a, side[:7], core, 1.0, p, q, 0)
+    with pytest.raises(RuntimeError, match=r"side of shape \(8, 12\) must have a multiple of 16"):
+        op.down(a, side[:, :12], core, 1.0, p, q, 0)
+    with pytest.raises(RuntimeError, match="a has dtype number 7; allowed: float32, bfloat16"):
+        op.down(a.double(), side, core, 1.0, p, q, 0)
+    with pytest.raises(RuntimeError, match=r"a of shape \(6, 8\) and b of shape \(6, 4\) have no"):
+        op.product(a, p, q, side, None, None, None, [], a, None, False, None, 0.0, 0)
+
+
+@simulated
+def test_a_failed_launch_names_its_shape(monkeypatch):
+    monkeypatch.setenv("SECURA_HOST_SHARED_BYTES", "32768")
+    c = case(130, 136, 32, 9, torch.float32)
+    with pytest.raises(RuntimeError, match=r"product\(M=130, N=136, K=32, r=16\) failed: invalid"):
+        c.ours(None, impl="cuda")
+    monkeypatch.delenv("SECURA_HOST_SHARED_BYTES")
+    c.ours(None, impl="cuda")  # nothing is left of the failure
+
+
+def test_why_unavailable():
+    c = case(4, 400, 300, 4, torch.float64, bias=False, device=DEVICE)
+    with pytest.raises(RuntimeError, match=r"impl='cuda' cannot run here.*float64.*'reference'"):
+        c.ours(None, impl="cuda")
+    wide = case(4, 400, 300, 257, torch.float32, bias=False, device=DEVICE)
+    with pytest.raises(RuntimeError, match="rank is 257; the CUDA kernels hold up to 256"):
+        wide.ours(None, impl="cuda")
+    reason = library.why_unavailable(torch.device("meta"), torch.float32, 4)
+    assert reason == "the CUDA kernels are for NVIDIA GPUs, not meta devices"
+
+
+@pytest.fixture
+def _a_gpu(monkeypatch):
+    """As on a machine with an A100 whose library was never built."""
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: (8, 0))
+    monkeypatch.setattr(library, "_registered_for", lambda key: False)
+    monkeypatch.setattr(library.compiler, "cached", lambda: None)
+    library._why_no_library.cache_clear()
+    yield
+    library._why_no_library.cache_clear()
+
+
+def test_not_built(_a_gpu):
+    reason = library.why_unavailable(torch.device("cuda"), torch.bfloat16, 64)
+    assert "not built: secura_kernels.cuda.build()" in reason
+
+
+def test_too_old(_a_gpu, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: (7, 0))
+    reason = library.why_unavailable(torch.device("cuda"), torch.bfloat16, 64)
+    assert reason == "the GPU has compute capability 7.0; the CUDA kernels need 7.5"

@@ -1,0 +1,161 @@
+"""csrc/ as nvcc compiles it, without a GPU: machine code, ops, and what Python repeats of it."""
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from secura_kernels.cuda import compiler, inspect, passes
+from secura_kernels.cuda.library import SCHEMAS
+from secura_kernels.kernel_inputs import cdiv
+
+ROOT = Path(__file__).parents[1]
+ARCHES = ("80", "90a", "100a")
+try:
+    compiler.tools()
+    inspect.cuobjdump()
+    MISSING = ""
+except RuntimeError as error:
+    MISSING = str(error)
+compiles = pytest.mark.skipif(bool(MISSING), reason=MISSING)
+
+# In a process of its own: in this one the ops may be those of the simulated GPU.
+LOAD = """
+import json, sys
+from pathlib import Path
+import torch
+from secura_kernels.cuda import load
+load(Path(sys.argv[1]))
+has = torch._C._dispatch_has_kernel_for_dispatch_key
+print(json.dumps({name: [has(name, "CUDA"), has(name, "CPU")]
+                  for name in torch._C._dispatch_get_all_op_names()
+                  if name.startswith("secura_cuda::")}))
+"""
+
+
+@pytest.fixture(scope="session")
+def built() -> Path:
+    """The real library. A clean machine compiles it in minutes, later runs find it."""
+    if MISSING:
+        pytest.skip(MISSING)
+    return compiler.build(ARCHES, progress=False)
+
+
+def load(library: Path) -> subprocess.CompletedProcess:
+    return subprocess.run([sys.executable, "-c", LOAD, str(library)], capture_output=True,
+                          text=True, env=os.environ | {"PYTHONPATH": str(ROOT)})
+
+
+def test_no_spill_and_the_needed_instructions(built):
+    found = inspect.read(built, ARCHES)
+    faults = "\n".join(f"{c}: {'; '.join(c.faults())}" for c in found if c.faults())
+    assert not faults, faults
+    for arch in ARCHES:  # every pass, in every dtype
+        here = {(c.kernel, c.dtype) for c in found if c.chip == arch}
+        assert here == {(name, dtype) for name in SCHEMAS for dtype in inspect.DTYPES.values()}
+
+
+def test_faults_are_found():
+    def faults(kernel="product", dtype="bfloat16", chip="80", stack=0, spills=0, **found):
+        wide = {f"{i}.E.128": found.pop(i, 0) for i in ("LDG", "STG")}
+        counts = dict.fromkeys(inspect.INSTRUCTIONS, 0) | wide | found
+        return inspect.Compiled(chip, kernel, dtype, (), 255, stack, spills, 0, counts).faults()
+
+    tensor = dict(HMMA=4, LDSM=4, LDGSTS=4)
+    assert faults(**tensor, STG=4) == []
+    assert faults(**tensor, STG=4, stack=8, spills=12) == ["8 bytes of stack, 12 of spills"]
+    assert faults(FFMA=4) == ["no HMMA", "no LDSM", "no LDGSTS", "no STG.E.128"]
+    assert faults("epilogue", **tensor, STG=4) == ["no LDG.E.128"]
+    assert faults(dtype="float32") == ["no FFMA", "no LDGSTS"]
+    assert faults("project", chip="100a", LDGSTS=4) == ["no FFMA"]
+    assert faults("gather") == faults("gather", "float32") == []
+    # Turing has no mma on bfloat16 and no cp.async.
+    assert faults(chip="75") == [] and faults(chip="75", spills=4) != []
+
+
+def test_names_of_kernels():
+    def name(kernel: str, arguments: str) -> tuple:
+        return inspect._name(f"_ZN6secura49_GLOBAL__N__1f6571f7_10_product_cu_9248afd214{kernel}I"
+                             f"{arguments}EEvNS_7ProductE")
+
+    assert name("product_kernel", "13__nv_bfloat16Lb1ELNS_5AlongE0E") == (
+        "product", "bfloat16", ("gate", "DEPTH"))
+    assert name("gate_backward_kernel", "fLi64ELb0E") == ("gate_backward", "float32", ("64",))
+    with pytest.raises(ValueError, match="unknown kernel"):
+        name("new_kernel", "6__half")
+
+
+def test_library_has_the_ops_for_cuda_alone(built):
+    done = load(built)
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout) == {f"secura_cuda::{name}": [True, False] for name in SCHEMAS}
+
+
+def test_library_links_only_libtorch_cpu(built):
+    if shutil.which("readelf") is None:
+        pytest.skip("readelf (binutils) is missing")
+    needed = subprocess.check_output(["readelf", "-d", built], text=True)
+    assert "[libtorch_cpu.so]" in needed
+    for other in ("libtorch_cuda", "libc10_cuda", "libtorch_python", "libcudart"):
+        assert other not in needed
+
+
+@compiles
+def test_library_of_other_sources_is_refused(tmp_path):
+    source, library = tmp_path / "source", tmp_path / "other.so"
+    source.mkdir()
+    (source / "none.cu").write_text("\n")
+    (source / "ops.cpp").write_text(
+        "#include <torch/csrc/stable/library.h>\n"
+        "STABLE_TORCH_LIBRARY(secura_cuda, m) {\n"
+        f'  m.def("gather{SCHEMAS["gather"]}");\n  m.def("down(Tensor a) -> ()");\n}}\n')
+    compiler.compile_library(source, library, ["80"], progress=False)
+    done = load(library)
+    assert done.returncode != 0
+    assert (f"RuntimeError: {library} was built from other sources than this version of "
+            "secura_kernels (down: secura_cuda::down(Tensor a) -> ()); build it again"
+            ) in done.stderr
+
+
+def test_schemas_are_those_of_the_sources():
+    code = (compiler.sources() / "ops.cpp").read_text()
+    defined = ["".join(re.findall(r'"(.*?)"', strings))
+               for strings in re.findall(r'm\.def\(((?:\s*".*?")+)\s*\);', code)]
+    assert defined == [name + schema for name, schema in SCHEMAS.items()]
+    assert re.findall(r'm\.impl\("(\w+)"', code) == list(SCHEMAS)
+
+
+def header() -> str:
+    return (compiler.sources() / "passes.h").read_text()
+
+
+@pytest.mark.parametrize(
+    "name", ["ROWS_PER_PROGRAM", "BIAS_PARTS", "ROWS_PER_PART", "COLUMNS_OF_W"])
+def test_constants_are_those_of_the_sources(name):
+    assert re.findall(rf"constexpr int {name} = (\d+);", header()) == [str(getattr(passes, name))]
+
+
+@pytest.mark.parametrize("full", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_rows_of_w_are_those_of_the_sources(monkeypatch, dtype, full):
+    """Seen in the groups of columns, of which there are 256 / (N / rows) in a wide enough W."""
+    condition, yes, no = re.search(
+        r"rows_of_w\(bool float32, bool full\) \{\s*return (.+?) \? (\d+) : (\d+);",
+        header()).groups()
+    condition = condition.replace("||", "or").replace("&&", "and")
+    rows = int(yes if eval(condition, dict(float32=dtype == torch.float32, full=full)) else no)
+    groups = []
+    monkeypatch.setattr(passes, "call", lambda *arguments: groups.append(len(arguments[-2])))
+    N, K = 1280, 256 * passes.COLUMNS_OF_W
+    dy, x, weight, side = (torch.empty(shape, dtype=dtype, device="meta")
+                           for shape in ((1, N), (1, K), (N, K), (K, 16)))
+    P = torch.empty(N, 16, device="meta")
+    passes.weight_core_gradient(dy, x, passes.WeightChange(weight, P, side, None, None), None,
+                                full)
+    assert groups == [cdiv(256, cdiv(N, rows))]
