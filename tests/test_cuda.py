@@ -13,7 +13,7 @@ from devices import DEVICE, GPU, MARKS
 from forms import ALL_NORMS, case, small_change
 
 from secura_kernels import SMagNorm
-from secura_kernels.cuda import library, output_domain, passes
+from secura_kernels.cuda import library
 from secura_kernels.cuda.plan import one_pass
 
 pytestmark = MARKS
@@ -72,29 +72,18 @@ def test_address_and_undefined_behaviour_sanitizers():
               LD_PRELOAD=" ".join(libraries), ASAN_OPTIONS=options, SECURA_HOST_SCHEDULE="random")
 
 
-def test_needs_input_grad(monkeypatch):
-    """Only what is asked for is computed: with x frozen, no (M, N) gradient is written."""
-    c = case(40, 48, 33, 4, torch.float32, decay=False, device=DEVICE)
-    y, t, saved, _ = output_domain.forward(
-        c.x.detach(), c.W, c.bias, c.core.detach(), c.cols, c.rows, None, None,
-        c.adapter_bias.detach(), None, 0.7, SMagNorm(), 0.0, True)
-    arguments = (torch.randn_like(y), c.W, c.core.detach(), c.cols, c.rows, None, None,
-                 c.adapter_bias.detach(), None, t, saved, 0.7, SMagNorm())
-    everything = output_domain.backward(*arguments, (True, True, True))
-    called = []
-    original = passes.call
-    monkeypatch.setattr(passes, "call", lambda name, *a: (called.append((name, a)),
-                                                          original(name, *a)))
-    for needs in ((False, True, False), (False, False, True), (True, False, False)):
-        called.clear()
-        part = output_domain.backward(*arguments, needs)
-        (call,) = (a for name, a in called if name == "gate_backward")
-        *_, g, v, q, bias_part, statistics = call
-        assert (g is not None) == needs[0] and (v is not None) == (needs[0] or needs[1])
-        assert (bias_part is not None) == needs[2] and q is statistics is None
-        assert any(name == "core_gradient" for name, _ in called) == needs[1]
-        for a, b, wanted in zip(part, everything, needs, strict=True):
-            assert torch.equal(a, b) if wanted else a is None
+@simulated
+@pytest.mark.parametrize("r", [9, 100, 150])
+@pytest.mark.parametrize("norm", [None, SMagNorm(), SMagNorm(domain="weight")],
+                         ids=["no gate", "output", "weight"])
+def test_no_bank_conflicts(norm, r, monkeypatch):
+    """No ldmatrix meets a bank of shared memory twice; the simulated GPU ends the process if so."""
+    monkeypatch.setenv("SECURA_HOST_BANKS", "1")
+    c = case(130, 168, 160, r, torch.bfloat16)
+    for weight in (c.W, c.W.T.contiguous().T):
+        c.W = weight
+        y = c.ours(norm, impl="cuda")
+        torch.autograd.grad(y, c.trained(), torch.ones_like(y))
 
 
 def test_columns_of_W_in_several_groups():

@@ -13,7 +13,7 @@ import torch
 
 from secura_kernels.cuda import compiler, inspect, passes
 from secura_kernels.cuda.library import SCHEMAS
-from secura_kernels.kernel_inputs import cdiv
+from secura_kernels.kernel_host import cdiv
 
 ROOT = Path(__file__).parents[1]
 ARCHES = ("80", "90a", "100a")

@@ -10,7 +10,7 @@ import secura_kernels
 ROOT = Path(secura_kernels.__file__).parent
 # Lower imports nothing above itself. A file of a package counts as the package.
 LAYERS = [
-    ["checks"], ["smagnorm", "selection"], ["gate_code"], ["kernel_inputs"],
+    ["checks"], ["smagnorm", "selection"], ["gate_code"], ["kernel_host"],
     ["reference", "kernels", "cuda"], ["ops"],
     ["functional"],
     ["importance", "merging", "state"], ["base"], ["modules"], ["adapter_file"],

@@ -22,7 +22,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from secura_kernels import SMagNorm
-from secura_kernels.kernels import chips, dispatch, output_domain, plan
+from secura_kernels.cuda import passes
+from secura_kernels.kernels import chips, dispatch, gate_backward, plan
+from secura_kernels.ops.library import backend
 
 pytestmark = MARKS
 
@@ -185,38 +187,46 @@ def test_importance_count(norm, impl):
     assert torch.equal(*counts)
 
 
-def test_needs_input_grad():
-    """Only what is asked for is computed: with x frozen, no (M, N) gradient is written."""
-    from secura_kernels.kernels import gate_backward
+# Where each backend starts its gate's backward pass, and what it is to write: g, v, parts of the
+# adapter bias's gradient.
+STARTS = {
+    "triton": (gate_backward, "launch", lambda *_, g_ptr, v_ptr, bias_part_ptr, **__: (
+        g_ptr, v_ptr, bias_part_ptr)),
+    "cuda": (passes, "call", lambda name, *a: (a[-5], a[-4], a[-2])
+             if name == "gate_backward" else None),
+}
 
+
+def test_needs_input_grad(impl, monkeypatch):
+    """Only what is asked for is computed: with x frozen, no (M, N) gradient is written."""
+    layer = backend(impl, "output_domain", torch.empty(0, device=DEVICE), 4)
     c = case(40, 48, 33, 4, torch.float32, decay=False, device=DEVICE)
-    y, t, saved, _ = output_domain.forward(
+    y, t, saved, _ = layer.forward(
         c.x.detach(), c.W, c.bias, c.core.detach(), c.cols, c.rows, None, None,
         c.adapter_bias.detach(), None, 0.7, SMagNorm(), 0.0, True)
     arguments = (torch.randn_like(y), c.W, c.core.detach(), c.cols, c.rows, None, None,
                  c.adapter_bias.detach(), None, t, saved, 0.7, SMagNorm())
-    everything = output_domain.backward(*arguments, (True, True, True))
+    everything = layer.backward(*arguments, (True, True, True))
+    module, name, written = STARTS[impl]
+    start, found = getattr(module, name), []
+    monkeypatch.setattr(module, name, lambda *a, **k: (found.append(written(*a, **k)),
+                                                       start(*a, **k)))
     for needs in ((False, True, False), (False, False, True), (True, False, False)):
-        found = []
-        original = gate_backward.launch
-        try:
-            gate_backward.launch = lambda *a, found=found, original=original, **k: (
-                found.append(k), original(*a, **k))
-            part = output_domain.backward(*arguments, needs)
-        finally:
-            gate_backward.launch = original
-        (call,) = found
-        assert (call["g_ptr"] is not None) == needs[0]
-        assert (call["v_ptr"] is not None) == (needs[0] or needs[1])
-        assert (call["bias_part_ptr"] is not None) == needs[2]
+        found.clear()
+        part = layer.backward(*arguments, needs)
+        ((g, v, bias_part),) = filter(None, found)
+        assert (g is not None) == needs[0]
+        assert (v is not None) == (needs[0] or needs[1])
+        assert (bias_part is not None) == needs[2]
         for a, b, wanted in zip(part, everything, needs, strict=True):
             assert torch.equal(a, b) if wanted else a is None
 
 
-def test_without_save_nothing_is_saved():
+def test_without_save_nothing_is_saved(impl):
+    layer = backend(impl, "output_domain", torch.empty(0, device=DEVICE), 4)
     c = case(40, 48, 33, 4, torch.bfloat16, device=DEVICE)
     for norm in (SMagNorm(), SMagNorm(detach_gate=False), None):
-        saved = output_domain.forward(
+        saved = layer.forward(
             c.x.detach(), c.W, c.bias, c.core.detach(), c.cols, c.rows, None, None, None, None,
             0.7, norm, 0.0, False)[2]
         assert saved.numel() == 0

@@ -4,7 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..kernel_inputs import GateNumbers, contiguous, saved_for_backward
+from ..kernel_host import GateNumbers, contiguous, saved_for_backward
 from ..smagnorm import SMagNorm
 from .passes import (
     Finish,

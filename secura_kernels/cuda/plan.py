@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from ..kernel_inputs import cdiv
+from ..kernel_host import cdiv
 from ..smagnorm import SMagNorm
 
 TILE = 128  # of the one-pass kernel, both ways

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..kernel_inputs import GateNumbers, contiguous
+from ..kernel_host import GateNumbers, contiguous
 from ..smagnorm import SMagNorm
 from .passes import (
     WeightChange,

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..gate_code import saved_dtype
-from ..kernel_inputs import GateNumbers, padded_rank
+from ..kernel_host import GateNumbers, padded_rank
 from ..smagnorm import SMagNorm
 from . import sides
 from .core_gradient import core_gradient

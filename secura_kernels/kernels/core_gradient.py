@@ -5,7 +5,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..kernel_inputs import cdiv
+from ..kernel_host import cdiv
 from .chips import rank_block
 from .launch import launch, wide_precision
 from .tiles import tile_for

@@ -7,7 +7,7 @@ same from the loads and stores of the kernels themselves.
 
 from dataclasses import dataclass
 
-from ..kernel_inputs import cdiv, padded_rank
+from ..kernel_host import cdiv, padded_rank
 from .core_gradient import ROWS_PER_PROGRAM
 
 

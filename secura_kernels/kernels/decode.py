@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..kernel_inputs import GateNumbers, cdiv
+from ..kernel_host import GateNumbers, cdiv
 from .chips import rank_block
 from .effective_weight import _delta_weight_tile, _weight_tile
 from .finish import _divided_by_largest, _store, _vector

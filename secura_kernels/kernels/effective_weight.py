@@ -8,7 +8,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..kernel_inputs import GateNumbers, cdiv
+from ..kernel_host import GateNumbers, cdiv
 from .chips import rank_block
 from .finish import _at_row, _divided_by_largest, _finish, _raise_largest, _vector
 from .gate import _relative_magnitude

@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..kernel_inputs import NO_GATE, GateNumbers, cdiv
+from ..kernel_host import NO_GATE, GateNumbers, cdiv
 from .chips import rank_block
 from .finish import _at_row, _change, _divided_by_largest, _finish, _raise_largest, _store, _vector
 from .gate import _relative_magnitude

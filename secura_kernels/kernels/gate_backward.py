@@ -11,14 +11,12 @@ A program owns whole rows: no atomics, and two runs are bitwise equal. A full-de
 derivative are formed again here.
 """
 
-from dataclasses import dataclass
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..kernel_inputs import GateNumbers, cdiv, padded_rank, through_largest
+from ..kernel_host import GateGradients, GateNumbers, cdiv, padded_rank, through_largest
 from .chips import rank_block
 from .finish import _at_row, _change, _divided_by_largest, _store, _vector
 from .gate import _at_largest, _by_relative_magnitude, _decode, _gate, _relative_magnitude, _sign
@@ -152,17 +150,6 @@ def _add_to_columns(dt, j, rows_ptr, m, M, N, R, g_ptr, BLOCK_J: tl.constexpr):
         old = tl.load(pointers, mask=mask, other=0.0).to(tl.float32)
         tl.store(pointers, (old + dt).to(g_ptr.dtype.element_ty), mask=mask)
         tl.debug_barrier()  # the next turn may add to the same element
-
-
-@dataclass(frozen=True)
-class GateGradients:
-    """``g``: G' (M, N) with dT already in it, or db where R is stored and ``q``, dT (M, padded r),
-    is still to be added as dT R; None where no dX was asked for. ``v``: (M, r) float32."""
-
-    g: Tensor | None
-    q: Tensor | None
-    v: Tensor | None
-    dadapter_bias: Tensor | None
 
 
 def gate_backward(dy: Tensor, saved: Tensor, side: Side, rows: Tensor | None, core: Tensor,

@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..kernel_inputs import cdiv, padded_rank
+from ..kernel_host import cdiv, padded_rank
 from .chips import rank_block
 from .finish import _at_row
 from .launch import WIDE_STEP, dot_precision, launch, strides, wide_precision

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..kernel_inputs import GateNumbers, cdiv, contiguous, saved_for_backward
+from ..kernel_host import GateNumbers, cdiv, contiguous, saved_for_backward
 from ..smagnorm import SMagNorm
 from . import dispatch, sides
 from .core_gradient import core_gradient

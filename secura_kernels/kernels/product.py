@@ -10,7 +10,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from ..kernel_inputs import NO_GATE, GateNumbers, cdiv
+from ..kernel_host import NO_GATE, GateNumbers, cdiv
 from .chips import processors, rank_block
 from .finish import _at_row, _change, _finish, _store, _vector
 from .launch import dot_precision, launch

@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..kernel_inputs import cdiv, padded_rank
+from ..kernel_host import cdiv, padded_rank
 from .chips import rank_block
 from .launch import launch
 from .tiles import tile_for

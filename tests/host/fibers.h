@@ -179,6 +179,7 @@ inline const std::function<void()>* kernel = nullptr;
 inline unsigned char* shared = nullptr;  // the block's shared memory
 inline size_t shared_bytes = 0;
 inline Schedule schedule = Schedule::forward;
+inline bool banks_are_checked = false;  // with SECURA_HOST_BANKS in the environment
 inline std::mt19937 random_bits;
 inline std::mutex launch_mutex;
 
@@ -364,6 +365,7 @@ inline void read_environment() {
   } else {
     fail("SECURA_HOST_SCHEDULE is " + value + ", not forward, reversed or random");
   }
+  banks_are_checked = std::getenv("SECURA_HOST_BANKS") != nullptr;
   const char* seed = std::getenv("SECURA_HOST_SEED");
   random_bits.seed(seed == nullptr ? 0 : std::strtoul(seed, nullptr, 10));
 }

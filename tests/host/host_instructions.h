@@ -60,9 +60,23 @@ struct LoadMatrices {
   const void* row;
 };
 
+// The eight rows of a matrix are read at once: from eight different groups of four banks, or in turns.
+inline void check_banks(void* const (&lanes)[host::WARP]) {
+  for (int matrix = 0; matrix < 4; ++matrix) {
+    unsigned groups = 0;
+    for (int row = 0; row < 8; ++row) {
+      const auto* deposit = static_cast<const LoadMatrices*>(lanes[8 * matrix + row]);
+      const auto offset = static_cast<const unsigned char*>(deposit->row) - host::shared;
+      groups |= 1u << offset / 16 % 8;
+    }
+    if (groups != 0xFF) host::fail("ldmatrix of rows in the same banks");
+  }
+}
+
 // Row r of matrix m is given by lane 8 m + r.
 template <bool TRANSPOSED>
 void do_load_matrices(void* const (&lanes)[host::WARP]) {
+  if (host::banks_are_checked) check_banks(lanes);
   const auto element = [&](int matrix, int row, int column) -> uint32_t {
     const auto* lane = static_cast<const LoadMatrices*>(lanes[8 * matrix + row]);
     uint16_t value;
