@@ -297,6 +297,22 @@ void effective_weight_op(const Tensor& weight, const Tensor& P, const Tensor& si
   effective_weight(p, where(dtype, stream));
 }
 
+void decode_op(const Tensor& x, const Tensor& weight, const Tensor& P, const Tensor& side,
+               const OptionalTensor& decay, const std::vector<double>& gate,
+               const OptionalTensor& largest, const Tensor& part, int64_t stream) {
+  const Dtype dtype = dtype_of(x, "x");
+  Decode p = {};
+  p.x = matrix(x, "x", scalar_type(dtype));
+  STD_TORCH_CHECK(p.x.rows <= MOST_TOKENS, "x of shape ", shape_of(x), " has more than ",
+                  MOST_TOKENS, " tokens");
+  p.change = change_of(weight, P, side, decay, gate, dtype);
+  p.largest = contiguous<const int>(largest, "largest", ScalarType::Int, 1);
+  p.groups = as_int(part.size(0), "part");
+  p.part = static_cast<float*>(contiguous(part, "part", ScalarType::Float,
+                                          p.groups * x.size(0) * weight.size(0)));
+  decode(p, where(dtype, stream));
+}
+
 void weight_core_gradient_op(const Tensor& dy, const Tensor& x, const Tensor& weight,
                              const Tensor& P, const Tensor& side, const OptionalTensor& decay,
                              const std::vector<double>& gate, const OptionalTensor& largest,
@@ -350,6 +366,9 @@ STABLE_TORCH_LIBRARY(secura_cuda, m) {
       "Tensor(a!)? out, Tensor(b!)? moved, float edge, Tensor(c!)? largest, bool find_largest, "
       "int stream) -> ()");
   m.def(
+      "decode(Tensor x, Tensor weight, Tensor P, Tensor side, Tensor? decay, float[] gate, "
+      "Tensor? largest, Tensor(a!) part, int stream) -> ()");
+  m.def(
       "weight_core_gradient(Tensor dy, Tensor x, Tensor weight, Tensor P, Tensor side, "
       "Tensor? decay, float[] gate, Tensor? largest, Tensor? through, bool full, Tensor(a!) q, "
       "Tensor(b!)? statistics, int stream) -> ()");
@@ -364,5 +383,6 @@ STABLE_TORCH_LIBRARY_IMPL(secura_cuda, SECURA_DISPATCH_KEY, m) {
   m.impl("gate_backward", TORCH_BOX(&gate_backward_op));
   m.impl("core_gradient", TORCH_BOX(&core_gradient_op));
   m.impl("effective_weight", TORCH_BOX(&effective_weight_op));
+  m.impl("decode", TORCH_BOX(&decode_op));
   m.impl("weight_core_gradient", TORCH_BOX(&weight_core_gradient_op));
 }

@@ -164,6 +164,18 @@ struct EffectiveWeight {
 };
 void effective_weight(const EffectiveWeight&, const Launch&);
 
+// part[group] = x W_eff^T over that group's columns of W, for at most MOST_TOKENS tokens.
+struct Decode {
+  Matrix x;  // (M, K)
+  WeightChange change;
+  const int* largest;  // (1,) or null: the bits of max(rho)
+  int groups;          // of columns of W
+  float* part;         // (groups, M, N)
+};
+constexpr int MOST_TOKENS = 64;
+constexpr int COLUMNS_OF_W = 128;  // a block's tile of W, here and below
+void decode(const Decode&, const Launch&);
+
 // q[group] = (dW_eff * gate's part) R over that group's columns of W; dW_eff = dY^T X.
 struct WeightCoreGradient {
   Matrix dy, x;  // (M, N), (M, K)
@@ -175,9 +187,8 @@ struct WeightCoreGradient {
   float* q;           // (groups, N, padded), zeros
   float* statistics;  // (blocks, 2) or null; with it nothing else is written
 };
-// The tile of W that a block holds at a time; there are groups * ceil(N / rows) blocks.
+// Rows of that tile; there are groups * ceil(N / rows) blocks.
 constexpr int rows_of_w(bool float32, bool full) { return float32 || full ? 64 : 128; }
-constexpr int COLUMNS_OF_W = 128;
 void weight_core_gradient(const WeightCoreGradient&, const Launch&);
 
 }  // namespace secura

@@ -13,7 +13,7 @@ from devices import DEVICE, GPU, MARKS
 from forms import ALL_NORMS, case, small_change
 
 from secura_kernels import SMagNorm
-from secura_kernels.cuda import library
+from secura_kernels.cuda import library, passes
 from secura_kernels.cuda.plan import one_pass
 
 pytestmark = MARKS
@@ -86,18 +86,19 @@ def test_no_bank_conflicts(norm, r, monkeypatch):
         torch.autograd.grad(y, c.trained(), torch.ones_like(y))
 
 
-def test_columns_of_W_in_several_groups():
-    """More columns than one block takes, in groups that are added up: W of 260 x 1100."""
-    for detach_gate in (True, False):
-        c = small_change(70, 260, 1100, 5, dtype=torch.float32, tied=True, biases=False,
-                         device=DEVICE)
-        norm = SMagNorm(domain="weight", ref="max", detach_gate=detach_gate)
-        results = []
-        for impl in ("cuda", "reference"):
-            y = c.ours(norm, impl=impl)
-            results.append(torch.autograd.grad(y, c.trained(), torch.ones_like(y)))
-        for a, b in zip(*results, strict=True):
-            torch.testing.assert_close(a, b, rtol=2e-4, atol=1e-5)
+@pytest.mark.parametrize("M", [5, 70], ids=["decode", "W_eff"])
+@pytest.mark.parametrize("detach_gate", [True, False])
+def test_columns_of_W_in_several_groups(detach_gate, M, monkeypatch):
+    """W of 260 x 1100 in two groups of columns of several tiles each, that are added up."""
+    monkeypatch.setattr(passes, "_groups", lambda K, blocks: 2)
+    c = small_change(M, 260, 1100, 5, dtype=torch.float32, tied=True, biases=True, device=DEVICE)
+    norm = SMagNorm(domain="weight", ref="max", detach_gate=detach_gate)
+    results = []
+    for impl in ("cuda", "reference"):
+        y = c.ours(norm, impl=impl)
+        results.append((y, *torch.autograd.grad(y, c.trained(), torch.ones_like(y))))
+    for a, b in zip(*results, strict=True):
+        torch.testing.assert_close(a, b, rtol=2e-4, atol=1e-5)
 
 
 def test_the_plan():

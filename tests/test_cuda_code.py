@@ -136,7 +136,7 @@ def header() -> str:
 
 
 @pytest.mark.parametrize(
-    "name", ["ROWS_PER_PROGRAM", "BIAS_PARTS", "ROWS_PER_PART", "COLUMNS_OF_W"])
+    "name", ["ROWS_PER_PROGRAM", "BIAS_PARTS", "ROWS_PER_PART", "COLUMNS_OF_W", "MOST_TOKENS"])
 def test_constants_are_those_of_the_sources(name):
     assert re.findall(rf"constexpr int {name} = (\d+);", header()) == [str(getattr(passes, name))]
 

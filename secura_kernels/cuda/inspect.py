@@ -20,7 +20,7 @@ from pathlib import Path
 
 from . import compiler
 
-ARCHES = ("75", "80", "90a", "100a")
+ARCHES = ("75", "80", "86", "89", "90a", "100a", "120a")
 INSTRUCTIONS = ("HMMA", "LDSM", "LDGSTS", "LDG.E.128", "STG.E.128", "LDL", "STL", "FFMA")
 COUNTED = re.compile(r" (HMMA|LDSM|LDGSTS|LDL|STL|FFMA)\b| (LDG|STG)\.E[.\w]*\.128\b")
 
@@ -37,6 +37,7 @@ ASKED = {
     "down": TENSOR_CORES,  # writes r columns only, which need not be a multiple of 8
     "epilogue": (*TENSOR_CORES, "LDG.E.128", "STG.E.128"),  # y in place
     "gate_backward": (*TENSOR_CORES, "STG.E.128"),  # G; what it reads comes by cp.async
+    "decode": (*TENSOR_CORES, "LDG.E.128"),  # W
     "weight_core_gradient": (*TENSOR_CORES, "LDG.E.128"),  # W
 }
 DTYPES = {"13__nv_bfloat16": "bfloat16", "6__half": "float16", "f": "float32"}

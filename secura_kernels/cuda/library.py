@@ -34,6 +34,8 @@ SCHEMAS = {
     "effective_weight": "(Tensor weight, Tensor P, Tensor side, Tensor? decay, float[] gate, "
                         "Tensor(a!)? out, Tensor(b!)? moved, float edge, Tensor(c!)? largest, "
                         "bool find_largest, int stream) -> ()",
+    "decode": "(Tensor x, Tensor weight, Tensor P, Tensor side, Tensor? decay, float[] gate, "
+              "Tensor? largest, Tensor(a!) part, int stream) -> ()",
     "weight_core_gradient": "(Tensor dy, Tensor x, Tensor weight, Tensor P, Tensor side, "
                             "Tensor? decay, float[] gate, Tensor? largest, Tensor? through, "
                             "bool full, Tensor(a!) q, Tensor(b!)? statistics, int stream) -> ()",

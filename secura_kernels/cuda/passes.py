@@ -9,7 +9,8 @@ from ..kernel_host import GateGradients, GateNumbers, cdiv, padded_rank, through
 from .library import call
 
 # As in csrc/passes.h.
-ROWS_PER_PROGRAM, BIAS_PARTS, ROWS_PER_PART, COLUMNS_OF_W = 64, 4, 256, 128
+ROWS_PER_PROGRAM, BIAS_PARTS, ROWS_PER_PART = 64, 4, 256
+COLUMNS_OF_W, MOST_TOKENS = 128, 64
 
 
 def columns(weight: Tensor, cols: Tensor | None, C: Tensor | None) -> Tensor:
@@ -157,14 +158,27 @@ def largest_weight_change(change: WeightChange) -> Tensor:
     return largest
 
 
+def _groups(K: int, blocks: int) -> int:
+    """Enough groups of columns of W for ``blocks`` of its rows to fill a large chip, no more: each
+    has a result of its own."""
+    return min(cdiv(K, COLUMNS_OF_W), cdiv(256, blocks))
+
+
+def decode(x: Tensor, change: WeightChange, largest: Tensor | None) -> Tensor:
+    """x W_eff^T (M, N) in float32; x: (M, K), M <= MOST_TOKENS, any strides."""
+    N, K = change.weight.shape
+    part = x.new_empty(_groups(K, cdiv(N, 64)), x.shape[0], N, dtype=torch.float32)
+    call("decode", x, x, *change.arguments(), largest, part)
+    return part.sum(0)
+
+
 def weight_core_gradient(dy: Tensor, x: Tensor, change: WeightChange, largest: Tensor | None,
                          full: bool) -> Tensor:
     """Q (N, r'), so that d_core = alpha C^T Q; ``full``: with the gate's own derivative."""
     N, K = dy.shape[1], x.shape[1]
     rows_of_w = 64 if full or dy.dtype == torch.float32 else 128
     blocks = cdiv(N, rows_of_w)
-    # Enough blocks to fill a large chip, no more: each group of columns writes a Q of its own.
-    groups = min(cdiv(K, COLUMNS_OF_W), cdiv(256, blocks))
+    groups = _groups(K, blocks)
     through = None
 
     def run(q, statistics=None):

@@ -11,8 +11,10 @@ from torch import Tensor
 from ..kernel_host import GateNumbers, contiguous
 from ..smagnorm import SMagNorm
 from .passes import (
+    MOST_TOKENS,
     WeightChange,
     core_gradient,
+    decode,
     effective_weight,
     largest_weight_change,
     project,
@@ -39,6 +41,11 @@ def forward(
     """y (M, N) and the count of gates <= ``edge``."""
     _, change, largest = _change(weight, core, cols, row_index, C, R, decay, alpha, norm)
     moved = x.new_zeros(1 if edge else 0, dtype=torch.int64)
+    if x.shape[0] <= MOST_TOKENS and not edge:
+        y = decode(x, change, largest)
+        for vector in (bias, adapter_bias):
+            y = y if vector is None else y.add_(vector)
+        return y.to(x.dtype), moved
     y = F.linear(x, effective_weight(change, largest, moved if edge else None, edge), bias)
     return (y if adapter_bias is None else y.add_(adapter_bias)), moved
 
