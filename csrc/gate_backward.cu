@@ -26,7 +26,7 @@ struct Step {
   using Saved = std::conditional_t<FULL, T, GateCode<T>>;
   using Sum = Accumulator<ROWS_PER_PROGRAM, RANK, 32, RANK / 4>;
   static constexpr int THREADS = Sum::THREADS;
-  static constexpr int WIDTH = RANK == 256 ? 64 / sizeof(T) : 128 / sizeof(T) < 64 ? 32 : 64;
+  static constexpr int WIDTH = (RANK == 256 ? 64 : 128) / sizeof(T);
   using Gradient = SharedTile<T, ROWS_PER_PROGRAM, WIDTH, Along::DEPTH>;
   using Gate = SharedTile<Saved, ROWS_PER_PROGRAM, WIDTH, Along::DEPTH>;
   using Side = SharedTile<T, RANK, WIDTH, Along::ROWS>;

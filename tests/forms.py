@@ -3,7 +3,7 @@
 import math
 import statistics
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import product
 
 import pytest
@@ -133,6 +133,34 @@ def check_no_more_than_eager(cases: Iterable[Case], norm: SMagNorm | None, impl:
 
 def _root_mean_square(values: list[float]) -> float:
     return math.sqrt(sum(v * v for v in values) / len(values))
+
+
+def compare(c: Case, norm, impl, dy=None):
+    """y and gradients, case by case, are off by no more than a few times what the plain formula in
+    this dtype is, and what one more rounding of x, W and dy would do, the worst of three: a sum
+    that cancels scatters, and ref="max" hangs on the one element whose base is nearest to 0."""
+    y = c.ours(norm, impl=impl)
+    assert y.shape == (c.x.shape[0], c.W.shape[0]) and y.dtype == c.x.dtype and y.is_contiguous()
+    dy = torch.randn_like(y) if dy is None else dy
+
+    def plain(case, dy, dtype=None):
+        value, leaves = case.eager(norm, dtype)
+        return value, *torch.autograd.grad(value, leaves, dy.to(value.dtype))
+
+    def rounded_again(tensor):
+        step = torch.finfo(c.x.dtype).eps / 2
+        return tensor.detach().double() * (1 + step * torch.randn_like(tensor.detach().double()))
+
+    truth = plain(c, dy, torch.float64)
+    again = [plain(replace(c, x=rounded_again(c.x), W=rounded_again(c.W)), rounded_again(dy),
+                   torch.float64) for _ in range(3)]
+    ours = y, *torch.autograd.grad(y, c.trained(), dy)
+    for name, value, eager, true, *moved in zip(QUANTITIES, ours, plain(c, dy), truth, *again,
+                                                strict=False):
+        error = relative_error(value, true)
+        allowed = 3 * (relative_error(eager, true)
+                       + max(relative_error(m, true) for m in moved)) + 1e-6
+        assert error <= allowed, f"{name}: {error:.2e}, allowed {allowed:.2e}"
 
 
 def small_change(*shape: int, dtype: torch.dtype, tied: bool, biases: bool, device="cpu") -> Case:

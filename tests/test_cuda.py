@@ -10,10 +10,10 @@ import pytest
 import torch
 from cuda_host import SANITIZE, SCHEDULES, host_command, load_cuda
 from devices import DEVICE, GPU, MARKS
-from forms import ALL_NORMS, case, small_change
+from forms import ALL_NORMS, case, compare, small_change
 
 from secura_kernels import SMagNorm
-from secura_kernels.cuda import library, passes
+from secura_kernels.cuda import library, output_domain, passes
 from secura_kernels.cuda.plan import one_pass
 
 pytestmark = MARKS
@@ -101,14 +101,32 @@ def test_columns_of_W_in_several_groups(detach_gate, M, monkeypatch):
         torch.testing.assert_close(a, b, rtol=2e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("norm", [None, SMagNorm(), SMagNorm(detach_gate=False)],
+                         ids=["no gate", "gate", "full"])
+def test_one_pass_of_any_operands(norm, dtype, monkeypatch):
+    """Strides and sizes for which the plan would take the library's product."""
+    monkeypatch.setattr(output_domain, "one_pass", lambda *_: True)
+    for M, N, K, r in ((131, 150, 67, 9), (5, 40, 33, 3), (66, 136, 72, 20)):
+        c = small_change(M, N, K, r, dtype=dtype, tied=True, biases=True, device=DEVICE)
+        compare(c, norm, "cuda")
+        c.x = c.x.detach().T.contiguous().T.requires_grad_()
+        c.W = c.W.T.contiguous().T
+        compare(c, norm, "cuda", torch.randn(N, M, device=DEVICE).to(dtype).T)
+
+
 def test_the_plan():
-    like = torch.empty(0, dtype=torch.bfloat16)  # planned for as on an A100
-    assert one_pass(8192, 4096, 512, like, None)
-    assert not one_pass(8192, 4096, 4096, like, None)
-    assert not one_pass(64, 4096, 512, like, None)
-    assert not one_pass(8192, 4096, 512, like, SMagNorm(ref="max"))
-    assert one_pass(8192, 4096, 40, like.float(), None)
-    assert not one_pass(8192, 4096, 512, like.float(), None)
+    def planned(M=8192, N=4096, K=512, norm=None, dtype=torch.bfloat16, transposed=False):
+        x = torch.empty(M, K, dtype=dtype, device="meta")  # planned for as on an A100
+        W = torch.empty(K, N, dtype=dtype, device="meta").T if transposed else torch.empty(
+            N, K, dtype=dtype, device="meta")
+        return one_pass(x, W, norm)
+
+    assert planned() and planned(norm=SMagNorm()) and planned(transposed=True)
+    assert planned(K=48, dtype=torch.float32)
+    assert not any((planned(K=4096), planned(M=64), planned(norm=SMagNorm(ref="max")),
+                    planned(norm=SMagNorm(), transposed=True), planned(K=511),
+                    planned(dtype=torch.float32)))
 
 
 def test_bad_arguments_of_an_op():

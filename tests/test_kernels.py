@@ -1,7 +1,6 @@
 """The Triton and the CUDA kernels against float64 and the reference: every form, shape, stride and
 dtype. Without a GPU: in Triton's interpreter, and on a simulated GPU (``cuda_host``)."""
 
-from dataclasses import replace
 
 import pytest
 import torch
@@ -9,11 +8,9 @@ import torch.nn.functional as F
 from devices import DEVICE, MARKS
 from forms import (
     ALL_NORMS,
-    QUANTITIES,
-    Case,
     case,
     check_no_more_than_eager,
-    relative_error,
+    compare,
     skip_where_low_precision_jumps,
     small_change,
 )
@@ -48,10 +45,6 @@ def _poisoned():
     torch.use_deterministic_algorithms(False)
 
 
-def gradients(y, c: Case, dy):
-    return torch.autograd.grad(y, c.trained(), dy)
-
-
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("name", NORMS)
 def test_error_is_no_more_than_eager(name, dtype, impl):
@@ -60,34 +53,6 @@ def test_error_is_no_more_than_eager(name, dtype, impl):
         [small_change(*shape, dtype=dtype, tied=tied, biases=biases, device=DEVICE)
          for shape in SHAPES.values()
          for tied, biases in ((True, True), (True, False), (False, False))], NORMS[name], impl)
-
-
-def compare(c: Case, norm, impl, dy=None):
-    """y and gradients, case by case, are off by no more than a few times what the plain formula in
-    this dtype is, and what one more rounding of x, W and dy would do, the worst of three: a sum
-    that cancels scatters, and ref="max" hangs on the one element whose base is nearest to 0."""
-    y = c.ours(norm, impl=impl)
-    assert y.shape == (c.x.shape[0], c.W.shape[0]) and y.dtype == c.x.dtype and y.is_contiguous()
-    dy = torch.randn_like(y) if dy is None else dy
-
-    def plain(case, dy, dtype=None):
-        value, leaves = case.eager(norm, dtype)
-        return value, *torch.autograd.grad(value, leaves, dy.to(value.dtype))
-
-    def rounded_again(tensor):
-        step = torch.finfo(c.x.dtype).eps / 2
-        return tensor.detach().double() * (1 + step * torch.randn_like(tensor.detach().double()))
-
-    truth = plain(c, dy, torch.float64)
-    again = [plain(replace(c, x=rounded_again(c.x), W=rounded_again(c.W)), rounded_again(dy),
-                   torch.float64) for _ in range(3)]
-    ours = y, *gradients(y, c, dy)
-    for name, value, eager, true, *moved in zip(QUANTITIES, ours, plain(c, dy), truth, *again,
-                                                strict=False):
-        error = relative_error(value, true)
-        allowed = 3 * (relative_error(eager, true)
-                       + max(relative_error(m, true) for m in moved)) + 1e-6
-        assert error <= allowed, f"{name}: {error:.2e}, allowed {allowed:.2e}"
 
 
 @pytest.mark.parametrize("tied", [True, False], ids=["tied", "stored"])

@@ -26,16 +26,15 @@ def forward(
     decay: Tensor | None, alpha: float, norm: SMagNorm | None, edge: float, save: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """y, t, what the backward pass needs of the gate, and the count of gates <= ``edge``."""
-    (M, K), N = x.shape, weight.shape[0]
     bias, cols, row_index, *vectors = contiguous(bias, cols, row_index,
                                                  *as_float32(adapter_bias, decay))
     core = core.float()
-    saved, keep, save_base = saved_for_backward(x, N, norm, save)
+    saved, keep, save_base = saved_for_backward(x, weight.shape[0], norm, save)
     moved = x.new_zeros(1 if edge and norm is not None else 0, dtype=torch.int64)
     finish = Finish(*vectors, None if norm is None else GateNumbers.of(norm, x.dtype), keep,
                     save_base, moved if moved.numel() else None, edge)
     side = columns(weight, cols, C)
-    if one_pass(M, N, K, x, norm):
+    if one_pass(x, weight, norm):
         t, h = down(x, rows(weight, row_index, R), core, alpha, p_dtype=x.dtype)
         return product(x, weight, h, side, bias, finish), t, saved, moved
     y = F.linear(x, weight, bias)
@@ -76,13 +75,12 @@ def backward(
 
 
 def _backward_without_gate(dy, weight, core, side, row_index, R, alpha, needs):
-    (M, N), K = dy.shape, weight.shape[1]
     dx = v = None
     if needs[0] or needs[1]:
         v, dT = down(dy, side, core.T, alpha, p_dtype=torch.float32)
     if needs[0]:
         R_side = rows(weight, row_index, R)
-        if one_pass(M, K, N, dy, None):
+        if one_pass(dy, weight.T, None):
             dx = product(dy, weight.T, dT, R_side, None, Finish())
         else:
             dx = dy @ weight
