@@ -64,7 +64,7 @@ def backward(
     if needs[1]:
         Q = weight_core_gradient(dy, x, change, largest, full=not norm.detach_gate)
         # The pass takes its float32 matrix first, so what it gives is (alpha C^T Q)^T.
-        dcore = core_gradient(Q[:, :core.shape[0]], C, alpha).T.to(core.dtype)
+        dcore = core_gradient(Q[:, :core.shape[0]], C, alpha).T.contiguous().to(core.dtype)
     if needs[2]:
         dbias = dy.sum(0, dtype=torch.float32).to(adapter_bias.dtype)
     return dx, dcore, dbias
