@@ -11,7 +11,7 @@ namespace secura {
 
 // At e = 2^60 the gate is 1 to float32's last bit, and (1 + e)(2 + e) does not overflow.
 constexpr float LARGEST_EXPONENT = 60.0f, LARGEST_E = 1152921504606846976.0f;
-constexpr float LN_2 = 0.6931471805599453f, LOG2_E = 1.4426950408889634f;
+constexpr float LN_2 = 0.6931471805599453f;
 
 __device__ __forceinline__ float reciprocal(float value) { return __fdividef(1.0f, value); }
 

@@ -10,6 +10,9 @@ from torch import Tensor
 from .gate_code import code_range, highest_gate, saved_dtype
 from .smagnorm import SMagNorm
 
+# What both compute in, and the widest core they hold.
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+LARGEST_RANK = 256
 LOG2_E = 1 / math.log(2)
 
 

@@ -5,6 +5,6 @@
 or when the package is installed with SECURA_BUILD_CUDA=1; nothing is compiled unasked.
 """
 
-from .library import LARGEST_RANK, build, load, why_unavailable
+from .library import build, load, why_unavailable
 
-__all__ = ["LARGEST_RANK", "build", "load", "why_unavailable"]
+__all__ = ["build", "load", "why_unavailable"]

@@ -6,10 +6,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from ..kernel_host import DTYPES, LARGEST_RANK
 from . import compiler
 
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-LARGEST_RANK = 256
 OLDEST_CHIP = (7, 5)
 
 # What this version calls; csrc/ops.cpp defines the same. Outputs are preallocated: (a!).

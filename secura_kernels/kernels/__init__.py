@@ -4,12 +4,10 @@ modules of those names in ``reference``. The derivation, and what each pass cost
 
 import torch
 
+from ..kernel_host import DTYPES, LARGEST_RANK
 from . import chips
 from .dispatch import Plan, plan
 from .launch import INTERPRETED
-
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-LARGEST_RANK = 256
 
 __all__ = ["DTYPES", "LARGEST_RANK", "Plan", "plan", "why_unavailable"]
 
