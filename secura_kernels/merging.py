@@ -3,9 +3,6 @@
 import torch
 from torch import Tensor, nn
 
-from .reference import delta_weight
-from .reference.weight_domain import effective_weight
-
 CANNOT_MERGE = (
     "this layer cannot be merged: its gate acts on outputs, which is not a linear map of x. Either "
     "merge delta_W alone (the published M1 step: stage_m1()), or train with the norm in the weight "
@@ -24,7 +21,7 @@ class Mergeable:
 
     def delta_weight(self) -> Tensor:
         """delta_W = alpha C core R (N, K), in float32 (float64 for a float64 weight); detached."""
-        return self._delta(self.trained_core())
+        return self.delta(self.base_matrix())
 
     def merge(self) -> None:
         """Folds the adapter into the weight and the bias, for inference; ``unmerge`` restores them
@@ -83,11 +80,11 @@ class Mergeable:
         if self.long_core() is not None:
             raise RuntimeError("stage_m1 after stage_m2: a layer takes one kind of stage")
         if self.norm is not None and self.norm.domain == "weight":
-            matrix = self._effective_matrix()
+            matrix = self.effective(self.base_matrix())
         else:
-            matrix = self._changed(self._matrix(self.weight), self.trained_core())
-        self._untie()
-        self._matrix(self.weight).copy_(matrix)
+            matrix = self._changed()
+        self.untie(self.base_matrix())
+        self.base_matrix().copy_(matrix)
         self.core_parameter().zero_()
         self.base_changed = True
         self.refresh()
@@ -104,8 +101,8 @@ class Mergeable:
         self._require_unmerged("stage_m2")
         if self.base_changed:
             raise RuntimeError("stage_m2 after stage_m1: a layer takes one kind of stage")
-        self._untie()
-        self._accumulate()
+        self.untie(self.base_matrix())
+        self.accumulate()
         self.core_parameter().zero_()
         self.refresh()
 
@@ -118,28 +115,13 @@ class Mergeable:
         """New weight, in the base's layout, and bias of the linear map this layer is."""
         if self.norm is not None and self.norm.domain == "output":
             raise RuntimeError(CANNOT_MERGE)
-        if self.norm is None:
-            matrix = self._changed(self._operands()["weight"], self.trained_core())
-        else:
-            matrix = self._effective_matrix()
-        bias, more = self.bias, getattr(self, "adapter_bias", None)
+        matrix = self._changed() if self.norm is None else self.effective(self.stage_matrix())
+        bias, more = self.bias, self.adapter_bias
         if more is not None:
             bias = more if bias is None else bias.to(more.dtype) + more
         bias = None if bias is None else bias.to(self.weight.dtype, copy=True)
         return (matrix.T if self.transposed else matrix).contiguous(), bias
 
-    def _effective_matrix(self) -> Tensor:
-        factor = None if self.importance is None else self.importance.factor
-        return effective_weight(**self._operands(), core=self.core(), decay=factor,
-                                alpha=self.alpha, norm=self.norm)[0]
-
-    @torch.no_grad()
-    def _delta(self, trained: Tensor) -> Tensor:
-        wide = torch.promote_types(self.weight.dtype, torch.float32)
-        core = self.core(trained).to(wide)
-        return delta_weight(core, *(side.to(wide) for side in self._sides()), self.alpha)
-
-    def _changed(self, matrix: Tensor, trained: Tensor) -> Tensor:
-        """matrix + delta_W of a trained core, rounded once."""
-        delta = self._delta(trained)
-        return delta.add_(matrix).to(matrix.dtype)
+    def _changed(self) -> Tensor:
+        """The stage's matrix + delta_W, rounded once."""
+        return self.changed(self.base_matrix(), self.stage_matrix(), self.trained_core())

@@ -83,13 +83,14 @@ def _floating(name: str, own: dict[str, Tensor]) -> bool:
     return name not in own or own[name].is_floating_point()  # all late tensors are floating point
 
 
-def prepare(layer: nn.Module, found: dict[str, Tensor], content: dict) -> None:
+def prepare(adapter: nn.Module, found: dict[str, Tensor]) -> None:
     """Makes room for a checked state: the tensors that only stored bases and stages bring."""
-    for name, shape in layer.late_shapes().items():
-        dtype = layer.weight.dtype if name in ("C", "R") else layer.core_parameter().dtype
-        room = torch.empty(shape, dtype=dtype, device=layer.weight.device)
-        setattr(layer, name, room if name in found else None)
-    layer.base_changed = bool(content["base_changed"])
+    trained = adapter.core_parameter()
+    for name, shape in adapter.late_shapes().items():
+        # C and R are cast to the weight's dtype by ``derive``.
+        dtype = found[name].dtype if name in found and name in ("C", "R") else trained.dtype
+        room = torch.empty(shape, dtype=dtype, device=trained.device)
+        setattr(adapter, name, room if name in found else None)
 
 
 FINGERPRINT_VALUES = 16

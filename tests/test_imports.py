@@ -13,7 +13,7 @@ LAYERS = [
     ["checks"], ["smagnorm", "selection"], ["gate_code"], ["kernel_host"],
     ["reference", "kernels", "cuda"], ["ops"],
     ["functional"],
-    ["importance", "merging", "state"], ["base"], ["modules"], ["adapter_file"],
+    ["importance", "merging", "state"], ["adapter"], ["base"], ["modules"], ["adapter_file"],
     ["__init__"], ["selfcheck"], ["__main__"],
 ]
 LEVEL = {name: i for i, names in enumerate(LAYERS) for name in names}

@@ -13,7 +13,7 @@ from secura_kernels import (
     ImportanceDecay,
     SECURALinear,
     SMagNorm,
-    base,
+    adapter,
     cur_linear,
 )
 from secura_kernels.selection import orthonormal_basis
@@ -135,7 +135,7 @@ def test_folded_bases_cost_little_precision(condition, monkeypatch):
     V, x = torch.randn(r, r), torch.randn(64, K).bfloat16()
     errors = {}
     for name, limit in (("folded", 1e9), ("stored", 0)):
-        monkeypatch.setitem(base.LARGEST_CONDITION, torch.bfloat16, limit)
+        monkeypatch.setitem(adapter.LARGEST_CONDITION, torch.bfloat16, limit)
         layer = CURLoRALinear(copy.deepcopy(linear), cols, rows, basis="orthonormal")
         assert (layer.C is None) == (name == "folded")
         with torch.no_grad():
