@@ -1,0 +1,29 @@
+"""Continual-learning strategies that train a sequence of tasks with whatever parameters require
+gradients: any PEFT method, and this package's layers. A plain loop calls them like this
+(``strategies.trainer.StrategyTrainer`` does the same inside transformers' Trainer):
+
+    for batches in tasks:
+        strategy.before_task(model)
+        for batch in batches:
+            batch = strategy.batch(batch)
+            loss, _ = forward(model, batch)
+            strategy.loss(model, batch, loss).backward()
+            optimizer.step()
+            strategy.after_step(model)
+            optimizer.zero_grad()
+        strategy.after_task(model, batches)
+        with strategy.evaluation(model):
+            ...
+
+With gradient accumulation each micro-batch's loss, as ``strategy.loss`` returns it, is divided by
+their number, and ``after_step`` follows the optimiser's step alone.
+"""
+
+from .base import Strategy, transformers_forward
+from .ewc import EWC
+from .ilora import ILoRA
+from .replay import Replay
+
+STRATEGIES = {"sequential": Strategy, "replay": Replay, "ewc": EWC, "ilora": ILoRA}
+
+__all__ = ["EWC", "STRATEGIES", "ILoRA", "Replay", "Strategy", "transformers_forward"]
