@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from .checks import check_choice, check_number, fail
-from .ops import IMPLS, CurLinear, CurWeightLinear, pack_norm
+from .ops import IMPLS, CurLinear, CurWeightLinear, pack_norm, prepare
 from .smagnorm import SMagNorm
 
 
@@ -62,11 +62,9 @@ def cur_linear_and_moved(
 ) -> tuple[Tensor, Tensor]:
     """``cur_linear``, and how many values of the gate lie at or under ``edge``: (1,) int64, or
     (0,) where ``edge`` is 0. Importance decay is chosen from this count."""
-    check_choice("impl", impl, IMPLS)
-    check_number("alpha", alpha, "a finite number", -torch.inf)
-    if norm is not None and not isinstance(norm, SMagNorm):
-        raise fail("norm", norm, "an SMagNorm or None (SMagNorm.of makes one from a name)")
-    x, weight, bias, C, R = _autocast(x, weight, bias, C, R)
+    check_settings(alpha, norm, impl)
+    prepare(x, weight)
+    x, weight, bias, C, R = autocast(x, weight, bias, C, R)
     _check(x, weight, core, cols, rows, C, R, bias, adapter_bias, decay)
     function = CurWeightLinear if norm is not None and norm.domain == "weight" else CurLinear
     y, *_, moved = function.apply(
@@ -75,7 +73,14 @@ def cur_linear_and_moved(
     return y.view(*x.shape[:-1], weight.shape[0]), moved
 
 
-def _autocast(x: Tensor, *others: Tensor | None) -> tuple[Tensor | None, ...]:
+def check_settings(alpha: float, norm: SMagNorm | None, impl: str) -> None:
+    check_choice("impl", impl, IMPLS)
+    check_number("alpha", alpha, "a finite number", -torch.inf)
+    if norm is not None and not isinstance(norm, SMagNorm):
+        raise fail("norm", norm, "an SMagNorm or None (SMagNorm.of makes one from a name)")
+
+
+def autocast(x: Tensor, *others: Tensor | None) -> tuple[Tensor | None, ...]:
     """``F.linear``'s autocast rule, by hand: the big operands in the autocast dtype, the r x r core
     and the adapter bias as they are."""
     device = x.device.type

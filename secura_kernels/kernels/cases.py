@@ -10,7 +10,7 @@ from torch import Tensor
 from ..gate_code import saved_dtype
 from ..kernel_host import GateNumbers, padded_rank
 from ..smagnorm import SMagNorm
-from . import sides
+from . import mixed, sides
 from .core_gradient import core_gradient
 from .decode import decode
 from .effective_weight import effective_weight
@@ -118,6 +118,15 @@ class Inputs:
         decode(self.x[:16], self.W, self.P, self.R, self.r, self.gate, None, bias=None,
                adapter_bias=None, decay=None)
 
+    def mixed(self) -> None:
+        """The finding of the maxima too."""
+        samples = 4
+        y0, t = (a.unflatten(0, (samples, -1)) for a in (self.y, self.t))
+        cores = self.random(samples, self.r, self.r, dtype=torch.float32)
+        adapter = torch.arange(samples, device=self.device)
+        mixed.forward(y0, t, cores, adapter, self.W[:, :self.r].contiguous(), None, 1.0,
+                      SMagNorm(ref="max"))
+
 
 # Row of the tile table -> the runs that use it.
 RUNS: dict[str, tuple[Callable, ...]] = {
@@ -134,6 +143,7 @@ RUNS: dict[str, tuple[Callable, ...]] = {
     "weight_core_gradient": (Inputs.weight_core_gradient,),
     "weight_core_gradient_full": (Inputs.weight_core_gradient_full,),
     "decode": (Inputs.decode,),
+    "mixed": (Inputs.mixed,),
 }
 
 

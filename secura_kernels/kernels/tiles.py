@@ -66,6 +66,8 @@ _COMMON = {
     "weight_core_gradient_full": (Tile(32, 32, k=64, warps=8, stages=3, max_rank=64),
                                   Tile(16, 32, k=64, warps=8, stages=3)),
     "decode": (Tile(64, k=64, warps=8, stages=2), Tile(32, k=64, warps=4, stages=2)),
+    "mixed": (Tile(64, 128, warps=8, max_rank=64), Tile(16, 128, warps=4, max_rank=64),
+              Tile(64, 64, warps=8), Tile(16, 128, warps=8)),
 }
 _AMPERE = _COMMON | {
     "product": (Tile(128, 128, 32, warps=8, stages=4),
@@ -112,8 +114,9 @@ _FLOAT32 = {
     "weight_core_gradient": (Tile(32, 32, k=16, warps=8, max_rank=64), Tile(16, 32, k=16, warps=8)),
     "weight_core_gradient_full": (Tile(16, 32, k=16, warps=8),),
     "decode": (Tile(32, k=32, warps=8),),
+    "mixed": (Tile(32, 64, warps=8), Tile(16, 64, warps=4)),
 }
-_TWO_DIMENSIONAL = ("product", "product_gate", "epilogue", "effective_weight")
+_TWO_DIMENSIONAL = ("product", "product_gate", "epilogue", "effective_weight", "mixed")
 
 
 def rows_of(name: str, chip: int, dtype: torch.dtype, rank: int) -> tuple[Tile, ...]:

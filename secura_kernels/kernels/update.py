@@ -1,0 +1,109 @@
+"""The update of a base output on the kernels: the two functions of ``reference.update``.
+
+The output-domain layer is made of the others: ``outputs``, ``finish`` and ``gradients``. C comes to
+them as ``columns``, a function of how often it will be read: a tied C is gathered by that.
+"""
+
+from collections.abc import Callable
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from ..kernel_host import GateGradients, GateNumbers, cdiv, contiguous, saved_for_backward
+from ..smagnorm import SMagNorm
+from . import sides
+from .core_gradient import core_gradient
+from .epilogue import epilogue
+from .gate_backward import gate_backward
+from .launch import addressable
+from .low_rank import down, project
+from .sides import Side
+from .tiles import tile_for
+
+
+def forward(
+    y0: Tensor, t: Tensor, core: Tensor, C: Tensor, adapter_bias: Tensor | None,
+    decay: Tensor | None, alpha: float, norm: SMagNorm | None, edge: float, save: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """y, what the backward pass needs of the gate, and the count of gates <= ``edge``."""
+    t, adapter_bias, decay = contiguous(t, adapter_bias, decay)
+    saved, moved, change = outputs(t, y0.shape[1], adapter_bias, decay, norm, edge, save)
+    y = y0.clone(memory_format=torch.contiguous_format)  # the epilogue works in place
+    _, h = project(t, None, core, alpha, q_dtype=t.dtype)
+    finish(y, h, partial(sides.columns, None, None, C), core.shape[0], norm, change)
+    return y, saved, moved
+
+
+def outputs(like: Tensor, N: int, adapter_bias: Tensor | None, decay: Tensor | None,
+            norm: SMagNorm | None, edge: float, save: bool) -> tuple[Tensor, Tensor, dict]:
+    """What the backward pass needs of the gate and the count, allocated; and the arguments by which
+    a pass fills them. ``like``: (M, any), in the layer's dtype."""
+    saved, keep, save_base = saved_for_backward(like, N, norm, save)
+    moved = like.new_zeros(1 if edge and norm is not None else 0, dtype=torch.int64)
+    return saved, moved, dict(
+        adapter_bias=adapter_bias, decay=decay,
+        gate=None if norm is None else GateNumbers.of(norm, like.dtype), saved=keep,
+        save_base=save_base, moved=moved if moved.numel() else None, edge=edge)
+
+
+def finish(y: Tensor, h: Tensor, columns: Callable[..., Side], r: int, norm: SMagNorm | None,
+           change: dict) -> None:
+    """Turns y (M, N), the base output, into the layer's; ``change``: as of ``outputs``."""
+    M, N = y.shape
+    side = columns(reads=cdiv(M, tile_for("epilogue", y, M, N, r).m))
+    if norm is not None and norm.ref == "max":
+        change["largest"] = _largest(y, h, side, r, change["adapter_bias"], change["gate"])
+    epilogue(y, h, side, r, **change)
+
+
+def _largest(b: Tensor, h: Tensor, side: Side, r: int, adapter_bias: Tensor | None,
+             gate: GateNumbers) -> Tensor:
+    """(1,) int32: the bits of max(rho)."""
+    largest = b.new_zeros(1, dtype=torch.int32)
+    epilogue(b, h, side, r, adapter_bias=adapter_bias, gate=gate, largest=largest,
+             find_largest=True)
+    return largest
+
+
+def backward(
+    dy: Tensor, core: Tensor, C: Tensor, adapter_bias: Tensor | None, decay: Tensor | None,
+    t: Tensor, saved: Tensor, alpha: float, norm: SMagNorm | None,
+    needs: tuple[bool, bool, bool, bool],
+) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
+    """Gradients of y0, t, core and adapter_bias; None where ``needs`` is False."""
+    dy, r = addressable(dy), core.shape[0]
+    adapter_bias, decay, t, saved = contiguous(adapter_bias, decay, t, saved)
+    found = gradients(dy, partial(sides.columns, None, None, C), None, core, adapter_bias, decay, t,
+                      saved, alpha, norm, (needs[0] or needs[1], *needs[2:]))
+    return (found.g if needs[0] else None,
+            found.q[:, :r].contiguous() if needs[1] else None,
+            core_gradient(found.v, t, core, alpha, dy) if needs[2] else None,
+            found.dadapter_bias.to(adapter_bias.dtype) if needs[3] else None)
+
+
+def gradients(dy: Tensor, columns: Callable[..., Side], rows: Tensor | None, core: Tensor,
+              adapter_bias: Tensor | None, decay: Tensor | None, t: Tensor, saved: Tensor,
+              alpha: float, norm: SMagNorm | None,
+              needs: tuple[bool, bool, bool]) -> GateGradients:
+    """From dY and the saved gate everything but dX and dcore; without a gate g is dY itself, and q
+    is there whatever ``rows`` is. ``needs``: of x, core, adapter_bias."""
+    M, N = dy.shape
+    r = core.shape[0]
+    if norm is None:
+        v = dT = None
+        if needs[0] or needs[1]:
+            side = columns(reads=cdiv(M, tile_for("down", dy, M, N, r).m))
+            v, dT = down(dy, side, core, alpha, p_dtype=torch.float32, transpose_core=True)
+        return GateGradients(dy, dT, v, dy.sum(0, dtype=torch.float32) if needs[2] else None)
+    gate = GateNumbers.of(norm, dy.dtype)
+    more = {}
+    if not norm.detach_gate:
+        _, h = project(t, None, core, alpha, q_dtype=dy.dtype)
+        more = dict(h=h, adapter_bias=adapter_bias)
+        if norm.ref == "max":
+            side = columns(reads=cdiv(M, tile_for("epilogue", dy, M, N, r).m))
+            more["largest"] = _largest(saved, h, side, r, adapter_bias, gate)
+    tile = tile_for("gate_backward" if norm.detach_gate else "gate_backward_full", dy, M, N, r)
+    return gate_backward(dy, saved, columns(reads=cdiv(M, tile.m)), rows, core, alpha, gate,
+                         decay=decay, needs=needs, **more)
