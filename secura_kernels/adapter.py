@@ -9,15 +9,15 @@ from dataclasses import asdict
 import torch
 from torch import Tensor, nn
 
-from .checks import check_choice, check_int, check_number, fail
+from .checks import check_choice, check_number, fail
 from .functional import cur_linear_and_moved
 from .importance import ImportanceState
-from .reference import cabr_core, delta_weight
+from .reference import delta_weight
 from .reference.weight_domain import effective_weight
 from .selection import BASES, check_indices, check_weight, orthonormal_basis
 from .smagnorm import ImportanceDecay, SMagNorm
+from .update import cur_update, cur_update_and_moved
 
-A_INITS = ("published", "truncated_svd")
 # Folding S^-1 into the core magnifies rounding with cond(S); past these values the orthonormal
 # bases themselves are stored instead. At 32 in bfloat16 the change is off by less than three times
 # what stored bases are (tests/test_modules.py).
@@ -74,6 +74,8 @@ class Adapter(nn.Module):
         self.importance = None
         if importance_decay is not None:
             self.importance = ImportanceState(weight, self.r, importance_decay)
+        self.stale = False  # cols, rows or a dtype are new, and ``derive`` has not been called
+        self.shared_key: tuple | None = None  # see peft/mixed.py
 
     # What a subclass says of its trained core.
 
@@ -89,25 +91,66 @@ class Adapter(nn.Module):
         """The core (r, r) accumulated by M2 stages; None before the first."""
         raise NotImplementedError
 
-    def accumulate(self) -> None:
-        """Adds the trained core to the long-term one (M2)."""
+    @staticmethod
+    def trained_cores(adapters: "list[Adapter]") -> Tensor:
+        """``trained_core`` of several adapters of one shape, (A, r, r)."""
         raise NotImplementedError
+
+    def accumulate(self, kind: str) -> None:
+        """Adds the trained core to the long-term one, as the stage ``"m1"`` or ``"m2"`` does."""
+        raise NotImplementedError
+
+    @torch.no_grad()
+    def stage(self, kind: str) -> None:
+        """A stage that leaves W alone: the core joins the long-term one and is zero again.
+
+        Raises:
+            RuntimeError: an ``"m1"`` stage of a gate in the weight domain, whose W_eff is no
+                delta_W; a stage of the other kind than those before.
+        """
+        if kind == "m1" and self.norm is not None and self.norm.domain == "weight":
+            raise RuntimeError("stage_m1 is not possible beside an untouched weight for a norm in "
+                               "the weight domain: W_eff is no delta_W; stage_m2 is possible")
+        self.accumulate(kind)
+        self.core_parameter().zero_()
 
     # The forward pass.
 
-    def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None, impl: str) -> Tensor:
-        """(..., K) -> (..., N): x W^T + bias, changed."""
+    def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None, impl: str,
+               trained: Tensor | None = None, first: Tensor | None = None) -> Tensor:
+        """(..., K) -> (..., N): x W^T + bias, changed. ``trained``: (r, r) in the place of what
+        ``trained_core`` gives. ``first``: the W of C and R, where ``weight`` is a later one."""
         y, moved = cur_linear_and_moved(
-            x, weight, self.core(), **self.operands(), bias=bias, impl=impl, **self._gate())
+            x, weight, self.core(trained), bias=bias, impl=impl,
+            **self.operands(weight.dtype, first), **self._gate())
         self._count(moved, weight if self.norm and self.norm.domain == "weight" else y)
         return y
+
+    def update(self, y0: Tensor, t: Tensor, C: Tensor, impl: str,
+               trained: Tensor | None = None) -> Tensor:
+        """(..., N): a base output y0 changed; t = x R^T (..., r), C (N, r) of y0's dtype."""
+        y, moved = cur_update_and_moved(
+            y0, t, self.core(trained), C, impl=impl, **self._gate())
+        self._count(moved, y)
+        return y
+
+    def without_gate(self, y0: Tensor, t: Tensor, C: Tensor, trained: Tensor,
+                     impl: str) -> Tensor:
+        """y0 + alpha t core^T C^T of a given trained core: an earlier stage's change."""
+        return cur_update(y0, t, self.core(trained), C, alpha=self.alpha, impl=impl)
 
     def _gate(self) -> dict:
         importance = self.importance
         counting = importance is not None and self.training
+        if counting:
+            self._watch()
         return dict(alpha=self.alpha, norm=self.norm, adapter_bias=self.adapter_bias,
                     decay=None if importance is None else importance.factor,
                     edge=self.importance_decay.edge if counting else 0.0)
+
+    def _watch(self) -> None:
+        if self.importance is not None and self.core_parameter().requires_grad:
+            self.importance.watch(self.core_parameter())
 
     def _count(self, moved: Tensor, gated: Tensor) -> None:
         if self.importance is not None and self.training:
@@ -117,17 +160,36 @@ class Adapter(nn.Module):
         """The core (r, r) between C and R, differentiable: S_c^-1 V S_r^-T for a folded basis."""
         with torch.autocast(self.cols.device.type, enabled=False):
             core = self.trained_core() if trained is None else trained
-            if self.fold_c is None:
-                return core
-            return self.fold_c.to(core.dtype) @ core @ self.fold_r.to(core.dtype)
+            return self._folded(core)
+
+    def cores(self, adapters: "list[Adapter]") -> Tensor:
+        """``core`` of several adapters (A, r, r) that share this one's columns, rows and basis,
+        long-term cores included."""
+        with torch.autocast(self.cols.device.type, enabled=False):
+            cores = self.trained_cores(adapters)
+            for i, adapter in enumerate(adapters):
+                if adapter.long_core() is not None:
+                    cores = cores.index_add(0, cores.new_tensor([i], dtype=torch.int64),
+                                            adapter.long_core()[None])
+            return self._folded(cores)
+
+    def _folded(self, core: Tensor) -> Tensor:
+        if self.fold_c is None:
+            return core
+        wide = torch.promote_types(core.dtype, self.fold_c.dtype)
+        return self.fold_c.to(wide) @ core.to(wide) @ self.fold_r.to(wide)
 
     # C and R.
 
-    def operands(self) -> dict[str, Tensor | None]:
-        """What C and R are: indices while tied to W, else the stored matrices."""
-        tied = self.C is None
-        return dict(cols=self.cols if tied else None, rows=self.rows if tied else None,
-                    C=self.C, R=self.R)
+    def operands(self, dtype: torch.dtype,
+                 first: Tensor | None = None) -> dict[str, Tensor | None]:
+        """What C and R are: indices while tied to W, else the stored matrices, or the slices of
+        ``first``, a W that the layer has left; in W's dtype, which FSDP's mixed precision changes
+        for the forward pass."""
+        if self.C is None and first is None:
+            return dict(cols=self.cols, rows=self.rows, C=None, R=None)
+        C, R = self.sides(first)
+        return dict(cols=None, rows=None, C=C.to(dtype), R=R.to(dtype))
 
     def sides(self, weight: Tensor) -> tuple[Tensor, Tensor]:
         """C (N, r) and R (r, K)."""
@@ -155,8 +217,15 @@ class Adapter(nn.Module):
 
     def untied_sides(self, weight: Tensor) -> tuple[Tensor, Tensor]:
         """C and R as ``untie`` would store them: orthonormal ones for that basis."""
-        C, R = self.sides(weight)
-        if self.C is None and self.basis == "orthonormal":
+        if self.C is not None:
+            return self.C, self.R
+        return self.sides_of(weight, self.cols, self.rows)
+
+    def sides_of(self, weight: Tensor, cols: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
+        """C (N, r) and R (r, K) that these columns and rows of W give: orthonormal ones for that
+        basis."""
+        C, R = weight[:, cols.to(weight.device)], weight[rows.to(weight.device)]
+        if self.basis == "orthonormal":
             C, _, Q_r, _ = orthonormal_basis(C, R)
             R = Q_r.T
         return C.to(weight.dtype), R.to(weight.dtype)
@@ -169,6 +238,7 @@ class Adapter(nn.Module):
     @torch.no_grad()
     def derive(self, weight: Tensor) -> None:
         """Recomputes what derives from the weight and the indices."""
+        self.shared_key, self.stale = None, False
         if self.C is not None:
             self._store(self.C, self.R, weight.dtype)
         else:
@@ -177,6 +247,7 @@ class Adapter(nn.Module):
                 self._set_basis(weight)
         if self.importance is not None:
             self.importance.measure(weight)
+            self._watch()  # loading may have replaced the parameter
 
     # The change as a matrix.
 
@@ -192,11 +263,20 @@ class Adapter(nn.Module):
         return self.delta(weight, trained).add_(base).to(base.dtype)
 
     @torch.no_grad()
-    def effective(self, weight: Tensor) -> Tensor:
-        """W_eff (N, K): S-MagNorm of W and delta_W, for a gate in the weight domain."""
+    def effective(self, weight: Tensor, first: Tensor | None = None) -> Tensor:
+        """W_eff (N, K): S-MagNorm of W and delta_W, for a gate in the weight domain. ``first``: see
+        ``linear``."""
         factor = None if self.importance is None else self.importance.factor
         return effective_weight(weight, core=self.core(), decay=factor, alpha=self.alpha,
-                                norm=self.norm, **self.operands())[0]
+                                norm=self.norm, **self.operands(weight.dtype, first))[0]
+
+    def factors(self, weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """C (N, r), core (r, r), R (r, K) with delta_W = C core R, M2 stages included; detached."""
+        total = self.trained_core().detach()
+        if self.long_core() is not None:
+            total = total + self.long_core()
+        C, R = self.sides(weight)
+        return C, self.alpha * self.core(total), R
 
     # State.
 
@@ -207,102 +287,42 @@ class Adapter(nn.Module):
                     norm=None if self.norm is None else self.norm.to_dict(),
                     importance_decay=None if decay is None else asdict(decay))
 
+    def late_groups(self) -> list[dict[str, tuple[int, int]]]:
+        """Names and shapes of saved tensors that exist only once bases are stored or a stage has
+        been taken; those of a group exist together."""
+        return [{"C": (self.out_features, self.r), "R": (self.r, self.in_features)}]
+
     def late_shapes(self) -> dict[str, tuple[int, int]]:
-        """Saved tensors that exist only once bases are stored or a stage has been taken."""
-        return {"C": (self.out_features, self.r), "R": (self.r, self.in_features)}
+        return {name: shape for group in self.late_groups() for name, shape in group.items()}
+
+    def __setattr__(self, name: str, value: object) -> None:
+        if name in ("cols", "rows") and "shared_key" in self.__dict__:
+            self.stale = True  # transformers sets a file's tensors one by one
+        super().__setattr__(name, value)
 
     def __setstate__(self, values: dict) -> None:
-        super().__setstate__(values)  # of a copy, whose parameters have lost their hooks
-        if self.importance is not None:
-            self.importance.watch(self.core_parameter())
+        super().__setstate__(values)
+        self._watch()  # in the first compiled forward pass it would be compiled again
 
+    def _apply(self, fn, recurse: bool = True) -> "Adapter":
+        before = self.cols.device, self.core_parameter().dtype
+        super()._apply(fn, recurse)
+        if before != (self.cols.device, self.core_parameter().dtype):
+            self.stale = True  # what is derived has been rounded too
+        return self
 
-class CURLoRAAdapter(Adapter):
-    """CURLoRA's change: U (r, r) is trained, zero at the start. See ``CURLoRALinear``."""
+    def _load_from_state_dict(self, state_dict, prefix, *args) -> None:
+        found = {k.removeprefix(prefix): v for k, v in state_dict.items() if k.startswith(prefix)}
+        if "cols" in found:  # a whole state; a few trained tensors alone leave the others
+            self._make_room(found)
+            self.stale = True
+        super()._load_from_state_dict(state_dict, prefix, *args)
 
-    def __init__(self, weight: Tensor, cols: Tensor, rows: Tensor, **settings) -> None:
-        super().__init__(weight, cols, rows, **settings)
-        dtype = torch.promote_types(weight.dtype, torch.float32)
-        self.U = nn.Parameter(torch.zeros(self.r, self.r, dtype=dtype, device=weight.device))
-        self.register_buffer("U_long", None)
-        if self.importance is not None:
-            self.importance.watch(self.U)
-
-    def trained_core(self) -> Tensor:
-        return self.U
-
-    def core_parameter(self) -> nn.Parameter:
-        return self.U
-
-    def long_core(self) -> Tensor | None:
-        return self.U_long
-
-    def late_shapes(self) -> dict[str, tuple[int, int]]:
-        return super().late_shapes() | {"U_long": (self.r, self.r)}
-
-    def accumulate(self) -> None:
-        self.U_long = self.U.detach() + (0 if self.U_long is None else self.U_long)
-
-
-class SECURAAdapter(Adapter):
-    """SECURA's change: A (m, r) and B (r, m) are trained, and a bias. See ``SECURALinear``."""
-
-    def __init__(
-        self,
-        weight: Tensor,
-        cols: Tensor,
-        rows: Tensor,
-        *,
-        m: int | None = None,
-        norm: SMagNorm | str | dict | None = "calibrated",
-        a_init: str = "published",
-        adapter_bias: bool = True,
-        **settings,
-    ) -> None:
-        super().__init__(weight, cols, rows, norm=norm, **settings)
-        if m is None:
-            m = min(max(self.r + 1, self.r * 4 // 3), self.in_features)
-        self.m = check_int("m", m, self.r + 1, self.in_features,
-                           f", above r={self.r} and at most K={self.in_features}")
-        check_choice("a_init", a_init, A_INITS)
-        check_choice("adapter_bias", adapter_bias, (True, False))
-        A = self._start(weight, a_init)
-        self.A = nn.Parameter(A)
-        self.B = nn.Parameter(A.new_zeros(self.r, self.m))
-        if adapter_bias:
-            self.adapter_bias = nn.Parameter(A.new_zeros(self.out_features))
-        for name in ("A_long", "B_long"):
-            self.register_buffer(name, None)
-        if self.importance is not None:
-            self.importance.watch(self.B)
-
-    @torch.no_grad()
-    def _start(self, weight: Tensor, a_init: str) -> Tensor:
-        dtype = torch.promote_types(weight.dtype, torch.float32)
-        if a_init == "published":
-            return weight[:self.r, :self.m].T.to(dtype).contiguous()
-        devices = [weight.device] if weight.is_cuda else []
-        with torch.random.fork_rng(devices):  # the randomised SVD draws from the global generator
-            torch.manual_seed(0)
-            U, S, V = torch.svd_lowrank(weight.to(dtype), q=self.r)
-        return ((U[:self.r] * S) @ V[:self.m].T).T.contiguous()
-
-    def settings(self) -> dict:
-        return super().settings() | dict(adapter_bias=self.adapter_bias is not None)
-
-    def trained_core(self) -> Tensor:
-        return cabr_core(self.A, self.B)
-
-    def core_parameter(self) -> nn.Parameter:
-        return self.B
-
-    def long_core(self) -> Tensor | None:
-        return None if self.B_long is None else cabr_core(self.A_long, self.B_long)
-
-    def late_shapes(self) -> dict[str, tuple[int, int]]:
-        return super().late_shapes() | {"A_long": (self.m, self.r), "B_long": (self.r, self.m)}
-
-    def accumulate(self) -> None:
-        """B_long <- B_long + B, A_long <- A."""
-        self.B_long = self.B.detach() + (0 if self.B_long is None else self.B_long)
-        self.A_long = self.A.detach().clone()
+    def _make_room(self, found: dict[str, Tensor]) -> None:
+        """For the tensors that only stored bases and stages bring."""
+        trained = self.core_parameter()
+        for name, shape in self.late_shapes().items():
+            # C and R are cast to the weight's dtype by ``derive``.
+            dtype = found[name].dtype if name in found and name in ("C", "R") else trained.dtype
+            room = torch.empty(shape, dtype=dtype, device=trained.device)
+            setattr(self, name, room if name in found else None)

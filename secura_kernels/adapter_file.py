@@ -15,10 +15,9 @@ from .base import CURLinear
 from .checks import check_choice, fail
 from .modules import CURLoRALinear, SECURALinear
 from .smagnorm import ImportanceDecay
-from .state import SETTINGS, check_state, fingerprint, same_base, unpack_settings
+from .state import FINGERPRINT, SETTINGS, check_state, fingerprint, same_base, unpack_settings
 
 KINDS = {kind.__name__: kind for kind in (CURLoRALinear, SECURALinear)}
-FINGERPRINT = "fingerprint"
 
 
 def save_adapter(model: nn.Module, path: str | os.PathLike) -> None:

@@ -54,11 +54,7 @@ class CURLinear(Mergeable, Adapter):
 
     def change_factors(self) -> tuple[Tensor, Tensor, Tensor]:
         """C (N, r), core (r, r), R (r, K) with delta_W = C core R, M2 stages included; detached."""
-        total = self.trained_core().detach()
-        if self.long_core() is not None:
-            total = total + self.long_core()
-        C, R = self.sides(self.base_matrix())
-        return C, self.alpha * self.core(total), R
+        return self.factors(self.base_matrix())
 
     @torch.no_grad()
     def refresh(self) -> None:
@@ -99,10 +95,10 @@ class CURLinear(Mergeable, Adapter):
             except ValueError as error:
                 raise ValueError(f"{prefix.removesuffix('.') or type(self).__name__}: {error}") \
                     from error
-            state.prepare(self, found)
             self.base_changed = bool(content["base_changed"])
         super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, missing_keys,
                                       unexpected_keys, error_msgs)
+        self.stale = False
         self.refresh()
 
     def extra_repr(self) -> str:

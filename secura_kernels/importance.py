@@ -26,6 +26,7 @@ class ImportanceState(nn.Module):
         count = torch.zeros(2, dtype=torch.int64, device=weight.device)
         self.register_buffer("count", count)  # values at or under edge, values in all
         self.register_buffer("row_norms", None, persistent=False)
+        self.watched: tuple[nn.Parameter | None] = (None,)  # in a tuple: not a parameter of ours
         self.measure(weight)
 
     @torch.no_grad()
@@ -43,7 +44,12 @@ class ImportanceState(nn.Module):
     def watch(self, parameter: nn.Parameter) -> None:
         """Chooses factors whenever the parameter's gradient has been accumulated: once a backward
         pass, after every recomputation of activation checkpointing has used the old factors."""
-        parameter.register_post_accumulate_grad_hook(self._choose)
+        if self.watched[0] is not parameter:  # a new one: sharding and loading replace it
+            self.watched = (parameter,)
+            parameter.register_post_accumulate_grad_hook(self._choose)
+
+    def __setstate__(self, values: dict) -> None:
+        super().__setstate__(values | dict(watched=(None,)))  # of a copy, which has no hooks
 
     @torch.no_grad()
     def _choose(self, _: Tensor) -> None:

@@ -102,7 +102,7 @@ class Mergeable:
         if self.base_changed:
             raise RuntimeError("stage_m2 after stage_m1: a layer takes one kind of stage")
         self.untie(self.base_matrix())
-        self.accumulate()
+        self.accumulate("m2")
         self.core_parameter().zero_()
         self.refresh()
 

@@ -3,9 +3,9 @@
 import torch
 from torch import nn
 
-from .adapter import CURLoRAAdapter, SECURAAdapter
 from .base import CURLinear, matrix_of
 from .selection import select
+from .variants import CURLoRAAdapter, SECURAAdapter
 
 
 class CURLoRALinear(CURLinear, CURLoRAAdapter):

@@ -69,7 +69,7 @@ def check_state(layer: nn.Module, found: dict[str, Tensor], strict: bool = True)
             raise fail(f"{name}.shape", tuple(found[name].shape), f"{shape} for this layer")
         elif found[name].is_floating_point() != _floating(name, own):
             raise fail(f"{name}.dtype", found[name].dtype, "the kind of number the layer holds")
-    for group in ({"C", "R"}, set(late) - {"C", "R"}):
+    for group in map(set, layer.late_groups()):
         if group & set(found) and not group <= set(found):
             raise ValueError(f"the state has {sorted(group & set(found))} without "
                              f"{sorted(group - set(found))}")
@@ -83,16 +83,7 @@ def _floating(name: str, own: dict[str, Tensor]) -> bool:
     return name not in own or own[name].is_floating_point()  # all late tensors are floating point
 
 
-def prepare(adapter: nn.Module, found: dict[str, Tensor]) -> None:
-    """Makes room for a checked state: the tensors that only stored bases and stages bring."""
-    trained = adapter.core_parameter()
-    for name, shape in adapter.late_shapes().items():
-        # C and R are cast to the weight's dtype by ``derive``.
-        dtype = found[name].dtype if name in found and name in ("C", "R") else trained.dtype
-        room = torch.empty(shape, dtype=dtype, device=trained.device)
-        setattr(adapter, name, room if name in found else None)
-
-
+FINGERPRINT = "fingerprint"  # its name in a file
 FINGERPRINT_VALUES = 16
 
 

@@ -12,9 +12,10 @@ ROOT = Path(secura_kernels.__file__).parent
 LAYERS = [
     ["checks"], ["smagnorm", "selection"], ["gate_code"], ["kernel_host"],
     ["reference", "kernels", "cuda"], ["ops"],
-    ["functional"],
-    ["importance", "merging", "state"], ["adapter"], ["base"], ["modules"], ["adapter_file"],
-    ["__init__"], ["selfcheck"], ["__main__"],
+    ["functional"], ["update"],
+    ["importance", "merging", "state"], ["adapter"], ["variants"], ["base"], ["modules"],
+    ["adapter_file"], ["peft"], ["retention"], ["callbacks"], ["__init__"], ["selfcheck"],
+    ["__main__"],
 ]
 LEVEL = {name: i for i, names in enumerate(LAYERS) for name in names}
 

@@ -1,0 +1,149 @@
+"""``SecuraConfig``: every setting of a SECURA or CURLoRA adapter in PEFT, as JSON values."""
+
+from dataclasses import dataclass, field, fields
+
+from peft import PeftConfig
+from peft.utils import PeftType
+
+from ..checks import check_choice, check_int, check_number, fail
+from ..ops import IMPLS
+from ..selection import BASES, RULES
+from ..smagnorm import ImportanceDecay, SMagNorm
+from ..variants import A_INITS
+
+VARIANTS = ("secura", "curlora")
+
+
+@dataclass
+class SecuraConfig(PeftConfig):
+    """Settings for ``get_peft_model(model, SecuraConfig(...))``.
+
+    Args:
+        variant: ``"secura"`` (core = A^T B^T, a gate, a bias; arXiv 2502.18168) or ``"curlora"``
+            (core = U, no gate, no bias; arXiv 2408.14572).
+        r: columns and rows of W chosen in each layer; at most min(N, K).
+        m: inner size of SECURA's A (m, r), B (r, m), r < m <= K; None: a third more than r.
+        alpha: scale of the change.
+        target_modules: names, a regular expression, or ``"all-linear"``; None: the model type's
+            usual ones. exclude_modules, layers_to_transform, layers_pattern, modules_to_save: as
+            in PEFT's ``LoraConfig``.
+        rank_pattern: r of single layers, by a layer's name or a regular expression.
+        selection: ``"lowest"`` (SECURA's default), ``"inverted"`` (CURLoRA's) or ``"highest"``.
+        seed: of ``"inverted"``, together with the layer's name: two adapters of one seed, rule and
+            r share their indices.
+        basis: ``"raw"`` as published, or ``"orthonormal"``, far better conditioned.
+        norm: ``"auto"`` (SECURA ``"calibrated"``, CURLoRA none), a preset's name, a dict of
+            ``SMagNorm``'s fields, or None for no gate.
+        norm_domain: ``"output"`` or ``"weight"``; None: the one of ``norm``.
+        a_init: start of SECURA's A, ``"published"`` or ``"truncated_svd"``.
+        adapter_bias: train a bias that is part of the change; None: SECURA's only, as published.
+        importance_decay: True, a dict of ``ImportanceDecay``'s fields, or None for none.
+        impl: the backend, ``"auto"``, ``"triton"``, ``"cuda"`` or ``"reference"``.
+        save_projection: write C and R into the adapter's file, so that it can be loaded on a base
+            whose values differ (a quantised one); False: the indices and a fingerprint of the base
+            only, which is checked when loading.
+
+    Raises:
+        ValueError: a value outside these.
+    """
+
+    variant: str = "secura"
+    r: int = 64
+    m: int | None = None
+    alpha: float = 1.0
+    target_modules: list[str] | str | None = None
+    exclude_modules: list[str] | str | None = None
+    layers_to_transform: list[int] | int | None = None
+    layers_pattern: list[str] | str | None = None
+    modules_to_save: list[str] | None = None
+    rank_pattern: dict[str, int] = field(default_factory=dict)
+    selection: str | None = None
+    seed: int = 0
+    basis: str = "raw"
+    norm: str | dict | None = "auto"
+    norm_domain: str | None = None
+    a_init: str = "published"
+    adapter_bias: bool | None = None
+    importance_decay: dict | bool | None = None
+    impl: str = "auto"
+    save_projection: bool = True
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.peft_type = PeftType.SECURA
+        secura = check_choice("variant", self.variant, VARIANTS) == "secura"
+        check_int("r", self.r, 1, 2**31)
+        if self.rank_pattern is None:
+            self.rank_pattern = {}
+        if not isinstance(self.rank_pattern, dict):
+            raise fail("rank_pattern", self.rank_pattern, "a dict of r by layer name")
+        for name, r in self.rank_pattern.items():
+            check_int(f"rank_pattern[{name!r}]", r, 1, 2**31)
+        if self.m is not None:
+            if not secura:
+                raise fail("m", self.m, "None with variant='curlora', which has no A and B")
+            check_int("m", self.m, self.r + 1, 2**31, f", above r={self.r}")
+        check_number("alpha", self.alpha, "a finite number", -float("inf"))
+        check_int("seed", self.seed, 0, 2**63 - 1)
+        if self.selection is None:
+            self.selection = "lowest" if secura else "inverted"
+        check_choice("selection", self.selection, RULES)
+        check_choice("basis", self.basis, BASES)
+        check_choice("a_init", self.a_init, A_INITS)
+        check_choice("impl", self.impl, IMPLS)
+        check_choice("save_projection", self.save_projection, (True, False))
+        if self.adapter_bias is None:
+            self.adapter_bias = secura
+        check_choice("adapter_bias", self.adapter_bias, (None, True, False))
+        if self.adapter_bias and not secura:
+            raise fail("adapter_bias", self.adapter_bias, "False with variant='curlora'")
+        if self.norm == "auto":
+            self.norm = "calibrated" if secura else None
+        if isinstance(self.norm, SMagNorm):
+            self.norm = self.norm.to_dict()
+        self.norm_settings()
+        if self.importance_decay is True:
+            self.importance_decay = {}
+        if self.importance_decay is False:
+            self.importance_decay = None
+        self.decay_settings()
+        if isinstance(self.target_modules, list):
+            self.target_modules = set(self.target_modules)
+        if isinstance(self.exclude_modules, list):
+            self.exclude_modules = set(self.exclude_modules)
+        if self.layers_pattern and self.layers_to_transform is None:
+            raise fail("layers_pattern", self.layers_pattern, "None without layers_to_transform")
+        if isinstance(self.target_modules, str) and self.layers_to_transform is not None:
+            raise fail("layers_to_transform", self.layers_to_transform,
+                       "None with target_modules as a string, which PEFT matches alone")
+
+    def norm_settings(self) -> SMagNorm | None:
+        """The gate's settings, or None."""
+        norm = SMagNorm.of(self.norm)
+        check_choice("norm_domain", self.norm_domain, (None, "output", "weight"))
+        if self.norm_domain is None:
+            return norm
+        if norm is None:
+            raise fail("norm_domain", self.norm_domain, "None without a norm")
+        return SMagNorm.of(norm.to_dict() | dict(domain=self.norm_domain))
+
+    def decay_settings(self) -> ImportanceDecay | None:
+        """The importance decay's settings, or None."""
+        if self.importance_decay is None:
+            return None
+        names = [f.name for f in fields(ImportanceDecay)]
+        if not isinstance(self.importance_decay, dict) or set(self.importance_decay) - set(names):
+            raise fail("importance_decay", self.importance_decay,
+                       f"True, None or a dict with keys among {names}")
+        if self.norm is None:
+            raise fail("importance_decay", self.importance_decay,
+                       "None without a norm, whose gate it counts")
+        return ImportanceDecay(**self.importance_decay)
+
+    def adapter_settings(self) -> dict:
+        """Keyword arguments of ``CURLoRAAdapter`` or ``SECURAAdapter``."""
+        settings = dict(alpha=self.alpha, basis=self.basis, norm=self.norm_settings(),
+                        importance_decay=self.decay_settings())
+        if self.variant == "secura":
+            settings |= dict(m=self.m, a_init=self.a_init, adapter_bias=self.adapter_bias)
+        return settings

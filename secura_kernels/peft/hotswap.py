@@ -1,0 +1,38 @@
+"""Another adapter's values in the place of a loaded one's: nothing is compiled again."""
+
+import os
+
+from peft import PeftConfig, PeftModel
+from peft.utils import load_peft_weights, set_peft_model_state_dict
+
+from ..checks import fail
+from .config import SecuraConfig
+from .layer import SecuraLinear
+
+# What a compiled model has built in, or what decides which tensors there are.
+FIXED = ("variant", "r", "m", "alpha", "rank_pattern", "basis", "norm", "norm_domain",
+         "adapter_bias", "importance_decay")
+
+
+def hotswap_adapter(model: PeftModel, path: str | os.PathLike,
+                    adapter_name: str = "default") -> None:
+    """Loads a saved adapter in the place of ``adapter_name``, into the same tensors, so that a
+    model compiled by ``torch.compile`` runs it without compiling again.
+
+    Raises:
+        ValueError: no such adapter, one that is merged, or a file whose settings or layers differ
+            from it; the model is then unchanged.
+    """
+    if adapter_name not in model.peft_config:
+        raise fail("adapter_name", adapter_name, f"one of {sorted(model.peft_config)}")
+    if any(adapter_name in layer.merged_adapters for layer in model.modules()
+           if isinstance(layer, SecuraLinear)):
+        raise ValueError(f"adapter {adapter_name!r} is merged: call unmerge_adapter() first")
+    here, there = model.peft_config[adapter_name], PeftConfig.from_pretrained(path)
+    if not isinstance(there, SecuraConfig):
+        raise fail("path", str(path), "a folder with a SECURA adapter")
+    for name in FIXED:
+        if getattr(here, name) != getattr(there, name):
+            raise fail(name, getattr(there, name), f"{getattr(here, name)!r}, as the adapter "
+                                                   f"{adapter_name!r} has it")
+    set_peft_model_state_dict(model, load_peft_weights(str(path), device="cpu"), adapter_name)

@@ -1,0 +1,244 @@
+"""The PEFT layer: one frozen base, and a ``CURLoRAAdapter`` or ``SECURAAdapter`` per name."""
+
+import zlib
+
+import torch
+import torch.nn.functional as F
+from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils import quantization_extra_repr
+from peft.utils.other import get_pattern_key
+from torch import Tensor, nn
+
+from ..adapter import Adapter
+from ..checks import fail
+from ..ops import resolve
+from ..selection import select
+from ..variants import CURLoRAAdapter, SECURAAdapter
+from . import base_weight, mixed, sharding
+from .config import SecuraConfig
+from .merging import Mergeable
+
+KINDS = {"secura": SECURAAdapter, "curlora": CURLoRAAdapter}
+
+
+
+class SecuraLinear(nn.Module, Mergeable, BaseTunerLayer):
+    """A frozen linear layer with named adapters; the fused layer where one is active.
+
+    Args:
+        base_layer: ``nn.Linear``, ``Conv1D``, or a quantised linear layer.
+        adapter_name, config: of the first adapter. key: the layer's name in the model.
+        empty: build the adapter without choosing columns and rows: a state will be loaded.
+
+    Raises:
+        TypeError: a base that cannot be adapted. ValueError: settings that do not fit the base.
+    """
+
+    adapter_layer_names = ("secura_adapter",)
+    other_param_names = ("impl",)
+
+    def __init__(self, base_layer: nn.Module, adapter_name: str, config: SecuraConfig, key: str,
+                 empty: bool = False, **quantization) -> None:
+        super().__init__()
+        self.base_layer = base_layer
+        self.quantization_backend = base_weight.backend_of(self.get_base_layer(), **quantization)
+        self.secura_adapter = nn.ModuleDict()
+        self.impl: dict[str, str] = {}
+        self.merged_adapters = []
+        self._unmerged: base_weight.Kept | None = None
+        self.requantisation_error: float | None = None
+        self._disable_adapters = False
+        self._active_adapter = adapter_name
+        self.register_load_state_dict_post_hook(_after_loading)
+        self.update_layer(adapter_name, config, key, empty)
+        self.out_features, self.in_features = self.base_matrix().shape
+
+    def update_layer(self, adapter_name: str, config: SecuraConfig, key: str,
+                     empty: bool = False) -> None:
+        """Adds an adapter, or replaces the one of that name."""
+        weight = self.base_matrix()
+        r = config.rank_pattern.get(get_pattern_key(config.rank_pattern, key), config.r)
+        resolve(config.impl, weight.device, weight.dtype, r)
+        try:
+            adapter = _build(weight, r, config, key, empty)
+        except (ValueError, TypeError) as error:
+            raise type(error)(f"layer {key!r}: {error}") from error
+        if self._keeps_sides():
+            adapter.untie(weight)
+        self.impl[adapter_name] = config.impl
+        self.secura_adapter[adapter_name] = adapter.train(self.training)
+        self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
+
+    def base_matrix(self) -> Tensor:
+        """W (N, K); dequantised where the base is quantised. Of a merged layer the W from before: C
+        and R are its columns and rows."""
+        return base_weight.matrix(self.get_base_layer(), self.quantization_backend, self._unmerged)
+
+    def forward(self, x: Tensor, *args, **kwargs) -> Tensor:
+        """(..., K) -> (..., N). ``adapter_names``: the adapter of each sample, for inference."""
+        adapter_names = kwargs.pop("adapter_names", None)
+        if self.disable_adapters:
+            if self.merged:
+                self.unmerge()
+            return self.base_layer(x, *args, **kwargs)
+        if adapter_names is not None:
+            return mixed.forward(self, x, adapter_names, *args, **kwargs)
+        names = [] if self.merged else self._present(self.active_adapters)
+        if not names:
+            return self.base_layer(x, *args, **kwargs)
+        if len(names) > 1:
+            self._check_several(names)
+        y = self._first(x, names[0], *args, **kwargs)
+        for name in names[1:]:
+            y = self._over(y, x, name)
+        return y
+
+    def _first(self, x: Tensor, name: str, *args, **kwargs) -> Tensor:
+        """The base and one adapter: the fused layer, where the base allows it."""
+        adapter, impl, base = self._ready(name), self.impl[name], self.get_base_layer()
+        gate, long_core = adapter.norm, adapter.long_core()
+        in_weight_domain = gate is not None and gate.domain == "weight"
+        fused = base_weight.is_plain(base) and base is self.base_layer
+        if in_weight_domain:
+            weight, first = self.base_matrix(), None
+            if long_core is not None:
+                weight, first = adapter.changed(weight, weight, long_core), weight
+            bias = None if base.bias is None else base.bias.to(weight.dtype)
+            y = adapter.linear(x.to(weight.dtype), weight, bias, impl, first=first)
+            return y if torch.is_autocast_enabled(x.device.type) else y.to(x.dtype)
+        if fused and (gate is None or long_core is None):
+            trained = adapter.trained_core()
+            if long_core is not None:
+                trained = trained + long_core
+            return adapter.linear(x, self.base_matrix(), base.bias, impl, trained)
+        return self._over(self.base_layer(x, *args, **kwargs), x, name)
+
+    def _over(self, y0: Tensor, x: Tensor, name: str) -> Tensor:
+        """An adapter over a base output y0 (..., N) that has been computed already."""
+        adapter, impl = self._ready(name), self.impl[name]
+        if sharding.is_sharded(self.get_base_layer()):
+            return sharding.over(self.get_base_layer(), adapter, y0, x, impl)
+        C, R = adapter.sides(None if adapter.C is not None else self.base_matrix())
+        t, C = F.linear(x, R.to(x.dtype)), C.to(y0.dtype)
+        long_core, trained = adapter.long_core(), adapter.trained_core()
+        if long_core is not None and adapter.norm is None:
+            trained = trained + long_core
+        elif long_core is not None:
+            y0 = adapter.without_gate(y0, t, C, long_core, impl)
+        return adapter.update(y0, t, C, impl, trained)
+
+    def _ready(self, name: str) -> Adapter:
+        """The adapter, what derives from W computed anew where it has been moved or loaded."""
+        adapter = self.secura_adapter[name]
+        base = self.get_base_layer()
+        if adapter.stale:
+            adapter.derive(self.base_matrix())
+        if sharding.is_sharded(base) or sharding.is_partitioned(base):
+            sharding.prepare(self, adapter)
+        if adapter.C is None and (self._keeps_sides() or sharding.is_sharded(base)):
+            adapter.untie(self.base_matrix())
+        return adapter
+
+    def _keeps_sides(self) -> bool:
+        """Whether C and R are kept, rather than sliced from W in each forward pass."""
+        return (self.quantization_backend is not None
+                or sharding.is_partitioned(self.get_base_layer()))
+
+    def _apply(self, fn, recurse: bool = True) -> "SecuraLinear":
+        super()._apply(fn, recurse)
+        if not self.weight.is_meta:  # here rather than in a forward pass that is compiled
+            for name, adapter in self.secura_adapter.items():
+                if adapter.stale:
+                    self._ready(name)
+        return self
+
+    def _present(self, names: list[str]) -> list[str]:
+        return [n for n in names if n in self.secura_adapter]
+
+    def _check_several(self, names: list[str]) -> None:
+        gated = [n for n in names if self.secura_adapter[n].norm is not None]
+        if gated:
+            raise ValueError(
+                f"active adapters {names}: {gated} have a gate (norm), and a gated change is not "
+                "one that others can be added to; activate one of them, or adapters with norm=None")
+
+    # What else is asked of every layer of this package.
+
+    def change_factors(self, adapter_name: str | None = None) -> tuple[Tensor, Tensor, Tensor]:
+        """C (N, r), core (r, r), R (r, K) with delta_W = C core R, M stages included; detached.
+
+        Args:
+            adapter_name: None: the one active adapter.
+        """
+        names = self._present(self.active_adapters) if adapter_name is None else [adapter_name]
+        if len(names) != 1:
+            raise fail("adapter_name", adapter_name, f"a name, as {names} are active")
+        return self._ready(names[0]).factors(self.base_matrix())
+
+    def stage_m1(self) -> None:
+        """M1 [SECURA]: what the active adapters have learned becomes the next stage's base, their
+        cores are zero, and training goes on. W itself stays as it is: delta_W of all stages so far
+        is kept as one more r x r core, which is the same since C and R stay those of the first W.
+
+        Raises:
+            RuntimeError: a merged layer, one that has taken an M2 stage, or a gate in the weight
+                domain, whose W_eff is no delta_W.
+        """
+        self._stage("m1")
+
+    def stage_m2(self) -> None:
+        """M2 [SECURA]: B_long <- B_long + B, A_long <- A, B = 0 (U_long <- U_long + U, U = 0).
+
+        Raises:
+            RuntimeError: a merged layer, or one that has taken an M1 stage.
+        """
+        self._stage("m2")
+
+    def _stage(self, kind: str) -> None:
+        if self.merged:
+            raise RuntimeError(f"stage_{kind} needs an unmerged layer: call unmerge() first")
+        for name in self._present(self.active_adapters):
+            self.secura_adapter[name].stage(kind)
+
+    # PEFT's housekeeping.
+
+    def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device=None) -> None:
+        """To the base's device, in the adapter's own dtypes; then what derives from W."""
+        if adapter_name not in self.secura_adapter:
+            return
+        adapter, weight = self.secura_adapter[adapter_name], self.base_matrix()
+        if any(p.is_meta for p in adapter.parameters()):
+            return  # a state is yet to be loaded
+        adapter.to(weight.device if device is None else device)
+        adapter.derive(weight)
+        if self._keeps_sides():
+            adapter.untie(weight)
+
+    def __repr__(self) -> str:
+        return "secura." + super().__repr__()
+
+    def extra_repr(self) -> str:
+        return quantization_extra_repr(self)
+
+
+def _build(weight: Tensor, r: int, config: SecuraConfig, key: str, empty: bool) -> Adapter:
+    if empty:  # any indices will do
+        if r > min(weight.shape):
+            raise fail("r", r, f"at most {min(weight.shape)} for a weight {tuple(weight.shape)}")
+        cols = rows = torch.arange(r)
+        settings = config.adapter_settings() | dict(basis="raw")
+        adapter = KINDS[config.variant](weight, cols, rows, **settings)
+        adapter.basis = config.basis
+        return adapter
+    generator = torch.Generator().manual_seed(zlib.crc32(f"{config.seed}:{key}".encode()))
+    # With replacement as published, where duplicates do no harm.
+    replace = config.variant == "curlora" and config.selection == "inverted" \
+        and config.basis == "raw"
+    cols, rows = select(weight, r, config.selection, replace=replace, generator=generator)
+    return KINDS[config.variant](weight, cols, rows, **config.adapter_settings())
+
+
+def _after_loading(layer: SecuraLinear, _) -> None:
+    for name, adapter in layer.secura_adapter.items():
+        if adapter.stale:
+            layer._move_adapter_to_device_of_base_layer(name)

@@ -1,0 +1,137 @@
+"""The PEFT tuner: which layers are replaced, mixed batches, merging, and what a file holds."""
+
+from contextlib import contextmanager
+from functools import partial
+
+from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
+from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING, get_quantization_kwargs
+from peft.utils.other import AuxiliaryTrainingWrapper
+from torch import Tensor, nn
+
+from . import file_format, quantised, sharding
+from .config import SecuraConfig
+from .layer import SecuraLinear
+
+
+class SecuraModel(BaseTuner):
+    """Injects ``SecuraLinear`` layers; made by ``get_peft_model(model, SecuraConfig(...))``."""
+
+    prefix = "secura_"
+    tuner_layer_cls = SecuraLinear
+    target_module_mapping = TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
+
+    def inject_adapter(self, model: nn.Module, adapter_name: str, *args, **kwargs) -> None:
+        sharding.check_injection(model)
+        quantised.keep_unpacked(model)
+        super().inject_adapter(model, adapter_name, *args, **kwargs)
+
+    def _create_and_replace(self, config: SecuraConfig, adapter_name: str, target: nn.Module,
+                            target_name: str, parent: nn.Module, current_key: str, **_) -> None:
+        # With low_cpu_mem_usage PEFT puts new parameters on the meta device and loads a state into
+        # them: choosing columns and rows would be for nothing.
+        empty = nn.Linear(1, 1).weight.is_meta
+        if isinstance(target, SecuraLinear):
+            target.update_layer(adapter_name, config, current_key, empty)
+            return
+        layer = SecuraLinear(target, adapter_name, config, current_key, empty,
+                             **get_quantization_kwargs(self))
+        if adapter_name not in self.active_adapters:
+            layer.requires_grad_(False)  # a further adapter is not trainable by itself
+        if any(p.is_meta for p in layer.secura_adapter.parameters()):  # which PEFT cannot move
+            setattr(parent, target_name, layer)
+        else:
+            self._replace_module(parent, target_name, layer, target)
+
+    # Mixed batches.
+
+    @contextmanager
+    def _enable_peft_forward_hooks(self, *args, **kwargs):
+        """Hands ``adapter_names``, the adapter of each sample, to every layer."""
+        adapter_names = kwargs.pop("adapter_names", None)
+        if adapter_names is None:
+            yield
+            return
+        self._check_adapter_names(adapter_names)
+        beams = _copies(**kwargs)
+        repeated = [name for name in adapter_names for _ in range(beams)]
+        # An encoder sees each sample once, whatever the number of beams.
+        encoder = self.model.get_encoder() if beams > 1 and getattr(
+            getattr(self.model, "config", None), "is_encoder_decoder", False) else None
+        once = set() if encoder is None else set(encoder.modules())
+        hooks = [
+            module.register_forward_pre_hook(
+                partial(_give_names, list(adapter_names) if module in once else repeated),
+                with_kwargs=True)
+            for module in self.modules()
+            if isinstance(module, SecuraLinear | AuxiliaryTrainingWrapper)]
+        try:
+            yield
+        finally:
+            for hook in hooks:
+                hook.remove()
+
+    def _check_adapter_names(self, adapter_names: list[str]) -> None:
+        if not isinstance(adapter_names, list | tuple):
+            raise TypeError(f"adapter_names is a {type(adapter_names).__name__}: it must be a list "
+                            "with the name of each sample's adapter")
+        if self.training:
+            raise ValueError("adapter_names are for inference: call model.eval() first")
+        known = {"__base__"} | {name for layer in self.modules()
+                                if isinstance(layer, SecuraLinear) for name in layer.secura_adapter}
+        unknown = sorted(set(adapter_names) - known)
+        if unknown:
+            raise ValueError(f"adapter_names has {unknown}: the model has {sorted(known)}")
+
+    # Merging: every layer is asked before the first is changed.
+
+    def merge_adapter(self, adapter_names: list[str] | None = None,
+                      safe_merge: bool = False) -> None:
+        self._check_merge(adapter_names, safe_merge)
+        super().merge_adapter(adapter_names, safe_merge)
+
+    def _unload_and_optionally_merge(self, merge: bool = True, progressbar: bool = False,
+                                     safe_merge: bool = False,
+                                     adapter_names: list[str] | None = None) -> nn.Module:
+        if merge:
+            self._check_merge(adapter_names, safe_merge)
+        return super()._unload_and_optionally_merge(merge, progressbar, safe_merge, adapter_names)
+
+    def _check_merge(self, adapter_names: list[str] | None, safe_merge: bool) -> None:
+        for module in self.model.modules():
+            if isinstance(module, SecuraLinear):
+                module.check_merge(adapter_names, safe_merge)
+
+    # Files.
+
+    @classmethod
+    def _remove_adapter_name_from_key(cls, key: str, adapter_name: str) -> str:
+        container = f".secura_adapter.{adapter_name}."
+        if container in key:
+            return key.replace(container, ".secura_adapter.", 1)
+        return super()._remove_adapter_name_from_key(key, adapter_name)
+
+    @classmethod
+    def _get_adapter_state_dict(cls, model: nn.Module, config: SecuraConfig, adapter_name: str,
+                                state_dict: dict[str, Tensor],
+                                unwanted_adapter_names: list[str]) -> dict[str, Tensor]:
+        found = super()._get_adapter_state_dict(model, config, adapter_name, state_dict,
+                                                unwanted_adapter_names)
+        return file_format.completed(found, model, config, adapter_name, state_dict)
+
+    @classmethod
+    def _remap_adapter_state_dict_for_load(cls, model: nn.Module, config: SecuraConfig,
+                                           adapter_name: str, state_dict: dict[str, Tensor]
+                                           ) -> dict[str, Tensor]:
+        return file_format.fitted(state_dict, model, config, adapter_name)
+
+
+def _copies(num_beams: int | None = None, num_return_sequences: int | None = None,
+            generation_config: object = None, **_) -> int:
+    """How many rows ``generate`` makes of each sample: beams or returned sequences."""
+    return max(num_beams or getattr(generation_config, "num_beams", None) or 1,
+               num_return_sequences
+               or getattr(generation_config, "num_return_sequences", None) or 1)
+
+
+def _give_names(adapter_names: list[str], module: BaseTunerLayer, args: tuple, kwargs: dict):
+    return args, kwargs | dict(adapter_names=adapter_names)

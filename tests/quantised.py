@@ -1,0 +1,69 @@
+"""Quantised linear layers by name, for the tests of the PEFT method over them."""
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+BNB = ("nf4", "nf4 double", "int8")
+TORCHAO = ("torchao int8", "torchao float8", "torchao int4")
+KINDS = BNB + TORCHAO
+
+
+def torchao_config(kind: str):
+    pytest.importorskip("torchao")
+    from torchao.quantization import (
+        Float8WeightOnlyConfig,
+        Int8DynamicActivationInt8WeightConfig,
+        Int8WeightOnlyConfig,
+        IntxWeightOnlyConfig,
+        PerGroup,
+    )
+
+    return {"torchao int8": lambda: Int8WeightOnlyConfig(),
+            "torchao float8": lambda: Float8WeightOnlyConfig(),
+            "torchao int4": lambda: IntxWeightOnlyConfig(weight_dtype=torch.int4,
+                                                         granularity=PerGroup(32)),
+            "torchao int8 dynamic": lambda: Int8DynamicActivationInt8WeightConfig()}[kind]()
+
+
+def bnb_layer(kind: str, N: int, K: int, bias: bool = True, dtype: torch.dtype = torch.float32):
+    """One that has not been quantised yet."""
+    bnb = pytest.importorskip("bitsandbytes")
+    if kind == "int8":
+        return bnb.nn.Linear8bitLt(K, N, bias=bias, has_fp16_weights=False)
+    return bnb.nn.Linear4bit(K, N, bias=bias, quant_type="nf4", compute_dtype=dtype,
+                             compress_statistics=kind == "nf4 double")
+
+
+def quantised(kind: str, weight: Tensor, bias: Tensor | None = None) -> nn.Module:
+    """A layer of this W (N, K), quantised."""
+    N, K = weight.shape
+    layer = nn.Linear(K, N, bias=bias is not None, dtype=weight.dtype).requires_grad_(False)
+    with torch.no_grad():
+        layer.weight.copy_(weight)
+        if bias is not None:
+            layer.bias.copy_(bias)
+    if kind in BNB:
+        plain, layer = layer, bnb_layer(kind, N, K, bias is not None, weight.dtype).to(weight.dtype)
+        layer.load_state_dict(plain.state_dict())
+        layer.support_avx512bf16_for_cpu = False  # see ``peft/quantised.py``
+        return layer.to("cpu").requires_grad_(False)
+    config = torchao_config(kind)
+    from torchao import quantize_
+
+    quantize_(layer, config)
+    return layer
+
+
+def dequantised(layer: nn.Module) -> Tensor:
+    """W (N, K) of a layer that has not run yet."""
+    weight = layer.weight
+    if type(weight).__name__ == "Params4bit":
+        import bitsandbytes as bnb
+
+        return bnb.functional.dequantize_4bit(weight.data, weight.quant_state).clone()
+    if type(weight).__name__ == "Int8Params":
+        import bitsandbytes as bnb
+
+        return bnb.functional.int8_vectorwise_dequant(weight.data, weight.SCB)
+    return weight.dequantize().detach().clone()

@@ -1,0 +1,259 @@
+"""Adapter files of the PEFT method: what they hold, every way to load them, and what is refused."""
+
+import pytest
+import torch
+from peft import AutoPeftModelForCausalLM, PeftModel, get_peft_model_state_dict
+from peft.utils import set_peft_model_state_dict
+from peft_models import (
+    CURLORA,
+    GATE_FREE,
+    GATED,
+    assert_same_state,
+    bert,
+    gpt2,
+    layers,
+    llama,
+    logits,
+    mlp,
+    move,
+    peft,
+    state,
+    tokens,
+)
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+
+from secura_kernels.peft import SecuraConfig
+
+FILE = "adapter_model.safetensors"
+Q0 = "base_model.model.model.layers.0.self_attn.q_proj.secura_adapter."
+FORMS = [
+    GATED, GATE_FREE, CURLORA, dict(r=4, basis="orthonormal"), dict(r=4, norm="figure"),
+    dict(r=4, importance_decay=True), GATED | dict(save_projection=False),
+    dict(r=4, basis="orthonormal", save_projection=False), CURLORA | dict(basis="orthonormal"),
+]
+
+
+def staged(model, kind):
+    for layer in layers(model).values():
+        getattr(layer, kind)()
+    return move(model, seed=5)
+
+
+@pytest.mark.parametrize("settings, stage", [
+    (settings, stage) for settings in FORMS for stage in (None, "stage_m1", "stage_m2")
+    if (settings.get("norm"), stage) != ("figure", "stage_m1")], ids=str)  # which is refused
+def test_a_file_brings_an_adapter_back_to_the_bit(settings, stage, tmp_path):
+    x, model = tokens(), move(peft(llama(), **settings))
+    if stage is not None:
+        staged(model, stage)
+    if "importance_decay" in settings:
+        for layer in layers(model).values():
+            layer.secura_adapter["default"].importance.factor[::2] = 0.5
+    expected = logits(model, x)
+    model.save_pretrained(tmp_path)
+    held = {k.split("secura_adapter.")[1] for k in load_file(tmp_path / FILE)}
+    sides = {"C", "R"} if settings.get("save_projection", True) else {"fingerprint"}
+    assert {"cols", "rows"} | sides <= held and not {"fold_c", "default"} & held
+    for low in (False, True):
+        read = PeftModel.from_pretrained(llama(), tmp_path, low_cpu_mem_usage=low)
+        assert torch.equal(logits(read, x), expected)
+        adapter = layers(read).popitem()[1].secura_adapter["default"]
+        tied = not (settings.get("basis") and adapter.fold_c is None)
+        assert (adapter.C is None) == tied  # the base's own columns and rows are not stored twice
+        assert not any(p.requires_grad for p in read.parameters())
+    read = PeftModel.from_pretrained(llama(), tmp_path, is_trainable=True)
+    assert any(p.requires_grad for p in read.parameters())
+
+
+def test_auto_class(tmp_path):
+    llama().save_pretrained(tmp_path / "base")
+    base = llama().from_pretrained(tmp_path / "base").eval()
+    model = move(peft(base, task_type="CAUSAL_LM", **GATED))
+    expected = logits(model, tokens())
+    model.save_pretrained(tmp_path / "adapter")
+    read = AutoPeftModelForCausalLM.from_pretrained(tmp_path / "adapter")
+    assert torch.equal(logits(read, tokens()), expected)
+
+
+@pytest.mark.parametrize("settings", [GATED, CURLORA, dict(r=4, basis="orthonormal"),
+                                      GATED | dict(importance_decay=True)], ids=str)
+def test_transformers_own_methods(settings, tmp_path):
+    x, model = tokens(), llama()
+    model.add_adapter(SecuraConfig(target_modules=["q_proj"], **settings), "task")
+    expected = logits(move(model, "task"), x)
+    model.save_pretrained(tmp_path)
+    read = llama()
+    plain = logits(read, x)
+    info = read.load_adapter(tmp_path, adapter_name="other")
+    assert {k.split(".")[-1] for k in info.unexpected_keys} == {"C", "R"}  # the base's own here
+    assert not info.missing_keys and torch.equal(logits(read, x), expected)
+    read.disable_adapters()
+    assert torch.equal(logits(read, x), plain)
+    read.enable_adapters()
+    assert torch.equal(logits(PeftModel.from_pretrained(llama(), tmp_path), x), expected)
+    read.delete_adapter("other")
+    assert torch.equal(logits(read, x), plain)
+
+
+def test_transformers_loading_derives_from_the_files_indices(tmp_path):
+    """A file's columns may be others than the settings choose on this base."""
+    x, model = tokens(), move(peft(llama(), r=4, basis="orthonormal"))
+    for layer in layers(model).values():
+        adapter = layer.secura_adapter["default"]
+        adapter.cols = adapter.cols.flip(0)
+        adapter.derive(layer.base_matrix())
+    expected = logits(model, x)
+    model.save_pretrained(tmp_path)
+    read = llama()
+    read.load_adapter(tmp_path)
+    assert torch.equal(logits(read, x), expected)
+
+
+def test_state_dict_functions_and_several_names():
+    """Adapters may have the names of tensors."""
+    x, model = tokens(), move(peft(llama(), **GATED))
+    for i, name in enumerate(("A", "B", "cols")):
+        model.add_adapter(name, SecuraConfig(target_modules=["q_proj", "v_proj"], **GATED))
+        move(model, name, seed=i + 1)
+    for name in ("default", "A", "B", "cols"):
+        model.set_adapter(name)
+        expected, saved = logits(model, x), get_peft_model_state_dict(model, adapter_name=name)
+        fresh = peft(llama(), **GATED)
+        set_peft_model_state_dict(fresh, saved)
+        assert torch.equal(logits(fresh, x), expected)
+
+
+def test_another_base(tmp_path):
+    """With C and R in the file the change is the same; with a fingerprint it is refused."""
+    x, other = torch.randn(3, 24, dtype=torch.float64), mlp(1, torch.float64)
+    model = move(peft(mlp(dtype=torch.float64), **GATE_FREE))
+    change = {n: m.get_delta_weight("default") for n, m in layers(model).items()}
+    model.save_pretrained(tmp_path / "whole")
+    model.peft_config["default"].save_projection = False
+    model.save_pretrained(tmp_path / "small")
+    read = PeftModel.from_pretrained(other, tmp_path / "whole")
+    for name, layer in layers(read).items():
+        torch.testing.assert_close(layer.get_delta_weight("default"), change[name])
+    expected = logits(read, x)
+    for projection in (True, False):  # neither file may lose the C and R of the first base
+        read.peft_config["default"].save_projection = projection
+        read.save_pretrained(tmp_path / str(projection))
+        again = PeftModel.from_pretrained(mlp(1, torch.float64), tmp_path / str(projection))
+        assert torch.equal(logits(again, x), expected)
+    target = peft(mlp(1, torch.float64), **GATE_FREE)
+    before = state(target)
+    with pytest.raises(ValueError, match="layer '0': it was trained on another base"):
+        target.load_adapter(tmp_path / "small", "default")
+    assert_same_state(target, before)
+
+
+def test_a_bfloat16_base_takes_a_float32_file(tmp_path):
+    model = move(peft(llama(), **GATED))
+    model.save_pretrained(tmp_path)
+    adapter = layers(PeftModel.from_pretrained(llama(dtype=torch.bfloat16), tmp_path)).popitem()[1]
+    adapter = adapter.secura_adapter["default"]
+    assert adapter.A.dtype == torch.float32 and adapter.C is None  # equal in the coarser dtype
+
+
+@pytest.mark.parametrize("settings", [GATED, GATE_FREE, CURLORA | dict(basis="orthonormal")])
+def test_a_merged_model_saves_its_adapter_unmerged(settings, tmp_path):
+    model = move(peft(llama(), **settings), std=0 if settings is GATED else 0.3)
+    expected = get_peft_model_state_dict(model)
+    model.merge_adapter()
+    model.save_pretrained(tmp_path)
+    found = load_file(tmp_path / FILE)
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[k], expected[k]) for k in found)
+
+
+def broken(tensors: dict, how: str) -> dict:
+    key, tensors = {"half": "v_proj"}.get(how, Q0), dict(tensors)
+    if how == "half":
+        return {k: v for k, v in tensors.items() if key not in k}
+    if how == "no B":
+        del tensors[Q0 + "B"]
+    elif how == "unknown tensor":
+        tensors[Q0 + "D"] = torch.ones(2)
+    elif how == "unknown layer":
+        tensors[Q0.replace("q_proj", "k_proj") + "B"] = torch.ones(2)
+    elif how == "shape":
+        tensors[Q0 + "A"] = tensors[Q0 + "A"][:-1]
+    elif how == "kind":
+        tensors[Q0 + "cols"] = tensors[Q0 + "cols"].float()
+    elif how == "range":
+        tensors[Q0 + "rows"] = tensors[Q0 + "rows"] + 32
+    elif how == "C alone":
+        del tensors[Q0 + "R"]
+    elif how == "neither":
+        del tensors[Q0 + "C"], tensors[Q0 + "R"]
+    elif how == "half a stage":
+        tensors[Q0 + "A_long"] = tensors[Q0 + "A"].clone()
+    elif how == "fingerprint":
+        tensors[Q0 + "fingerprint"] = torch.ones(16, dtype=torch.int64)
+    return tensors
+
+
+@pytest.mark.parametrize("how, message", [
+    ("half", "v_proj': it has no A"), ("no B", "q_proj': it has no B"),
+    ("unknown tensor", "unknown tensor 'D'"), ("unknown layer", "layers that are not adapted here"),
+    ("shape", r"A.shape=\(5, 4\) is not allowed: it must be \(6, 4\)"),
+    ("kind", "cols.dtype=torch.float32 is not allowed"),
+    ("range", r"rows=\[\d+, \d+\] is not allowed: it must be indices from 0 to 31"),
+    ("C alone", r"\['C'\] without \['R'\]"), ("neither", "neither C and R nor a fingerprint"),
+    ("half a stage", r"\['A_long'\] without \['B_long'\]"), ("fingerprint", "another base"),
+])
+def test_a_broken_file_is_refused_and_changes_nothing(how, message, tmp_path):
+    model = move(peft(llama(), **GATED))
+    model.save_pretrained(tmp_path)
+    save_file(broken(load_file(tmp_path / FILE), how), tmp_path / FILE)
+    target = move(peft(llama(), **GATED), seed=1)
+    before = state(target)
+    with pytest.raises(ValueError, match=message):
+        target.load_adapter(tmp_path, "default")
+    assert_same_state(target, before)
+    with pytest.raises(ValueError, match=message):
+        PeftModel.from_pretrained(llama(), tmp_path, low_cpu_mem_usage=True)
+
+
+def test_a_truncated_file_changes_nothing(tmp_path):
+    model = move(peft(llama(), **GATED))
+    model.save_pretrained(tmp_path)
+    content = (tmp_path / FILE).read_bytes()
+    (tmp_path / FILE).write_bytes(content[:-100])
+    before = state(model)
+    with pytest.raises(SafetensorError):
+        model.load_adapter(tmp_path, "default")
+    assert_same_state(model, before)
+
+
+def test_a_few_tensors_alone_leave_the_others():
+    """As an average of trained weights is put back: C and R of another base stay."""
+    model, other = (move(peft(llama(), **GATE_FREE)), peft(llama(1), **GATE_FREE))
+    set_peft_model_state_dict(other, get_peft_model_state_dict(model))
+    expected = logits(other, tokens())
+    other.load_state_dict({k: v for k, v in other.state_dict().items() if k.endswith(".B")},
+                          strict=False)
+    assert torch.equal(logits(other, tokens()), expected)
+
+
+def test_modules_to_save_travel_along(tmp_path):
+    model = move(peft(bert(), task_type="SEQ_CLS", target_modules=["query", "dense"],
+                      **GATED))
+    with torch.no_grad():
+        model.base_model.model.classifier.modules_to_save["default"].weight.normal_()
+    expected = logits(model, tokens())
+    model.save_pretrained(tmp_path)
+    assert "base_model.model.classifier.weight" in load_file(tmp_path / FILE)
+    assert torch.equal(logits(PeftModel.from_pretrained(bert(), tmp_path), tokens()), expected)
+
+
+def test_conv1d_and_another_name(tmp_path):
+    model = move(peft(gpt2(), target_modules=["c_attn", "c_proj"], **CURLORA))
+    expected = logits(model, tokens())
+    model.save_pretrained(tmp_path)
+    read = PeftModel.from_pretrained(gpt2(), tmp_path, adapter_name="other")
+    assert torch.equal(logits(read, tokens()), expected)
+    read.load_adapter(tmp_path, "again")
+    read.set_adapter("again")
+    assert torch.equal(logits(read, tokens()), expected)
