@@ -11,7 +11,7 @@ finetune: .venv/ready  ## the main job: fine-tune SmolLM2 by SECURA, CURLoRA, Lo
 	$(BIN)/python examples/finetune.py $(ARGS)
 
 test: .venv/ready  ## run the tests
-	$(BIN)/python -m pytest $(ARGS)
+	$(BIN)/python -m pytest --numprocesses auto --maxprocesses 8 --dist loadfile $(ARGS)
 
 bench: .venv/ready  ## time the layers and their rivals (3 minutes on a CPU)
 	$(BIN)/python benchmarks/layer/run.py $(ARGS)
@@ -32,7 +32,7 @@ lint: .venv/ready  ## check the style
 	$(PYTHON) -c 'import sys; v = "%d.%d" % sys.version_info[:2]; sys.exit(None if sys.version_info >= (3, 11) else "Python >= 3.11 is needed, $(PYTHON) is " + v + ": make PYTHON=python3.12")'
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet $(TORCH)
-	$(BIN)/python -m pip install --quiet --editable '.[peft,demo,dev]'
+	$(BIN)/python -m pip install --quiet --editable '.[peft,quant,demo,dev]'
 	touch $@
 
 .PHONY: help finetune test bench codegen gpu lint

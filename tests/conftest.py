@@ -1,5 +1,8 @@
 import os
 
+if "PYTEST_XDIST_WORKER" in os.environ:  # tests side by side take a core each
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 import pytest
 import torch
 

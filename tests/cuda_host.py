@@ -60,6 +60,8 @@ def host_library(*flags: str) -> Path:
     Args:
         flags: more of them, such as -O2 or ``SANITIZE``.
     """
+    import fcntl  # of Unix only
+
     root = Path(torch.__file__).parent
     command = [*host_command(), *flags, "-fPIC", "-DSECURA_DISPATCH_KEY=CPU",
                f"-DTORCH_TARGET_VERSION={compiler.TORCH_TARGET}", f"-isystem{root / 'include'}"]
@@ -69,10 +71,15 @@ def host_library(*flags: str) -> Path:
         digest.update(path.read_bytes())
     folder = BUILD / f"host-{digest.hexdigest()[:16]}"
     library = folder / "secura_host.so"
-    if library.exists():
-        return library
     folder.mkdir(parents=True, exist_ok=True)
+    with open(folder / "lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # of tests that run side by side one compiles
+        if not library.exists():
+            _compile(command, sources, folder, library)
+    return library
 
+
+def _compile(command: list[str], sources: list[Path], folder: Path, library: Path) -> None:
     def compiled(source: Path) -> str:
         output = folder / f"{source.name}.o"
         _run([*command, "-x", "c++", "-c", str(source), "-o", str(output)])
@@ -81,9 +88,9 @@ def host_library(*flags: str) -> Path:
     with ThreadPoolExecutor(2) as pool:
         objects = list(pool.map(compiled, (s for s in sources if s.suffix in (".cu", ".cpp"))))
     whole = folder / "linking.so"
-    _run([*command, "-shared", *objects, f"-L{root / 'lib'}", "-ltorch_cpu", "-o", str(whole)])
+    libraries = Path(torch.__file__).parent / "lib"
+    _run([*command, "-shared", *objects, f"-L{libraries}", "-ltorch_cpu", "-o", str(whole)])
     whole.rename(library)
-    return library
 
 
 def _run(command: list[str]) -> None:
