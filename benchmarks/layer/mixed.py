@@ -106,8 +106,9 @@ def measure(options: argparse.Namespace, device: torch.device) -> list[dict]:
 
 def table(rows: list[dict], about: dict) -> Table:
     first = rows[0]
-    shown = Table(title=f"{SAMPLES} x {first['tokens']} tokens, N, K = {first['N']}, {first['K']}, "
-                        f"r = {first['r']}; {about.get('gpu', about['processor'])}, {about['date']}")
+    shown = Table(title=f"{SAMPLES} x {first['tokens']} tokens, N, K = {first['N']}, "
+                        f"{first['K']}, r = {first['r']}; "
+                        f"{about.get('gpu', about['processor'])}, {about['date']}")
     for column in ("method", "adapters in the batch", "median ms", "quartiles", "÷ one adapter"):
         shown.add_column(column)
     for row in rows:

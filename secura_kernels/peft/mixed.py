@@ -16,7 +16,7 @@ from torch import Tensor
 from ..adapter import Adapter
 from ..checks import fail
 from ..update import cur_mixed
-from . import sharding
+from . import base_weight, sharding
 
 if TYPE_CHECKING:
     from .layer import SecuraLinear
@@ -94,9 +94,13 @@ def shared_key(adapter: Adapter) -> tuple:
 
 def _gathered(layer: "SecuraLinear", adapters: list[Adapter], impl: str, x: Tensor, y0: Tensor,
               ids: Tensor) -> Tensor:
-    first = adapters[0]
+    first, base = adapters[0], layer.get_base_layer()
     C, R = first.sides(None if first.C is not None else layer.base_matrix())
-    t = F.linear(x, R.to(x.dtype))
+    if first.C is None and base.bias is None and base is layer.base_layer \
+            and base_weight.is_plain(base):
+        t = y0.index_select(-1, first.rows)  # t = x R^T is r columns of the base product
+    else:
+        t = F.linear(x, R.to(x.dtype))
     bias = None
     if first.adapter_bias is not None:
         bias = torch.stack([a.adapter_bias for a in adapters])

@@ -33,16 +33,18 @@ def forward(
     (B, S, N), wide = y0.shape, wide_dtype(y0.dtype)
     chosen = adapter.clamp(0, cores.shape[0] - 1)
     chosen_cores = cores.index_select(0, chosen).to(wide).mT
-    h = (alpha * (t.to(wide) @ chosen_cores)).to(t.dtype).reshape(B * S, -1)
+    h = (alpha * (t.to(wide) @ chosen_cores)).to(t.dtype)
+    # A change of zero leaves y0 as it is, with a gate as without.
+    none = (adapter < 0)[:, None]
+    h = h.masked_fill(none[:, :, None], 0).reshape(B * S, -1)
     base, Ct = y0.reshape(B * S, N), C.T
     sample = torch.arange(B, device=y0.device).repeat_interleave(S)  # of each row
-    core_of_row, used = chosen[sample], (adapter >= 0)[sample, None]
+    if adapter_bias is not None:
+        bias = adapter_bias.index_select(0, chosen).masked_fill(none, 0)  # [B, N]
 
     def base_and_change(block: slice) -> tuple[Tensor, Tensor]:
         b, d = base[block].to(wide), (h[block] @ Ct).to(wide)
-        if adapter_bias is not None:
-            d = d + adapter_bias.index_select(0, core_of_row[block])
-        return b, d
+        return b, d if adapter_bias is None else d + bias.index_select(0, sample[block])
 
     blocks = list(row_blocks(B * S, N))
     largest = None
@@ -60,5 +62,5 @@ def forward(
             b, d = base_and_change(block)
             s = inverse_gate(b, d, norm, None if largest is None else largest[block])
             out = apply_gate(b, d, s.detach() if norm.detach_gate else s, norm, None)
-        parts.append(torch.where(used[block], out.to(y0.dtype), base[block]))
+        parts.append(out.to(y0.dtype))
     return (parts[0] if len(parts) == 1 else torch.cat(parts)).contiguous().view(B, S, N)
