@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from .checks import check_choice, check_number, fail
 from .functional import cur_linear_and_moved
 from .importance import ImportanceState
+from .late_tensors import LateTensors
 from .reference import delta_weight
 from .reference.weight_domain import effective_weight
 from .selection import BASES, check_indices, check_weight, orthonormal_basis
@@ -25,7 +26,7 @@ LARGEST_CONDITION = {torch.bfloat16: 2**5, torch.float16: 2**8}
 LARGEST_CONDITION_WIDE = 2**14
 
 
-class Adapter(nn.Module):
+class Adapter(LateTensors, nn.Module):
     """What CURLoRA's and SECURA's changes share.
 
     Args:
@@ -235,6 +236,17 @@ class Adapter(nn.Module):
         if self.C is None:
             self._store(*self.untied_sides(weight), weight.dtype)
 
+    def has_sides_of(self, weight: Tensor) -> bool:
+        """Whether the stored C and R are what the columns and rows of W give."""
+        for here, stored in zip(self.sides_of(weight, self.cols, self.rows), (self.C, self.R),
+                                strict=True):
+            coarser = max(here.dtype, stored.dtype, key=lambda dtype: torch.finfo(dtype).eps)
+            off = (here.to(coarser).double() - stored.to(here.device, coarser).double()).abs().max()
+            allowed = 8 * torch.finfo(coarser).eps if self.basis == "orthonormal" else 0
+            if not float(off) <= allowed:
+                return False  # NaN included
+        return True
+
     @torch.no_grad()
     def derive(self, weight: Tensor) -> None:
         """Recomputes what derives from the weight and the indices."""
@@ -287,42 +299,6 @@ class Adapter(nn.Module):
                     norm=None if self.norm is None else self.norm.to_dict(),
                     importance_decay=None if decay is None else asdict(decay))
 
-    def late_groups(self) -> list[dict[str, tuple[int, int]]]:
-        """Names and shapes of saved tensors that exist only once bases are stored or a stage has
-        been taken; those of a group exist together."""
-        return [{"C": (self.out_features, self.r), "R": (self.r, self.in_features)}]
-
-    def late_shapes(self) -> dict[str, tuple[int, int]]:
-        return {name: shape for group in self.late_groups() for name, shape in group.items()}
-
-    def __setattr__(self, name: str, value: object) -> None:
-        if name in ("cols", "rows") and "shared_key" in self.__dict__:
-            self.stale = True  # transformers sets a file's tensors one by one
-        super().__setattr__(name, value)
-
     def __setstate__(self, values: dict) -> None:
         super().__setstate__(values)
         self._watch()  # in the first compiled forward pass it would be compiled again
-
-    def _apply(self, fn, recurse: bool = True) -> "Adapter":
-        before = self.cols.device, self.core_parameter().dtype
-        super()._apply(fn, recurse)
-        if before != (self.cols.device, self.core_parameter().dtype):
-            self.stale = True  # what is derived has been rounded too
-        return self
-
-    def _load_from_state_dict(self, state_dict, prefix, *args) -> None:
-        found = {k.removeprefix(prefix): v for k, v in state_dict.items() if k.startswith(prefix)}
-        if "cols" in found:  # a whole state; a few trained tensors alone leave the others
-            self._make_room(found)
-            self.stale = True
-        super()._load_from_state_dict(state_dict, prefix, *args)
-
-    def _make_room(self, found: dict[str, Tensor]) -> None:
-        """For the tensors that only stored bases and stages bring."""
-        trained = self.core_parameter()
-        for name, shape in self.late_shapes().items():
-            # C and R are cast to the weight's dtype by ``derive``.
-            dtype = found[name].dtype if name in found and name in ("C", "R") else trained.dtype
-            room = torch.empty(shape, dtype=dtype, device=trained.device)
-            setattr(self, name, room if name in found else None)

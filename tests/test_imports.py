@@ -13,9 +13,9 @@ LAYERS = [
     ["checks"], ["smagnorm", "selection"], ["gate_code"], ["kernel_host"],
     ["reference", "kernels", "cuda"], ["ops"],
     ["functional"], ["update"],
-    ["importance", "merging", "state"], ["adapter"], ["variants"], ["base"], ["modules"],
-    ["adapter_file"], ["peft"], ["retention"], ["callbacks"], ["__init__"], ["selfcheck"],
-    ["__main__"],
+    ["importance", "late_tensors", "merging", "state"], ["adapter"], ["variants"], ["base"],
+    ["modules"], ["adapter_file"], ["peft"], ["retention"], ["callbacks"], ["__init__"],
+    ["selfcheck"], ["__main__"],
 ]
 LEVEL = {name: i for i, names in enumerate(LAYERS) for name in names}
 

@@ -70,10 +70,10 @@ def resolve(impl: str, device: torch.device, dtype: torch.dtype, r: int) -> str:
 
 
 def backend(impl: str, domain: str, like: Tensor, r: int) -> ModuleType:
-    """The module (``forward``, ``backward``) that runs a layer, loaded when first used.
+    """The module (``forward``, and ``backward``) that runs an op, loaded when first used.
 
     Args:
-        domain: "output_domain" or "weight_domain". like: a tensor of the layer's dtype and device.
+        domain: "output_domain", "weight_domain", "update" or "mixed". like: a tensor of the layer's dtype and device.
     """
     package = _PACKAGES[resolve(impl, like.device, like.dtype, r)]
     return importlib.import_module(f"..{package}.{domain}", __package__)

@@ -42,6 +42,8 @@ class SecuraConfig(PeftConfig):
         save_projection: write C and R into the adapter's file, so that it can be loaded on a base
             whose values differ (a quantised one); False: the indices and a fingerprint of the base
             only, which is checked when loading.
+        late_tensors: written when saving, not by hand: which tensors the file has beyond those of
+            a new adapter. transformers loads only what it finds a place for.
 
     Raises:
         ValueError: a value outside these.
@@ -67,6 +69,7 @@ class SecuraConfig(PeftConfig):
     importance_decay: dict | bool | None = None
     impl: str = "auto"
     save_projection: bool = True
+    late_tensors: list[str] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         super().__post_init__()

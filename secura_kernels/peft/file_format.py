@@ -5,14 +5,13 @@ with ``save_projection``, ``C`` and ``R`` (the orthonormal ones for that basis),
 the same on any base; without, ``fingerprint``, 16 values of W that the base must have.
 
 transformers' own ``load_adapter`` (and its ``from_pretrained`` of an adapter's folder) does not ask
-a PEFT method how to read its file: it takes indices and trained tensors, checks no base, and
-reports C, R and stages as unexpected keys that it leaves out. An adapter with stages, or on another
-base, is loaded by ``PeftModel.from_pretrained``.
+a PEFT method how to read its file: it copies what it finds a place for, and reports the rest as
+unexpected. The configuration therefore says which late tensors there are. A fingerprint it cannot
+check; ``PeftModel.from_pretrained`` does.
 """
 
 from collections.abc import Iterator
 
-import torch
 from torch import Tensor, nn
 
 from ..adapter import Adapter
@@ -35,6 +34,7 @@ def completed(found: dict[str, Tensor], model: nn.Module, config: SecuraConfig, 
             tensors they are gathered, for which every rank must be here.
     """
     found = {k: sharding.whole(v) for k, v in found.items()}
+    late = set()
     for name, layer, adapter in _adapters(model, adapter_name):
         start = f"{name}.secura_adapter.{adapter_name}."
         if not any(k.startswith(start) for k in found):
@@ -42,27 +42,34 @@ def completed(found: dict[str, Tensor], model: nn.Module, config: SecuraConfig, 
         for key, value in adapter.state_dict().items():
             if key in model.peft_config:  # PEFT has taken it for the adapter of that name
                 found.setdefault(start + key, value)
-        stored = adapter.C is not None
-        if config.save_projection and stored:
-            continue
-        weight = _weight(layer, state_dict.get(f"{name}.base_layer.weight"))
-        if stored and not _are_slices(adapter.state_dict(), adapter, weight):
-            continue  # those of another base: nothing else could bring them back
-        if config.save_projection:
-            C, R = adapter.untied_sides(weight)
-            found |= {start + "C": C.contiguous(), start + "R": R.contiguous()}
-            continue
-        for key in ("C", "R"):
-            found.pop(start + key, None)
-        found[start + FINGERPRINT] = fingerprint(weight)
+        found |= _about_base(layer, adapter, config, state_dict.get(f"{name}.base_layer.weight"),
+                             start)
+        if start + FINGERPRINT in found:
+            for key in ("C", "R"):
+                found.pop(start + key, None)
+        late |= {key for key in adapter.late_shapes() if start + key in found}
+    config.late_tensors = sorted(late)
     return found
+
+
+def _about_base(layer: SecuraLinear, adapter: Adapter, config: SecuraConfig,
+                gathered: Tensor | None, start: str) -> dict[str, Tensor]:
+    """C and R, or the fingerprint, where they are not among the adapter's tensors already."""
+    stored = adapter.C is not None
+    if config.save_projection and stored:
+        return {}
+    weight = _weight(layer, gathered)
+    if stored and not adapter.has_sides_of(weight):
+        return {}  # those of another base: nothing else could bring them back
+    if not config.save_projection:
+        return {start + FINGERPRINT: fingerprint(weight)}
+    C, R = adapter.untied_sides(weight)
+    return {start + "C": C.contiguous(), start + "R": R.contiguous()}
 
 
 def fitted(state_dict: dict[str, Tensor], model: nn.Module, config: SecuraConfig,
            adapter_name: str) -> dict[str, Tensor]:
     """A file's tensors by the model's names, after every check.
-
-    C and R that are this base's own columns and rows are left out: the layer then runs on W itself.
 
     Raises:
         ValueError: tensors that are missing, unknown, of a wrong shape or kind, indices outside W,
@@ -140,19 +147,4 @@ def _checked(part: dict[str, Tensor], layer: SecuraLinear, adapter: Adapter) -> 
     if saved_fingerprint is not None and not (saved_fingerprint.is_floating_point()
                                               and same_base(saved_fingerprint, weight)):
         raise ValueError("it was trained on another base: the layer's weight has other values")
-    if "C" in part and layer.quantization_backend is None \
-            and _are_slices(part, adapter, weight):
-        part = {k: v for k, v in part.items() if k not in ("C", "R")}
     return part
-
-
-def _are_slices(part: dict[str, Tensor], adapter: Adapter, weight: Tensor) -> bool:
-    """Whether the file's C and R are what this base's own columns and rows give."""
-    C, R = adapter.sides_of(weight, part["cols"], part["rows"])
-    for here, saved in ((C, part["C"]), (R, part["R"])):
-        coarser = max(here.dtype, saved.dtype, key=lambda dtype: torch.finfo(dtype).eps)
-        here, saved = here.to(saved.device, coarser), saved.to(coarser)
-        allowed = 8 * torch.finfo(coarser).eps if adapter.basis == "orthonormal" else 0
-        if not float((here.double() - saved.double()).abs().max()) <= allowed:
-            return False  # NaN included
-    return True

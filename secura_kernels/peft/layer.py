@@ -65,6 +65,7 @@ class SecuraLinear(nn.Module, Mergeable, BaseTunerLayer):
             raise type(error)(f"layer {key!r}: {error}") from error
         if self._keeps_sides():
             adapter.untie(weight)
+        adapter.reserve(config.late_tensors, weight)
         self.impl[adapter_name] = config.impl
         self.secura_adapter[adapter_name] = adapter.train(self.training)
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
@@ -132,12 +133,22 @@ class SecuraLinear(nn.Module, Mergeable, BaseTunerLayer):
         adapter = self.secura_adapter[name]
         base = self.get_base_layer()
         if adapter.stale:
-            adapter.derive(self.base_matrix())
+            self._settle(adapter)
         if sharding.is_sharded(base) or sharding.is_partitioned(base):
             sharding.prepare(self, adapter)
         if adapter.C is None and (self._keeps_sides() or sharding.is_sharded(base)):
             adapter.untie(self.base_matrix())
         return adapter
+
+    def _settle(self, adapter: Adapter) -> None:
+        """After a state was loaded or moved: C and R that are slices of W again, and what derives
+        from them."""
+        weight, kept = self.base_matrix(), self._keeps_sides()
+        if adapter.C is not None and not kept and adapter.has_sides_of(weight):
+            adapter.C = adapter.R = None
+        adapter.derive(weight)
+        if kept:
+            adapter.untie(weight)
 
     def _keeps_sides(self) -> bool:
         """Whether C and R are kept, rather than sliced from W in each forward pass."""
@@ -206,13 +217,11 @@ class SecuraLinear(nn.Module, Mergeable, BaseTunerLayer):
         """To the base's device, in the adapter's own dtypes; then what derives from W."""
         if adapter_name not in self.secura_adapter:
             return
-        adapter, weight = self.secura_adapter[adapter_name], self.base_matrix()
+        adapter = self.secura_adapter[adapter_name]
         if any(p.is_meta for p in adapter.parameters()):
             return  # a state is yet to be loaded
-        adapter.to(weight.device if device is None else device)
-        adapter.derive(weight)
-        if self._keeps_sides():
-            adapter.untie(weight)
+        adapter.to(self.base_matrix().device if device is None else device)
+        self._settle(adapter)
 
     def __repr__(self) -> str:
         return "secura." + super().__repr__()

@@ -1,0 +1,60 @@
+"""The saved tensors that an adapter has only once bases are stored or a stage has been taken."""
+
+import torch
+from torch import Tensor
+
+
+class LateTensors:
+    """The part of ``Adapter`` that makes room for them when a state is loaded, and notices that
+    what derives from the indices is out of date (``stale``)."""
+
+    def late_groups(self) -> list[dict[str, tuple[int, int]]]:
+        """Names and shapes of saved tensors that exist only once bases are stored or a stage has
+        been taken; those of a group exist together."""
+        return [{"C": (self.out_features, self.r), "R": (self.r, self.in_features)}]
+
+    def late_shapes(self) -> dict[str, tuple[int, int]]:
+        return {name: shape for group in self.late_groups() for name, shape in group.items()}
+
+    def __setattr__(self, name: str, value: object) -> None:
+        if name in ("cols", "rows") and "shared_key" in self.__dict__:
+            self.stale = True  # transformers sets a file's tensors one by one
+        super().__setattr__(name, value)
+
+    def _apply(self, fn, recurse: bool = True) -> "LateTensors":
+        before = self.cols.device, self.core_parameter().dtype
+        super()._apply(fn, recurse)
+        if before != (self.cols.device, self.core_parameter().dtype):
+            self.stale = True  # what is derived has been rounded too
+        return self
+
+    def _load_from_state_dict(self, state_dict, prefix, *args) -> None:
+        found = {k.removeprefix(prefix): v for k, v in state_dict.items() if k.startswith(prefix)}
+        if "cols" in found:  # a whole state; a few trained tensors alone leave the others
+            self._make_room(found)
+            self.stale = True
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+    @torch.no_grad()
+    def reserve(self, names: list[str], weight: Tensor) -> None:
+        """Gives late tensors values that change nothing, for those of a file to take their place.
+
+        Args:
+            names: of ``late_shapes``; others are left out.
+        """
+        for name, shape in self.late_shapes().items():
+            if name in ("C", "R") and name in names:
+                self.untie(weight)
+            elif name in names:
+                setattr(self, name, torch.zeros(shape, dtype=self.core_parameter().dtype,
+                                                device=self.cols.device))
+            self.stale = self.stale or name in names
+
+    def _make_room(self, found: dict[str, Tensor]) -> None:
+        """For the tensors that only stored bases and stages bring."""
+        trained = self.core_parameter()
+        for name, shape in self.late_shapes().items():
+            # C and R are cast to the weight's dtype by ``derive``.
+            dtype = found[name].dtype if name in found and name in ("C", "R") else trained.dtype
+            room = torch.empty(shape, dtype=dtype, device=trained.device)
+            setattr(self, name, room if name in found else None)
