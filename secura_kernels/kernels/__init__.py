@@ -1,5 +1,6 @@
-"""The fused Triton kernels; ``output_domain`` and ``weight_domain`` have the functions of the
-modules of those names in ``reference``. The derivation, and what each pass costs: README.md.
+"""The fused Triton kernels; ``output_domain``, ``weight_domain``, ``update`` and ``mixed`` have the
+functions of the modules of those names in ``reference``. The derivation, and what each pass costs:
+README.md.
 """
 
 import torch

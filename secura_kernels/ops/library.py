@@ -73,7 +73,8 @@ def backend(impl: str, domain: str, like: Tensor, r: int) -> ModuleType:
     """The module (``forward``, and ``backward``) that runs an op, loaded when first used.
 
     Args:
-        domain: "output_domain", "weight_domain", "update" or "mixed". like: a tensor of the layer's dtype and device.
+        domain: "output_domain", "weight_domain", "update" or "mixed". like: a tensor of the layer's
+            dtype and device.
     """
     package = _PACKAGES[resolve(impl, like.device, like.dtype, r)]
     return importlib.import_module(f"..{package}.{domain}", __package__)

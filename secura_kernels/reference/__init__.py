@@ -1,7 +1,7 @@
 """Plain PyTorch of every op, forward and backward: the truth, the CPU path, the documentation.
 
-``eager`` is the method as one would write it; ``output_domain`` and ``weight_domain`` are the
-explicit forward and backward passes that the registered ops run; ``gate`` is S-MagNorm.
+``eager`` is the method as one would write it; ``output_domain``, ``weight_domain``, ``update`` and
+``mixed`` are the explicit passes that the registered ops run; ``gate`` is S-MagNorm.
 """
 
 from .eager import cabr_core, cabr_core_backward, cur_linear, delta_weight, smagnorm
