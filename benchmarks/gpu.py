@@ -49,6 +49,7 @@ STAGES: dict[str, list[str]] = {
               "down_proj", "c_attn", "--tokens", "8192", "--rank", "64", "--rounds", "20",
               "--no-compiled"],
     "passes": ["benchmarks/layer/passes.py"],
+    "mixed": ["benchmarks/layer/mixed.py", "--N", "4096", "--K", "4096", "--tokens", "32"],
     "step-1b": ["benchmarks/step/run.py", "--model", "1b", "--name", "step-1b"],
     "step-8b": ["benchmarks/step/run.py", "--model", "8b", "--name", "step-8b"],
 }

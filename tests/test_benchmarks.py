@@ -186,6 +186,26 @@ def test_a_pass_that_fails_costs_no_other_figure(monkeypatch):
     assert set(wrong) == {"CUDA gather at (33, 48, 40, 5): launch of gather"}
 
 
+def test_mixed_batches_are_checked_and_measured(tmp_path, monkeypatch, capsys):
+    pytest.importorskip("peft")
+    import mixed
+
+    monkeypatch.setattr(sys, "argv", [
+        "mixed.py", "--device", "cpu", "--N", "24", "--K", "16", "--rank", "4", "--tokens", "2",
+        "--rounds", "2", "--out", str(tmp_path)])
+    mixed.main()
+    rows = json.loads((tmp_path / "mixed.json").read_text())["rows"]
+    assert {(row["method"], row["adapters"]) for row in rows} == {
+        (name, count) for name in ("CURLoRA", "SECURA", "LoRA (PEFT)") for count in (1, 8, 64)}
+    assert all(row["ratio"] == 1 for row in rows if row["adapters"] == 1)
+    assert (tmp_path / "mixed.png").stat().st_size > 5000
+    broken = mixed.build(mixed.methods(4)["SECURA"], mixed.arguments(), torch.device("cpu"))
+    given = broken.forward
+    broken.forward = lambda x, **names: given(x, **names) + bool(names)
+    with pytest.raises(AssertionError, match="Tensor-likes are not close"):
+        mixed.check(broken, torch.randn(64, 2, 16))
+
+
 def test_stages_are_in_order():
     names = list(gpu.STAGES)
     assert names[0] == "cuda-build" and "cuda-build" in gpu.ALWAYS
