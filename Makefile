@@ -11,7 +11,8 @@ finetune: .venv/ready  ## the main job: fine-tune SmolLM2 by SECURA, CURLoRA, Lo
 	$(BIN)/python examples/finetune.py $(ARGS)
 
 test: .venv/ready  ## run the tests
-	$(BIN)/python -m pytest --numprocesses auto --maxprocesses 8 --dist loadfile $(ARGS)
+	$(BIN)/python -m pytest --numprocesses auto --maxprocesses 8 --dist loadfile \
+		--no-loadscope-reorder $(ARGS)
 
 bench: .venv/ready  ## time the layers and their rivals (3 minutes on a CPU)
 	$(BIN)/python benchmarks/layer/run.py $(ARGS)

@@ -28,7 +28,13 @@ def impl(request):
     return request.param
 
 
+# Files of few long tests, which would leave one of several workers busy at the end.
+SLOW = ("test_kernel_code", "test_cuda_code", "test_cuda", "test_distributed", "test_examples",
+        "test_examples_training")
+
+
 def pytest_collection_modifyitems(items):
+    items.sort(key=lambda item: item.path.stem not in SLOW)
     if not torch.cuda.is_available():
         skip = pytest.mark.skip(reason="no NVIDIA GPU")
         for item in items:
