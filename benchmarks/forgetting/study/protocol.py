@@ -1,0 +1,166 @@
+"""One run: tasks in turn, every one so far measured after each, and what the model knew before.
+
+The protocol of CURLoRA's Table 1 (arXiv 2408.14572) and of SECURA's continual-learning runs (arXiv
+2502.18168), for any subject: a model with its tasks and its measures.
+"""
+
+import hashlib
+import json
+import os
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Protocol
+
+import torch
+from strategies import STRATEGIES
+from torch import Tensor, nn
+
+from .methods import METHODS, Method
+
+Batch = dict[str, Tensor]
+Tick = Callable[[], None]
+CLIP = 1.0  # largest norm of the gradient
+WARM_UP = 0.1  # part of a task's steps
+
+
+class Subject(Protocol):
+    """A pretrained model, its tasks in order, and what is measured of it."""
+
+    name: str
+    tasks: tuple[str, ...]
+    identity: str  # changes with the data, the base weights and the sizes of what is measured
+    before: dict[str, float]  # the retention of the base model
+
+    def model(self, method: Method, seed: int) -> nn.Module:
+        """A fresh model that ``method`` trains; heads and adapters follow from the seed."""
+
+    def trained(self, model: nn.Module) -> int:
+        """Trained parameters, heads not counted."""
+
+    def batches(self, task: str, steps: int, seed: int) -> list[Batch]:
+        """Of the task's training part."""
+
+    def forward(self, model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
+        """The mean loss, and features that two models can be compared by."""
+
+    def learned(self, model: nn.Module, task: str, part: str) -> float:
+        """How well the model does the task: higher is better. part: "validation" or "test"."""
+
+    def retention(self, model: nn.Module) -> dict[str, float]:
+        """What is left of what the base model knew, by measure."""
+
+
+@dataclass(frozen=True)
+class Run:
+    """Everything that decides a run's figures, beside the subject."""
+
+    method: str
+    strategy: str
+    rate: float
+    seed: int
+    steps: int
+    part: str  # "validation", to choose a rate by, or "test"
+
+    def key(self, subject: Subject) -> str:
+        text = json.dumps([asdict(self), subject.name, subject.identity], sort_keys=True)
+        return hashlib.sha256(text.encode()).hexdigest()[:20]
+
+
+def run_once(run: Run, subject: Subject, folder: Path, tick: Tick = lambda: None) -> dict:
+    """The run's record: the one in ``folder`` where it has been made before."""
+    path = folder / f"{run.key(subject)}.json"
+    if path.exists():
+        return json.loads(path.read_text())
+    record = asdict(run) | dict(subject=subject.name) | perform(run, subject, tick)
+    folder.mkdir(parents=True, exist_ok=True)
+    unfinished = path.with_suffix(".tmp")
+    unfinished.write_text(json.dumps(record, indent=1) + "\n")
+    os.replace(unfinished, path)
+    return record
+
+
+def perform(run: Run, subject: Subject, tick: Tick) -> dict:
+    """Trains the tasks in turn.
+
+    Returns:
+        ``learned``: {task: {task it was measured after: value}}. ``retention``: {"before" or task:
+        {measure: value}}. ``trained``: parameters beside the heads. ``seconds``: of training.
+        ``diverged``: the task in which the loss became no number; nothing follows it then.
+    """
+    method = METHODS[run.method]
+    torch.manual_seed(run.seed)
+    model = subject.model(method, run.seed)
+    strategy = make_strategy(run.strategy, subject)
+    learned: dict[str, dict[str, float]] = {}
+    retention = {"before": subject.before}
+    result = dict(learned=learned, retention=retention, trained=subject.trained(model), seconds=0.0,
+                  diverged=None)
+    for i, task in enumerate(subject.tasks):
+        if i and method.stage:
+            take_stage(model, method.stage)
+        start = time.perf_counter()
+        batches = subject.batches(task, run.steps, 1000 * run.seed + i)
+        if not train(model, subject, strategy, batches, run.rate, tick):
+            result["diverged"] = task
+            return result
+        result["seconds"] += time.perf_counter() - start
+        with strategy.evaluation(model):
+            for earlier in subject.tasks[:i + 1]:
+                learned.setdefault(earlier, {})[task] = subject.learned(
+                    model, earlier, run.part)
+            retention[task] = subject.retention(model)
+    return result
+
+
+def train(model: nn.Module, subject: Subject, strategy, batches: list[Batch], rate: float,
+          tick: Tick) -> bool:
+    """One task; False where the loss became no number."""
+    model.train()
+    strategy.before_task(model)
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(parameters, lr=rate, weight_decay=0.0)
+    warm_up = max(1, round(WARM_UP * len(batches)))
+    schedule = torch.optim.lr_scheduler.LambdaLR(
+        optimizer, lambda step: min((step + 1) / warm_up, (len(batches) - step) / (
+            len(batches) - warm_up + 1)))
+    for batch in batches:
+        batch = strategy.batch(batch)
+        loss = strategy.loss(model, batch, subject.forward(model, batch)[0])
+        if not torch.isfinite(loss):
+            return False
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(parameters, CLIP)
+        optimizer.step()
+        optimizer.zero_grad()
+        schedule.step()
+        strategy.after_step(model)
+        tick()
+    strategy.after_task(model, batches)
+    return True
+
+
+def make_strategy(name: str, subject: Subject):
+    """Budgets as the papers' small ones: 200 rows, half a batch of replay, EWC on 128 rows."""
+    settings = {"sequential": {}, "replay": dict(budget=200, ratio=0.5),
+                "ewc": dict(lam=100.0, samples=128, forward=subject.forward),
+                "ilora": dict(ema=0.98, budget=200, forward=subject.forward)}
+    return STRATEGIES[name](**settings[name])
+
+
+def take_stage(model: nn.Module, kind: str) -> None:
+    """M1 or M2 of every layer that has it."""
+    for module in model.modules():
+        if hasattr(module, f"stage_{kind}"):
+            getattr(module, f"stage_{kind}")()
+
+
+def final_forgetting(record: dict, tasks: Iterable[str]) -> float:
+    """Mean loss of what was learned, over all tasks but the last: right after the task less at the
+    end; lower is better. Backward transfer (Lopez-Paz and Ranzato 2017, arXiv 1706.08840) with its
+    sign turned."""
+    tasks = list(tasks)
+    lost = [record["learned"][task][task] - record["learned"][task][tasks[-1]]
+            for task in tasks[:-1]]
+    return sum(lost) / len(lost)
