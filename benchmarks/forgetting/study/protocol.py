@@ -49,7 +49,8 @@ class Subject(Protocol):
         """How well the model does the task: higher is better. part: "validation" or "test"."""
 
     def retention(self, model: nn.Module) -> dict[str, float]:
-        """What is left of what the base model knew, by measure."""
+        """What is left of what the base model knew, by measure; of the first one more is better,
+        and the curves show it."""
 
 
 @dataclass(frozen=True)

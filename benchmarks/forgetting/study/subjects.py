@@ -99,7 +99,7 @@ class Language:
         self.tokens = 2048 if quick else 16384
         self.reference = language_retention.base_reference(
             self.base, tokenizer, tokens=2048 if quick else 8192)
-        self.before = self.reference.measure(self.base)
+        self.before = self.retention(self.base)
         self.identity = _digest(FORMAT, self.batch_size, self.length, self.tokens,
                                 [task.sha256 for task in found], self.before)
 
@@ -124,7 +124,10 @@ class Language:
         return -float(torch.stack(losses).sum() / len(windows))
 
     def retention(self, model: nn.Module) -> dict[str, float]:
-        return self.reference.measure(model)
+        """``agreement``, the mean over the kinds of prompts, first: more is better."""
+        found = self.reference.measure(model)
+        agreed = [value for name, value in found.items() if name.endswith(" agreement")]
+        return {"agreement": sum(agreed) / len(agreed)} | found
 
 
 def load(name: str, quick: bool) -> Subject:
