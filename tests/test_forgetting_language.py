@@ -207,6 +207,8 @@ def test_a_reference_is_made_once_for_the_same_base_and_prompts(
         base_reference(base, tokenizer, folder=tmp_path, **general | {"answer": 3})
     with pytest.raises(TypeError):
         base_reference(base, tokenizer, "validation", folder=tmp_path, **general)
+    with pytest.raises(ValueError, match=r"seq_len=9999 .*the tokens in the test part"):
+        base_reference(base, tokenizer, folder=tmp_path, **general | {"seq_len": 9999})
     assert len(list(tmp_path.iterdir())) == 1
 
 

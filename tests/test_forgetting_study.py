@@ -36,6 +36,7 @@ class Subject:
     identity: str = "1"
     before: dict = field(default_factory=lambda: {"kept": 0.0})
     ticks: int = 0
+    ended: list = field(default_factory=list)
 
     def model(self, method, seed):
         torch.manual_seed(7)  # the pretrained model is the same one for every seed
@@ -52,6 +53,9 @@ class Subject:
         sign = 1.0 if task == "first" else -1.0
         xs = [torch.randn(16, 12, generator=generator) for _ in range(steps)]
         return [dict(x=x, y=sign * x[:, 0]) for x in xs]
+
+    def end(self, model, task):
+        self.ended.append(task)
 
     def forward(self, model, batch):
         out = model(batch["x"])
@@ -87,7 +91,7 @@ def test_every_method_learns(name):
     subject = Subject()
     method = methods.METHODS[name]
     record = protocol.perform(run_of(method=name, rate=max(method.rates)), subject, lambda: None)
-    assert record["diverged"] is None
+    assert record["diverged"] is None and subject.ended == list(TASKS)
     before = subject.learned(subject.model(method, 0), "first", "test")
     assert record["learned"]["first"]["first"] > before
     assert set(record["learned"]["first"]) == set(TASKS)

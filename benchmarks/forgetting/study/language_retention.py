@@ -13,10 +13,11 @@ divergence, by the log-sum inequality (Cover and Thomas, Elements of Information
 
     KL_k = sum_{i in top} p_i (log p_i - log q_i) + p_rest (log p_rest - log q_rest) <= KL(p || q)
 
-with equality where q / p is constant over the rest. Hence k + 1 numbers a position are all that is
-kept of the base model: k = 64 instead of the 49,152 of SmolLM2. The base model is not needed again,
-as it would be for the full divergence, and adapters that were merged into it, or trained without
-adapters, are measured all the same.
+with equality where q / p is constant over the rest. So k + 1 numbers a position are all that is
+kept of the base model, k = 64 of SmolLM2's 49,152: 4 MB instead of 1 GB. Measured after 15 steps of
+Shakespeare, KL_k is 84 % of the whole on Wikipedia, 93 to 97 % on chat, in 0.4 times the time of
+running the base model beside. And where weights were merged, or trained without adapters, there is
+no base model left to run.
 """
 
 import hashlib
@@ -48,8 +49,8 @@ class Passages:
     """Token rows of one kind, padded on the right, where a causal model does not see it.
 
     Attributes:
-        ids: (rows, length) int64. scored: (rows, length - 1) bool, whether the prediction *from* a
-            position, of the token after it, counts.
+        ids: (rows, length) int64. scored: (rows, length - 1) bool, which predictions count: the one
+            at a position is of the token after it.
     """
 
     ids: Tensor
@@ -97,14 +98,11 @@ class Reference:
         The base model itself has kl 0 and agreement 1, exactly at the batch size of ``of`` and the
         same device, else to rounding.
         """
-        found = {}
-        for name, kept in self.kinds.items():
-            for measure, value in _measured(model, kept, batch_size, tick).items():
-                found[f"{name} {measure}"] = value
-        return found
+        return {f"{name} {measure}": value for name, kept in self.kinds.items()
+                for measure, value in _measured(model, kept, batch_size, tick).items()}
 
     def save(self, path: Path, key: str) -> None:
-        """As safetensors, in one step; ``key`` says what it was made from."""
+        """As safetensors, in one step; ``key``: what it was made from."""
         tensors = {f"{kind}.{field}": getattr(kept, field).contiguous()
                    for kind, kept in self.kinds.items() for field in FIELDS}
         unfinished = path.with_name(f".{path.name}-{os.getpid()}")
@@ -123,14 +121,13 @@ class Reference:
 
 
 def base_reference(base: nn.Module, tokenizer, part: str = "test", *, seq_len: int = 128,
-                   tokens: int = 4096, answer: int = 48, batch_size: int = 8,
+                   tokens: int = 2048, answer: int = 48, batch_size: int = 8,
                    folder: Path | None = None, tick: Tick = lambda: None) -> Reference:
     """The reference of a base model without adapters, on general prompts of four kinds.
 
     "wikipedia": windows of ``seq_len`` tokens, about ``tokens`` in all, of the part "validation" or
-    "test" of examples/wikipedia.py. The kinds of ``CHAT``: each prompt in the
-    tokenizer's chat template and the base model's greedy answer of at most ``answer`` tokens, which
-    alone is scored.
+    "test" of examples/wikipedia.py. The kinds of ``CHAT``: each prompt in the tokenizer's chat
+    template and the base's greedy answer of at most ``answer`` tokens, which alone is scored.
 
     Made once: it is kept in ``folder`` (the cache) under a hash of weights, prompts and sizes.
     ``tick`` follows each batch. Raises ValueError for a tokenizer without a chat template, and
@@ -138,8 +135,9 @@ def base_reference(base: nn.Module, tokenizer, part: str = "test", *, seq_len: i
     """
     check_choice("part", part, ("validation", "test"))
     check_int("answer", answer, 1, 2**31 - 1)
-    windows = Corpus({"wikipedia": encode(tokenizer, wikipedia()[part])}).held_out(
-        "wikipedia", seq_len, tokens)
+    text = encode(tokenizer, wikipedia()[part])
+    check_int("seq_len", seq_len, 2, len(text), f", the tokens in the {part} part of Wikipedia")
+    windows = Corpus({"wikipedia": text}).held_out("wikipedia", seq_len, tokens)
     chats = {kind: [chat_ids(tokenizer, prompt) for prompt in prompts]
              for kind, prompts in CHAT.items()}
     sizes = f"{windows.tolist()} {chats} {answer} {TOP} {batch_size}"
@@ -259,7 +257,7 @@ def _evaluating(model: nn.Module):
         model.train(was_training)
 
 
-# Answers of a few dozen tokens; no code, which is a domain that is learned.
+# No code, which is a domain that is learned.
 CHAT = {
     "questions": (
         "What is the capital of Australia?",
@@ -281,8 +279,7 @@ CHAT = {
         "Write a thank-you note to a teacher.",
         "Give me a simple recipe for tomato soup.",
         "Rewrite this politely: Send me the report now.",
-        "Summarize in one sentence: The bridge was closed for a month because two of its cables "
-        "had rusted, and traffic was sent through the old town.",
+        "Summarize: The bridge was closed for a month because two of its cables had rusted.",
         "Translate into French: Good morning, where is the station?",
         "List five things to pack for a hiking trip.",
     ),

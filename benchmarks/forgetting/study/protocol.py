@@ -45,6 +45,9 @@ class Subject(Protocol):
     def forward(self, model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
         """The mean loss, and features that two models can be compared by."""
 
+    def end(self, model: nn.Module, task: str) -> None:
+        """Follows a task's training: what is its own (a head) trains no more."""
+
     def learned(self, model: nn.Module, task: str, part: str) -> float:
         """How well the model does the task: higher is better. part: "validation" or "test"."""
 
@@ -107,6 +110,7 @@ def perform(run: Run, subject: Subject, tick: Tick) -> dict:
             result["diverged"] = task
             return result
         result["seconds"] += time.perf_counter() - start
+        subject.end(model, task)
         with strategy.evaluation(model):
             for earlier in subject.tasks[:i + 1]:
                 learned.setdefault(earlier, {})[task] = subject.learned(

@@ -42,7 +42,7 @@ class Encoder:
         self.before = self.texts.measure(self._embed(self.base))
         self.identity = _digest(FORMAT, self.batch_size, self.rows, encoder.MAX_TOKENS,
                                 [[task.train, task.validation, task.test] for task in found],
-                                texts.documents, self.before)
+                                texts.documents, encoder.WHEEL_SHA256)
 
     def _embed(self, model: nn.Module):
         return partial(self.encoder.embed, model, self.tokenizer)
@@ -66,6 +66,10 @@ class Encoder:
             self.base, {name: len(task.labels) for name, task in self.data.items()})
         return [shell.batch(self.tokenizer, [rows[i] for i in part.tolist()], task)
                 for part in order[:steps * self.batch_size].split(self.batch_size)]
+
+    def end(self, model: nn.Module, task: str) -> None:
+        """The task's head trains no more."""
+        model.freeze_head(task)
 
     def learned(self, model: nn.Module, task: str, part: str) -> float:
         """Accuracy."""
@@ -101,7 +105,8 @@ class Language:
             self.base, tokenizer, tokens=2048 if quick else 8192)
         self.before = self.retention(self.base)
         self.identity = _digest(FORMAT, self.batch_size, self.length, self.tokens,
-                                [task.sha256 for task in found], self.before)
+                                [task.sha256 for task in found],
+                                language_retention.weights_sha256(self.base))
 
     def model(self, method: Method, seed: int) -> nn.Module:
         return method.attach(copy.deepcopy(self.base), list(self.targets), seed)
@@ -112,6 +117,9 @@ class Language:
     def batches(self, task: str, steps: int, seed: int) -> list[Batch]:
         windows = self.data[task].batches(steps, self.batch_size, self.length, seed)
         return [dict(input_ids=ids, labels=ids) for ids in windows]
+
+    def end(self, model: nn.Module, task: str) -> None:
+        """Nothing: the tasks share all there is."""
 
     @torch.no_grad()
     def learned(self, model: nn.Module, task: str, part: str) -> float:
