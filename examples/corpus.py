@@ -79,16 +79,16 @@ def build_corpus(tokenizer, text: str | None, general: str | None, part: str) ->
     """
     if text is None:
         works = shakespeare()
-        train, task = (_encode(tokenizer, works[name]) for name in ("train", part))
+        train, task = (encode(tokenizer, works[name]) for name in ("train", part))
     else:
-        stream = _encode(tokenizer, strip_gutenberg(text))
+        stream = encode(tokenizer, strip_gutenberg(text))
         ends = (len(stream) * 8 // 10, len(stream) * 9 // 10)
         train, validation, test = stream.tensor_split(ends)
         task = {"validation": validation, "test": test}[part]
     if general is None:
-        other = _encode(tokenizer, wikipedia()[part])
+        other = encode(tokenizer, wikipedia()[part])
     else:
-        stream = _encode(tokenizer, strip_gutenberg(general))
+        stream = encode(tokenizer, strip_gutenberg(general))
         validation, test = stream.tensor_split(2)
         other = {"validation": validation, "test": test}[part]
     streams = {"train": train, "task": task, "general": other}
@@ -109,7 +109,7 @@ def read_text(argument: str, path: Path | None) -> str | None:
             "UTF-8") from None
 
 
-def _encode(tokenizer, passage: str) -> Tensor:
+def encode(tokenizer, passage: str) -> Tensor:
     """(tokens,) int32. In parts of 200 lines: on a list a tokenizer works with all cores."""
     lines = passage.splitlines(keepends=True)
     parts = ["".join(lines[i : i + 200]) for i in range(0, len(lines), 200)]

@@ -47,6 +47,21 @@ def folder_in_one_step(target: Path) -> Iterator[Path]:
         filling.rename(target)
 
 
+def cached_archive(requirement: str, name: str, sha256: str, *options: str) -> Path:
+    """The archive of a pinned `requirement` in the cache, where it is called `name`.
+
+    Raises DownloadError if it cannot be fetched or is another one.
+    """
+    path = cache_folder() / name
+    if not path.exists():
+        with tempfile.TemporaryDirectory(dir=path.parent) as folder:
+            fetched = pip_download(requirement, Path(folder), *options)
+            check_sha256(fetched, sha256)
+            fetched.rename(path)
+    check_sha256(path, sha256)
+    return path
+
+
 def pip_download(requirement: str, into: Path, *options: str) -> Path:
     """Download one archive with this interpreter's pip, without dependencies; return its path."""
     command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps"]

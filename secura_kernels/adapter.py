@@ -92,6 +92,11 @@ class Adapter(LateTensors, nn.Module):
         """The core (r, r) accumulated by M2 stages; None before the first."""
         raise NotImplementedError
 
+    def stage_core(self) -> Tensor:
+        """``trained_core``; without a gate the long-term one with it, as they are one change."""
+        trained, earlier = self.trained_core(), self.long_core()
+        return trained if self.norm is not None or earlier is None else trained + earlier
+
     @staticmethod
     def trained_cores(adapters: "list[Adapter]") -> Tensor:
         """``trained_core`` of several adapters of one shape, (A, r, r)."""
@@ -168,10 +173,10 @@ class Adapter(LateTensors, nn.Module):
         long-term cores included."""
         with torch.autocast(self.cols.device.type, enabled=False):
             cores = self.trained_cores(adapters)
-            for i, adapter in enumerate(adapters):
-                if adapter.long_core() is not None:
-                    cores = cores.index_add(0, cores.new_tensor([i], dtype=torch.int64),
-                                            adapter.long_core()[None])
+            earlier = [adapter.long_core() for adapter in adapters]
+            if any(core is not None for core in earlier):
+                none = torch.zeros_like(cores[0])
+                cores = cores + torch.stack([none if core is None else core for core in earlier])
             return self._folded(cores)
 
     def _folded(self, core: Tensor) -> Tensor:
@@ -220,12 +225,12 @@ class Adapter(LateTensors, nn.Module):
         """C and R as ``untie`` would store them: orthonormal ones for that basis."""
         if self.C is not None:
             return self.C, self.R
-        return self.sides_of(weight, self.cols, self.rows)
+        return self._sides_of(weight)
 
-    def sides_of(self, weight: Tensor, cols: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
-        """C (N, r) and R (r, K) that these columns and rows of W give: orthonormal ones for that
+    def _sides_of(self, weight: Tensor) -> tuple[Tensor, Tensor]:
+        """C (N, r) and R (r, K) that the columns and rows of W give: orthonormal ones for that
         basis."""
-        C, R = weight[:, cols.to(weight.device)], weight[rows.to(weight.device)]
+        C, R = weight[:, self.cols.to(weight.device)], weight[self.rows.to(weight.device)]
         if self.basis == "orthonormal":
             C, _, Q_r, _ = orthonormal_basis(C, R)
             R = Q_r.T
@@ -238,8 +243,7 @@ class Adapter(LateTensors, nn.Module):
 
     def has_sides_of(self, weight: Tensor) -> bool:
         """Whether the stored C and R are what the columns and rows of W give."""
-        for here, stored in zip(self.sides_of(weight, self.cols, self.rows), (self.C, self.R),
-                                strict=True):
+        for here, stored in zip(self._sides_of(weight), (self.C, self.R), strict=True):
             coarser = max(here.dtype, stored.dtype, key=lambda dtype: torch.finfo(dtype).eps)
             off = (here.to(coarser).double() - stored.to(here.device, coarser).double()).abs().max()
             allowed = 8 * torch.finfo(coarser).eps if self.basis == "orthonormal" else 0

@@ -186,24 +186,27 @@ class StageCallback(TrainerCallback):
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState,
                        control: TrainerControl, model: nn.Module = None, **_) -> None:
-        if not self._stages(model):
+        if not _stages(model, self.kind):
             raise fail("model", type(model).__name__, "a model with CURLoRA or SECURA layers")
 
     def on_epoch_begin(self, args: TrainingArguments, state: TrainerState,
                        control: TrainerControl, model: nn.Module = None, **_) -> None:
         # A run resumed inside an epoch begins it a second time, at a fraction.
         if self.every is None and state.global_step and state.epoch == round(state.epoch):
-            self._take(model)
+            take_stage(model, self.kind)
 
     def on_step_begin(self, args: TrainingArguments, state: TrainerState,
                       control: TrainerControl, model: nn.Module = None, **_) -> None:
         if self.every and state.global_step and state.global_step % self.every == 0:
-            self._take(model)
+            take_stage(model, self.kind)
 
-    def _take(self, model: nn.Module) -> None:
-        for stage in self._stages(model):
-            stage()
 
-    def _stages(self, model: nn.Module) -> list[Callable[[], None]]:
-        return [getattr(module, f"stage_{self.kind}") for module in model.modules()
-                if hasattr(module, "change_factors")]
+def take_stage(model: nn.Module, kind: str) -> None:
+    """The stage ``"m1"`` or ``"m2"`` of every CURLoRA and SECURA layer of ``model``."""
+    for stage in _stages(model, kind):
+        stage()
+
+
+def _stages(model: nn.Module, kind: str) -> list[Callable[[], None]]:
+    return [getattr(module, f"stage_{kind}") for module in model.modules()
+            if hasattr(module, "change_factors")]

@@ -4,6 +4,7 @@ For the callbacks that log these while training see ``callbacks.py``.
 """
 
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import reduce
 from math import inf, nan
@@ -97,10 +98,8 @@ def base_loss(model: nn.Module, batches: Iterable[dict[str, Tensor]]) -> float:
         ValueError: a batch without labels, or no label at all.
     """
     device = next(model.parameters()).device
-    modes = [(module, module.training) for module in model.modules()]
     total, labels = torch.zeros((), dtype=torch.float64, device=device), 0
-    model.eval()
-    try:
+    with evaluating(model):
         for i, batch in enumerate(batches):
             if not isinstance(batch.get("labels"), Tensor):
                 raise fail(f"batches[{i}]", sorted(batch), "a dict with a tensor of labels")
@@ -111,12 +110,21 @@ def base_loss(model: nn.Module, batches: Iterable[dict[str, Tensor]]) -> float:
                 loss = output["loss"] if isinstance(output, dict) else output[0]
                 total += count * loss.to(device, torch.float64)
                 labels += count
-    finally:
-        for module, training in modes:
-            module.training = training
     if not labels:
         raise fail("labels in batches", labels, "at least one that counts")
     return float(total / labels)
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode; each module's own mode comes back, whatever happens."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training
 
 
 def _changed_layers(model: nn.Module) -> Iterator[tuple[str, nn.Module, list[str] | None]]:

@@ -188,3 +188,25 @@ def small_change(*shape: int, dtype: torch.dtype, tied: bool, biases: bool, devi
     with torch.no_grad():
         c.core.mul_(0.3 / shape[-1])
     return c
+
+
+def check_derivatives(c, norm: SMagNorm | None) -> None:
+    """y, first and second derivatives are those of the eager formula; float64. ``c``: a ``Case``,
+    or another with its methods."""
+    y, (z, leaves) = c.ours(norm), c.eager(norm)
+    torch.testing.assert_close(y, z, rtol=1e-12, atol=1e-12)
+    dy = torch.randn_like(y)
+    first = torch.autograd.grad(y, c.trained(), dy, retain_graph=True)
+    differentiable = torch.autograd.grad(y, c.trained(), dy, create_graph=True)
+    expected = torch.autograd.grad(z, leaves, dy, create_graph=True)
+    for a, b, e in zip(first, differentiable, expected, strict=True):
+        torch.testing.assert_close(a, e, rtol=1e-10, atol=1e-10)
+        torch.testing.assert_close(b, e, rtol=1e-10, atol=1e-10)
+    directions = [torch.randn_like(e) for e in expected]
+
+    def second(gradients, inputs):
+        total = sum((g * d).sum() for g, d in zip(gradients, directions, strict=True))
+        return torch.autograd.grad(total, inputs, allow_unused=True, materialize_grads=True)
+
+    for a, b in zip(second(differentiable, c.trained()), second(expected, leaves), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-8, atol=1e-8)

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from forms import ALL_NORMS, NORMS, case
+from forms import ALL_NORMS, NORMS, case, check_derivatives
 from torch.autograd import gradcheck, gradgradcheck
 
 from secura_kernels import SMagNorm
@@ -13,24 +13,7 @@ FULL = {name: norm for name, norm in NORMS.items() if norm is None or not norm.d
 @pytest.mark.parametrize("norm", **ALL_NORMS)
 @pytest.mark.parametrize("tied", [True, False], ids=["tied", "stored"])
 def test_equals_the_eager_formula_and_its_derivatives(norm, tied):
-    c = case(tied=tied)
-    y, (z, leaves) = c.ours(norm), c.eager(norm)
-    torch.testing.assert_close(y, z, rtol=1e-12, atol=1e-12)
-    dy = torch.randn_like(y)
-    first = torch.autograd.grad(y, c.trained(), dy, retain_graph=True)
-    differentiable = torch.autograd.grad(y, c.trained(), dy, create_graph=True)
-    expected = torch.autograd.grad(z, leaves, dy, create_graph=True)
-    for a, b, e in zip(first, differentiable, expected, strict=True):
-        torch.testing.assert_close(a, e, rtol=1e-10, atol=1e-10)
-        torch.testing.assert_close(b, e, rtol=1e-10, atol=1e-10)
-    directions = [torch.randn_like(e) for e in expected]
-
-    def second(gradients, inputs):
-        total = sum((g * d).sum() for g, d in zip(gradients, directions, strict=True))
-        return torch.autograd.grad(total, inputs, allow_unused=True, materialize_grads=True)
-
-    for a, b in zip(second(differentiable, c.trained()), second(expected, leaves), strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-8, atol=1e-8)
+    check_derivatives(case(tied=tied), norm)
 
 
 @pytest.mark.parametrize("norm", FULL.values(), ids=FULL)

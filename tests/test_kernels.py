@@ -5,7 +5,7 @@ dtype. Without a GPU: in Triton's interpreter, and on a simulated GPU (``cuda_ho
 import pytest
 import torch
 import torch.nn.functional as F
-from devices import DEVICE, MARKS
+from devices import DEVICE, MARKS, poisoned_memory
 from forms import (
     ALL_NORMS,
     case,
@@ -37,12 +37,8 @@ SHAPES = {
 
 @pytest.fixture(autouse=True)
 def _poisoned():
-    """Fresh memory is NaN, so a value that no kernel wrote shows."""
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    assert torch.utils.deterministic.fill_uninitialized_memory
-    assert torch.empty(3, device=DEVICE).isnan().all()
-    yield
-    torch.use_deterministic_algorithms(False)
+    with poisoned_memory():
+        yield
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)

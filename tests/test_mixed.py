@@ -5,11 +5,11 @@ from dataclasses import dataclass
 
 import pytest
 import torch
-from devices import DEVICE, MARKS
+from devices import DEVICE, MARKS, poisoned_memory
 from forms import PRECISION_NORMS, relative_error, skip_where_low_precision_jumps
 from torch import Tensor
 from torch.library import opcheck
-from updates import EVERY_IMPL, Update, poisoned_memory
+from updates import EVERY_IMPL, Update
 
 from secura_kernels import SMagNorm
 from secura_kernels.kernels import mixed as triton_mixed

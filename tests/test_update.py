@@ -6,10 +6,11 @@ from dataclasses import replace
 import pytest
 import torch
 import torch.nn.functional as F
-from devices import DEVICE, MARKS
+from devices import DEVICE, MARKS, poisoned_memory
 from forms import (
     PRECISION_NORMS,
     case,
+    check_derivatives,
     check_no_more_than_eager,
     compare,
     relative_error,
@@ -18,7 +19,7 @@ from forms import (
 from torch.autograd import gradcheck, gradgradcheck
 from torch.library import opcheck
 from torch.utils.flop_counter import FlopCounterMode
-from updates import EVERY_IMPL, OUTPUT_NORMS, poisoned_memory, update
+from updates import EVERY_IMPL, OUTPUT_NORMS, update
 
 from secura_kernels import SMagNorm
 from secura_kernels.ops import pack_norm
@@ -149,24 +150,7 @@ def test_equals_cur_linear_over_its_base_product(norm, impl):
 
 @pytest.mark.parametrize("norm", **ALL)
 def test_equals_the_eager_formula_and_its_derivatives(norm):
-    c = update()
-    y, (z, leaves) = c.ours(norm), c.eager(norm)
-    torch.testing.assert_close(y, z, rtol=1e-12, atol=1e-12)
-    dy = torch.randn_like(y)
-    first = torch.autograd.grad(y, c.trained(), dy, retain_graph=True)
-    differentiable = torch.autograd.grad(y, c.trained(), dy, create_graph=True)
-    expected = torch.autograd.grad(z, leaves, dy, create_graph=True)
-    for a, b, e in zip(first, differentiable, expected, strict=True):
-        torch.testing.assert_close(a, e, rtol=1e-10, atol=1e-10)
-        torch.testing.assert_close(b, e, rtol=1e-10, atol=1e-10)
-    directions = [torch.randn_like(e) for e in expected]
-
-    def second(gradients, inputs):
-        total = sum((g * d).sum() for g, d in zip(gradients, directions, strict=True))
-        return torch.autograd.grad(total, inputs, allow_unused=True, materialize_grads=True)
-
-    for a, b in zip(second(differentiable, c.trained()), second(expected, leaves), strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-8, atol=1e-8)
+    check_derivatives(update(), norm)
 
 
 @pytest.mark.parametrize("norm", FULL.values(), ids=FULL)

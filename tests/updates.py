@@ -1,7 +1,5 @@
 """Random cases of ``cur_update``, with the methods that the checks of ``forms`` call."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
 import pytest
@@ -17,16 +15,6 @@ OUTPUT_NORMS = {name: norm for name, norm in NORMS.items()
                 if norm is None or norm.domain == "output"}
 # Where the fixture ``impl`` has the kernels only.
 EVERY_IMPL = pytest.mark.parametrize("impl", ["reference", "triton", "cuda"], indirect=True)
-
-
-@contextmanager
-def poisoned_memory() -> Iterator[None]:
-    """Fresh memory is NaN, so a value that nothing wrote shows."""
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    try:
-        yield
-    finally:
-        torch.use_deterministic_algorithms(False)
 
 
 @dataclass

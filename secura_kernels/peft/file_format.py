@@ -35,7 +35,7 @@ def completed(found: dict[str, Tensor], model: nn.Module, config: SecuraConfig, 
     """
     found = {k: sharding.whole(v) for k, v in found.items()}
     late = set()
-    for name, layer, adapter in _adapters(model, adapter_name):
+    for name, layer, adapter in adapters_of(model, adapter_name):
         start = f"{name}.secura_adapter.{adapter_name}."
         if not any(k.startswith(start) for k in found):
             continue  # not a part of what is to be saved
@@ -77,7 +77,7 @@ def fitted(state_dict: dict[str, Tensor], model: nn.Module, config: SecuraConfig
     """
     state_dict, out, errors = dict(state_dict), {}, []
     own = PREFIX if any(n.startswith(PREFIX) for n, _ in model.named_modules()) else ""
-    for name, layer, adapter in _adapters(model, adapter_name):
+    for name, layer, adapter in adapters_of(model, adapter_name):
         name = name.removeprefix(PREFIX)
         part = {}
         for start in (f"{PREFIX}{name}.secura_adapter.", f"{name}.secura_adapter."):
@@ -98,7 +98,9 @@ def fitted(state_dict: dict[str, Tensor], model: nn.Module, config: SecuraConfig
     return state_dict | out
 
 
-def _adapters(model: nn.Module, adapter_name: str) -> Iterator[tuple[str, SecuraLinear, Adapter]]:
+def adapters_of(model: nn.Module,
+                adapter_name: str) -> Iterator[tuple[str, SecuraLinear, Adapter]]:
+    """The name, the layer and its adapter of that name, of each layer that has one."""
     for name, layer in model.named_modules():
         if isinstance(layer, SecuraLinear) and adapter_name in layer.secura_adapter:
             yield (name.removeprefix("_fsdp_wrapped_module."), layer,

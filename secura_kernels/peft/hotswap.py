@@ -7,7 +7,7 @@ from peft.utils import load_peft_weights, set_peft_model_state_dict
 
 from ..checks import fail
 from .config import SecuraConfig
-from .layer import SecuraLinear
+from .file_format import adapters_of
 
 # What a compiled model has built in, or what decides which tensors there are.
 FIXED = ("variant", "r", "m", "alpha", "rank_pattern", "basis", "norm", "norm_domain",
@@ -25,8 +25,8 @@ def hotswap_adapter(model: PeftModel, path: str | os.PathLike,
     """
     if adapter_name not in model.peft_config:
         raise fail("adapter_name", adapter_name, f"one of {sorted(model.peft_config)}")
-    if any(adapter_name in layer.merged_adapters for layer in model.modules()
-           if isinstance(layer, SecuraLinear)):
+    if any(adapter_name in layer.merged_adapters for _, layer, _ in adapters_of(
+            model, adapter_name)):
         raise ValueError(f"adapter {adapter_name!r} is merged: call unmerge_adapter() first")
     here, there = model.peft_config[adapter_name], PeftConfig.from_pretrained(path)
     if not isinstance(there, SecuraConfig):

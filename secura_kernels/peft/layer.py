@@ -21,7 +21,6 @@ from .merging import Mergeable
 KINDS = {"secura": SECURAAdapter, "curlora": CURLoRAAdapter}
 
 
-
 class SecuraLinear(nn.Module, Mergeable, BaseTunerLayer):
     """A frozen linear layer with named adapters; the fused layer where one is active.
 
@@ -51,7 +50,8 @@ class SecuraLinear(nn.Module, Mergeable, BaseTunerLayer):
         self._active_adapter = adapter_name
         self.register_load_state_dict_post_hook(_after_loading)
         self.update_layer(adapter_name, config, key, empty)
-        self.out_features, self.in_features = self.base_matrix().shape
+        first = self.secura_adapter[adapter_name]
+        self.out_features, self.in_features = first.out_features, first.in_features
 
     def update_layer(self, adapter_name: str, config: SecuraConfig, key: str,
                      empty: bool = False) -> None:
@@ -108,10 +108,7 @@ class SecuraLinear(nn.Module, Mergeable, BaseTunerLayer):
             y = adapter.linear(x.to(weight.dtype), weight, bias, impl, first=first)
             return y if torch.is_autocast_enabled(x.device.type) else y.to(x.dtype)
         if fused and (gate is None or long_core is None):
-            trained = adapter.trained_core()
-            if long_core is not None:
-                trained = trained + long_core
-            return adapter.linear(x, self.base_matrix(), base.bias, impl, trained)
+            return adapter.linear(x, self.base_matrix(), base.bias, impl, adapter.stage_core())
         return self._over(self.base_layer(x, *args, **kwargs), x, name)
 
     def _over(self, y0: Tensor, x: Tensor, name: str) -> Tensor:
@@ -119,14 +116,15 @@ class SecuraLinear(nn.Module, Mergeable, BaseTunerLayer):
         adapter, impl = self._ready(name), self.impl[name]
         if sharding.is_sharded(self.get_base_layer()):
             return sharding.over(self.get_base_layer(), adapter, y0, x, impl)
-        C, R = adapter.sides(None if adapter.C is not None else self.base_matrix())
-        t, C = F.linear(x, R.to(x.dtype)), C.to(y0.dtype)
-        long_core, trained = adapter.long_core(), adapter.trained_core()
-        if long_core is not None and adapter.norm is None:
-            trained = trained + long_core
-        elif long_core is not None:
+        C, R = self.sides(adapter)
+        t, C, long_core = F.linear(x, R.to(x.dtype)), C.to(y0.dtype), adapter.long_core()
+        if long_core is not None and adapter.norm is not None:
             y0 = adapter.without_gate(y0, t, C, long_core, impl)
-        return adapter.update(y0, t, C, impl, trained)
+        return adapter.update(y0, t, C, impl, adapter.stage_core())
+
+    def sides(self, adapter: Adapter) -> tuple[Tensor, Tensor]:
+        """An adapter's C (N, r) and R (r, K); W is asked only where they are its slices."""
+        return adapter.sides(None if adapter.C is not None else self.base_matrix())
 
     def _ready(self, name: str) -> Adapter:
         """The adapter, what derives from W computed anew where it has been moved or loaded."""

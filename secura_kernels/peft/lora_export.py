@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from ..checks import fail
-from .file_format import PREFIX
+from .file_format import PREFIX, adapters_of
 from .layer import SecuraLinear
 
 
@@ -30,8 +30,8 @@ def save_as_lora(model: PeftModel, path: str | os.PathLike,
     """
     if adapter_name not in model.peft_config:
         raise fail("adapter_name", adapter_name, f"one of {sorted(model.peft_config)}")
-    layers = {name.removeprefix(PREFIX): layer for name, layer in model.named_modules()
-              if isinstance(layer, SecuraLinear) and adapter_name in layer.secura_adapter}
+    layers = {name.removeprefix(PREFIX): layer
+              for name, layer, _ in adapters_of(model, adapter_name)}
     config = model.peft_config[adapter_name]
     if not layers or config.norm is not None:
         what = "has a gate (norm), and what it does to outputs or to the weight is of no low rank"

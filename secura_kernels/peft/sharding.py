@@ -143,10 +143,7 @@ def over(base: nn.Module, adapter: Adapter, y0: Tensor, x: Tensor, impl: str) ->
     if some_inputs:
         t = DTensor.from_local(t, mesh, [Partial()], run_check=False).redistribute(
             placements=[Replicate()]).to_local()
-    core, long_core = adapter.trained_core(), adapter.long_core()
-    if long_core is not None and norm is None:
-        core = core + long_core
-    core = adapter.core(core)
+    core, long_core = adapter.core(adapter.stage_core()), adapter.long_core()
     if some_columns:
         if norm is not None and norm.ref == "max":
             raise ValueError("a gate with ref='max' is not possible over a column-parallel layer: "
@@ -157,7 +154,7 @@ def over(base: nn.Module, adapter: Adapter, y0: Tensor, x: Tensor, impl: str) ->
         bias = None if bias is None else _sum_gradients(bias, mesh)[mine]
     C = C.to(y0.dtype)
     if long_core is not None and norm is not None:
-        y0 = cur_update(y0, t, adapter.core(long_core), C, alpha=adapter.alpha, impl=impl)
+        y0 = adapter.without_gate(y0, t, C, long_core, impl)
     y = cur_update(y0, t, core, C, alpha=adapter.alpha, norm=norm, adapter_bias=bias, impl=impl)
     if sharded_y is None:
         return y

@@ -1,13 +1,13 @@
 """Elastic weight consolidation (Kirkpatrick et al. 2017, arXiv 1612.00796)."""
 
 from collections.abc import Iterable, Mapping
-from contextlib import contextmanager
 from itertools import islice
 
 import torch
 from torch import Tensor, nn
 
 from secura_kernels.checks import check_int, check_number, fail
+from secura_kernels.retention import evaluating
 
 from .base import (
     Batch,
@@ -83,7 +83,7 @@ def fisher(model: nn.Module, batches: Iterable[Batch], samples: int,
     sums = {name: torch.zeros_like(value) for name, value in snapshot(model).items()}
     rows = islice((row for batch in batches for row in split(batch)), samples)
     count = 0
-    with _evaluating(model), torch.enable_grad():
+    with evaluating(model), torch.enable_grad():
         for count, row in enumerate(rows, 1):
             batch = stack([row], next(iter(parameters.values())).device)
             loss, _ = forward(model, batch)
@@ -97,14 +97,3 @@ def fisher(model: nn.Module, batches: Iterable[Batch], samples: int,
     if not count:
         raise fail("batches", "an empty iterable", "the batches of the task that ended")
     return {name: total / count for name, total in sums.items()}
-
-
-@contextmanager
-def _evaluating(model: nn.Module):
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, mode in modes:
-            module.training = mode

@@ -17,6 +17,7 @@ from transformers import AutoTokenizer, BertConfig, BertModel, PreTrainedTokeniz
 from transformers.modeling_outputs import SequenceClassifierOutput
 
 from secura_kernels.checks import check_choice, fail
+from secura_kernels.retention import evaluating
 
 from .classification import Row, package_files
 
@@ -87,6 +88,14 @@ def embed(encoder: nn.Module, tokenizer: PreTrainedTokenizerBase, texts: Sequenc
     return torch.stack(found)
 
 
+def batch_of(tokenizer: PreTrainedTokenizerBase, rows: Sequence[Row],
+             number: int) -> dict[str, Tensor]:
+    """Texts and labels of task ``number`` as ``EncoderClassifier.forward`` takes them."""
+    labels = torch.tensor([label for _, label in rows])
+    return tokens(tokenizer, [text for text, _ in rows]) | {
+        "task": torch.full((len(rows),), number), "labels": labels}
+
+
 class EncoderClassifier(nn.Module):
     """A shared encoder and for each task a linear head over the mean of the last hidden states.
 
@@ -117,9 +126,7 @@ class EncoderClassifier(nn.Module):
         """``forward``'s arguments for texts and labels of one task: one row a text in each, so
         that batches of different tasks can be split and mixed."""
         check_choice("task", task, self.names)
-        number = torch.full((len(rows),), self.names.index(task))
-        labels = torch.tensor([label for _, label in rows])
-        return tokens(tokenizer, [text for text, _ in rows]) | {"task": number, "labels": labels}
+        return batch_of(tokenizer, rows, self.names.index(task))
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor, task: Tensor | str,
                 labels: Tensor | None = None,
@@ -191,11 +198,6 @@ def _by_length(tokenizer: PreTrainedTokenizerBase,
 
 @contextmanager
 def _evaluating(model: nn.Module) -> Iterator[torch.device]:
-    """Evaluation mode without gradients; the mode before it comes back. Gives the device."""
-    training = model.training
-    model.eval()
-    try:
-        with torch.no_grad():
-            yield next(model.parameters()).device
-    finally:
-        model.train(training)
+    """Evaluation mode without gradients; the modes before it come back. Gives the device."""
+    with evaluating(model), torch.no_grad():
+        yield next(model.parameters()).device

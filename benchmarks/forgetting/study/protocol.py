@@ -17,6 +17,8 @@ import torch
 from strategies import STRATEGIES
 from torch import Tensor, nn
 
+from secura_kernels.callbacks import take_stage
+
 from .methods import METHODS, Method
 
 Batch = dict[str, Tensor]
@@ -152,13 +154,6 @@ def make_strategy(name: str, subject: Subject):
                 "ewc": dict(lam=100.0, samples=128, forward=subject.forward),
                 "ilora": dict(ema=0.98, budget=200, forward=subject.forward)}
     return STRATEGIES[name](**settings[name])
-
-
-def take_stage(model: nn.Module, kind: str) -> None:
-    """M1 or M2 of every layer that has it."""
-    for module in model.modules():
-        if hasattr(module, f"stage_{kind}"):
-            getattr(module, f"stage_{kind}")()
 
 
 def final_forgetting(record: dict, tasks: Iterable[str]) -> float:

@@ -62,9 +62,8 @@ class Encoder:
         generator = torch.Generator().manual_seed(seed)
         passes = math.ceil(steps * self.batch_size / len(rows))
         order = torch.cat([torch.randperm(len(rows), generator=generator) for _ in range(passes)])
-        shell = self.encoder.EncoderClassifier(
-            self.base, {name: len(task.labels) for name, task in self.data.items()})
-        return [shell.batch(self.tokenizer, [rows[i] for i in part.tolist()], task)
+        return [self.encoder.batch_of(self.tokenizer, [rows[i] for i in part.tolist()],
+                                      self.tasks.index(task))
                 for part in order[:steps * self.batch_size].split(self.batch_size)]
 
     def end(self, model: nn.Module, task: str) -> None:
