@@ -17,6 +17,9 @@ test: .venv/ready  ## run the tests
 bench: .venv/ready  ## time the layers and their rivals (3 minutes on a CPU)
 	$(BIN)/python benchmarks/layer/run.py $(ARGS)
 
+forgetting: .venv/ready  ## does it forget less? the ten-minute version
+	$(BIN)/python benchmarks/forgetting/run.py --quick $(ARGS)
+
 codegen: .venv/ready  ## compile every kernel for every chip, no GPU needed, and read the code
 	$(BIN)/python -m secura_kernels.kernels.inspect $(ARGS)
 	@if command -v nvcc >/dev/null; then $(BIN)/python -m secura_kernels.cuda.inspect; \
@@ -36,4 +39,4 @@ lint: .venv/ready  ## check the style
 	$(BIN)/python -m pip install --quiet --editable '.[peft,quant,demo,dev]'
 	touch $@
 
-.PHONY: help finetune test bench codegen gpu lint
+.PHONY: help finetune test bench forgetting codegen gpu lint

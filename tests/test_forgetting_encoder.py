@@ -14,6 +14,7 @@ transformers = pytest.importorskip("transformers", reason="the encoder is one of
 peft = pytest.importorskip("peft", reason="the strategies are tested with PEFT's LoRA")
 safetensors = pytest.importorskip("safetensors.torch")
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks" / "forgetting"))
+from forgetting_models import WORDS, write_encoder  # noqa: E402
 from strategies import EWC, ILoRA, Replay, Strategy, transformers_forward  # noqa: E402
 from study import classification, embedding_retention, encoder, hub_tasks  # noqa: E402
 from study.classification import ClassificationTask, distinct, key, make_task  # noqa: E402
@@ -27,8 +28,6 @@ from study.encoder import EncoderClassifier  # noqa: E402
 
 DownloadError = sys.modules["downloads"].DownloadError  # of examples/, which study makes importable
 
-WORDS = ["the", "cat", "dog", "sat", "ran", "on", "under", "mat", "tree", "red", "blue", "small"]
-
 
 def rows(labels="ab", count=40) -> list[tuple[str, str]]:
     """Different texts of at least three words."""
@@ -37,19 +36,7 @@ def rows(labels="ab", count=40) -> list[tuple[str, str]]:
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> Path:
-    """A random two-layer BERT as the package has the real one: pooler and positions included."""
-    folder = tmp_path_factory.mktemp("encoder")
-    torch.manual_seed(0)
-    marks = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
-    vocabulary = {word: number for number, word in enumerate([*marks, *WORDS])}
-    transformers.BertTokenizer(vocab=vocabulary).save_pretrained(folder)
-    model = transformers.BertModel(transformers.BertConfig(
-        vocab_size=len(vocabulary), hidden_size=16, intermediate_size=24, num_hidden_layers=2,
-        num_attention_heads=2, max_position_embeddings=256, initializer_range=0.5))
-    model.config.save_pretrained(folder)
-    positions = {"embeddings.position_ids": torch.arange(256)[None]}
-    safetensors.save_file(model.state_dict() | positions, folder / "model.safetensors")
-    return folder
+    return write_encoder(tmp_path_factory.mktemp("encoder"))
 
 
 @pytest.fixture

@@ -15,6 +15,12 @@ transformers = pytest.importorskip("transformers", reason="the language models a
 tokenizers = pytest.importorskip("tokenizers", reason="texts need a tokenizer")
 pytest.importorskip("peft", reason="the benchmark's package needs peft")
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks/forgetting"))
+from forgetting_models import (  # noqa: E402
+    END,
+    VOCABULARY,
+    letters_tokenizer,
+    tiny_language_model,
+)
 from study import hub_texts, language, language_retention  # noqa: E402
 from study.language import PARTS, TextTask, domain, text_task  # noqa: E402
 from study.language_retention import (  # noqa: E402
@@ -27,32 +33,10 @@ from study.language_retention import (  # noqa: E402
     weights_sha256,
 )
 
-VOCABULARY = 40
-END = 2
-
-
-def tiny_model(seed: int = 0, dtype: torch.dtype = torch.float64):
-    """A random two-layer Llama whose predictions are far from uniform."""
-    torch.manual_seed(seed)
-    config = transformers.LlamaConfig(
-        vocab_size=VOCABULARY, hidden_size=32, intermediate_size=48, num_hidden_layers=2,
-        num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=256,
-        initializer_range=0.3, bos_token_id=1, eos_token_id=END, pad_token_id=END)
-    return transformers.LlamaForCausalLM(config).to(dtype).eval()
-
 
 @pytest.fixture(scope="module")
 def tokenizer():
-    """One token a letter, and a chat template."""
-    letters = "abcdefghijklmnopqrstuvwxyz :\n."
-    vocabulary = {token: i for i, token in enumerate(["?", "<s>", "<e>", *letters])}
-    model = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocabulary, unk_token="?"))
-    model.pre_tokenizer = tokenizers.pre_tokenizers.Split("", "isolated")
-    made = transformers.PreTrainedTokenizerFast(
-        tokenizer_object=model, unk_token="?", eos_token="<e>", bos_token="<s>")
-    made.chat_template = ("{% for m in messages %}<s>{{ m['content'] }}{% endfor %}"
-                          "{% if add_generation_prompt %}<e>{% endif %}")
-    return made
+    return letters_tokenizer()
 
 
 @pytest.fixture
@@ -73,10 +57,8 @@ def log_probabilities(model, passages) -> torch.Tensor:
     return logits[passages.scored].log_softmax(-1)
 
 
-
-
 def test_measures_by_hand(passages):
-    base, tuned = tiny_model(0), tiny_model(1)
+    base, tuned = tiny_language_model(0), tiny_language_model(1)
     found = Reference.of(base, {"x": passages}, k=3, batch_size=2).measure(tuned, batch_size=2)
     p, q = log_probabilities(base, passages), log_probabilities(tuned, passages)
     terms, same, losses = [], [], []
@@ -94,13 +76,13 @@ def test_measures_by_hand(passages):
 
 
 def test_the_base_itself_is_at_distance_zero(passages):
-    base = tiny_model(0, torch.float32)
+    base = tiny_language_model(0, torch.float32)
     found = Reference.of(base, {"x": passages}, k=3).measure(base)
     assert (found["x kl"], found["x agreement"]) == (0, 1)
 
 
 def test_kl_is_a_lower_bound_that_rises_with_k_to_the_whole(passages):
-    base, tuned = tiny_model(0), tiny_model(1)
+    base, tuned = tiny_language_model(0), tiny_language_model(1)
     p, q = log_probabilities(base, passages), log_probabilities(tuned, passages)
     whole = (p.exp() * (p - q)).sum(-1).mean().item()
     found = [Reference.of(base, {"x": passages}, k=k).measure(tuned)["x kl"]
@@ -113,15 +95,25 @@ def test_perplexity_is_that_of_the_examples():
     from measure import perplexity
 
     windows = torch.randint(VOCABULARY, (6, 10), generator=torch.Generator().manual_seed(0))
-    base, tuned = tiny_model(0), tiny_model(1)
+    base, tuned = tiny_language_model(0), tiny_language_model(1)
     every = Passages(windows, torch.ones(6, 9, dtype=torch.bool))
     found = Reference.of(base, {"x": every}, k=3).measure(tuned)
     # The loss of transformers is a float32: a mean of about 4.6, off by 2e-7, is an exponent here.
     assert found["x perplexity"] == pytest.approx(perplexity(tuned, windows, 6), rel=1e-6)
 
 
+def test_a_base_with_ties_agrees_with_itself(passages):
+    base = tiny_language_model(0, torch.float32)
+    with torch.no_grad():
+        base.lm_head.weight[1::2] = base.lm_head.weight[::2]
+    reference = Reference.of(base, {"kind": passages}, 5)
+    found = reference.measure(base)
+    assert found["kind agreement"] == 1 and found["kind kl"] == 0
+    assert reference.measure(tiny_language_model(1, torch.float32))["kind agreement"] < 0.9
+
+
 def test_a_model_that_diverged_is_measured(passages):
-    base, tuned = tiny_model(0), tiny_model(1)
+    base, tuned = tiny_language_model(0), tiny_language_model(1)
     with torch.no_grad():
         tuned.lm_head.weight.mul_(1e6)
     found = Reference.of(base, {"x": passages}, k=3).measure(tuned)
@@ -129,7 +121,7 @@ def test_a_model_that_diverged_is_measured(passages):
 
 
 def test_modes_stay_and_every_batch_ticks(passages):
-    base, ticks = tiny_model(), []
+    base, ticks = tiny_language_model(), []
     base.train()
     reference = Reference.of(base, {"x": passages}, 3, 2, lambda: ticks.append(1))
     reference.measure(base, 2, lambda: ticks.append(2))
@@ -137,7 +129,7 @@ def test_modes_stay_and_every_batch_ticks(passages):
 
 
 def test_padding_after_a_row_changes_nothing(passages):
-    base, tuned = tiny_model(0), tiny_model(1)
+    base, tuned = tiny_language_model(0), tiny_language_model(1)
     short = Passages(passages.ids[4:, :8], passages.scored[4:, :7])
     padded = Passages(passages.ids[4:], passages.scored[4:])
     first, second = (Reference.of(base, {"x": p}, 3).measure(tuned) for p in (short, padded))
@@ -147,7 +139,7 @@ def test_padding_after_a_row_changes_nothing(passages):
 @pytest.mark.parametrize("k", [0, VOCABULARY])
 def test_k_leaves_a_rest(passages, k):
     with pytest.raises(ValueError, match=f"k={k} .*from 1 to {VOCABULARY - 1}"):
-        Reference.of(tiny_model(), {"x": passages}, k=k)
+        Reference.of(tiny_language_model(), {"x": passages}, k=k)
 
 
 def test_scored_is_one_shorter_than_the_rows():
@@ -155,10 +147,8 @@ def test_scored_is_one_shorter_than_the_rows():
         Passages(torch.zeros(2, 5, dtype=torch.int64), torch.ones(2, 5, dtype=torch.bool))
 
 
-
-
 def test_answers_are_greedy_and_alone_are_scored():
-    base = tiny_model()
+    base = tiny_language_model()
     with torch.no_grad():  # a model that ends some answers
         base.lm_head.weight[END] += 0.1 * base.lm_head.weight[5]
     prompts = [[4, 5, 6], [7], [8, 9, 10, 11, 12], [13, 14]]
@@ -173,7 +163,7 @@ def test_answers_are_greedy_and_alone_are_scored():
 
 
 def test_an_answer_ends_with_its_end_token(monkeypatch):
-    base = tiny_model()
+    base = tiny_language_model()
     monkeypatch.setattr(base, "generate", lambda input_ids, **_: torch.cat(
         [input_ids, torch.tensor([[7, END, END], [END, END, END]])], dim=1))
     found = answered(base, [[4, 5], [6]], length=3, end=END, batch_size=2)
@@ -193,7 +183,7 @@ def general(monkeypatch):
 
 def test_a_reference_is_made_once_for_the_same_base_and_prompts(
         general, tokenizer, tmp_path, monkeypatch):
-    base, tuned = tiny_model(0, torch.float32), tiny_model(1, torch.float32)
+    base, tuned = tiny_language_model(0, torch.float32), tiny_language_model(1, torch.float32)
     first = base_reference(base, tokenizer, folder=tmp_path, **general)
     assert set(first.kinds) == {"wikipedia", "questions"}
     assert first.kinds["wikipedia"].ids.shape == (4, 16)
@@ -207,24 +197,26 @@ def test_a_reference_is_made_once_for_the_same_base_and_prompts(
         base_reference(base, tokenizer, folder=tmp_path, **general | {"answer": 3})
     with pytest.raises(TypeError):
         base_reference(base, tokenizer, "validation", folder=tmp_path, **general)
+    with pytest.raises(TypeError), torch.autocast("cpu", torch.bfloat16):
+        base_reference(base, tokenizer, folder=tmp_path, **general)
     with pytest.raises(ValueError, match=r"seq_len=9999 .*the tokens in the test part"):
         base_reference(base, tokenizer, folder=tmp_path, **general | {"seq_len": 9999})
     assert len(list(tmp_path.iterdir())) == 1
 
 
 def test_a_reference_of_something_else_is_refused(passages, tmp_path):
-    Reference.of(tiny_model(), {"x": passages}, 3).save(tmp_path / "file", "one")
+    Reference.of(tiny_language_model(), {"x": passages}, 3).save(tmp_path / "file", "one")
     with pytest.raises(ValueError, match="a reference made from another"):
         Reference.load(tmp_path / "file", "another")
 
 
 def test_weights_hash_sees_one_changed_weight():
-    base, other = tiny_model(), tiny_model()
+    base, other = tiny_language_model(), tiny_language_model()
     assert weights_sha256(base) == weights_sha256(other)
     with torch.no_grad():
         other.model.layers[1].mlp.up_proj.weight[3, 4] += 1e-6
     assert weights_sha256(base) != weights_sha256(other)
-    assert weights_sha256(base) != weights_sha256(tiny_model(dtype=torch.float32))
+    assert weights_sha256(base) != weights_sha256(tiny_language_model(dtype=torch.float32))
 
 
 def test_chat_prompts_need_a_template(tokenizer):
@@ -237,8 +229,6 @@ def test_chat_prompts_need_a_template(tokenizer):
 def test_no_chat_prompt_stands_twice():
     prompts = [prompt for kind in CHAT.values() for prompt in kind]
     assert len(set(prompts)) == len(prompts) and len(CHAT) == 3
-
-
 
 
 def made_up_task() -> TextTask:

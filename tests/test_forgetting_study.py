@@ -13,6 +13,7 @@ from torch import nn
 pytest.importorskip("peft", reason="the methods compared are PEFT's and this package's")
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks" / "forgetting"))
 from study import methods, protocol, report, search
+from study.records import Records
 
 TASKS = ("first", "second")
 
@@ -35,6 +36,8 @@ class Subject:
     tasks: tuple[str, ...] = TASKS
     identity: str = "1"
     before: dict = field(default_factory=lambda: {"kept": 0.0})
+    shown: tuple[str, ...] = ("kept",)
+    head_rate: float = 1e-3
     ticks: int = 0
     ended: list = field(default_factory=list)
 
@@ -44,9 +47,8 @@ class Subject:
         model.body = method.attach(model.body, ["layer"], seed)
         return model
 
-    def trained(self, model):
-        return sum(p.numel() for n, p in model.named_parameters()
-                   if p.requires_grad and not n.startswith("head"))
+    def heads(self, model):
+        return list(model.head.parameters())
 
     def batches(self, task, steps, seed):
         generator = torch.Generator().manual_seed(seed)
@@ -75,28 +77,32 @@ class Subject:
 
 
 def run_of(**changes) -> protocol.Run:
-    return replace(protocol.Run("LoRA", "sequential", 1e-2, 0, 12, "test"), **changes)
+    return replace(protocol.Run("LoRA", "sequential", 1e-2, 0, 12), **changes)
 
 
 @pytest.fixture(autouse=True)
 def _small_ranks(monkeypatch):
     for name, method in list(methods.METHODS.items()):
         if "r" in method.settings:
+            small = {"r": 4, "m": 6} if "m" in method.settings else {"r": 4}
             monkeypatch.setitem(methods.METHODS, name,
-                                replace(method, settings=method.settings | dict(r=4)))
+                                replace(method, settings=method.settings | small))
 
 
 @pytest.mark.parametrize("name", methods.METHODS)
 def test_every_method_learns(name):
     subject = Subject()
     method = methods.METHODS[name]
-    record = protocol.perform(run_of(method=name, rate=max(method.rates)), subject, lambda: None)
+    run = run_of(method=name, rate=max(method.rates), steps=100)
+    record = protocol.perform(run, subject, lambda: None)
     assert record["diverged"] is None and subject.ended == list(TASKS)
     before = subject.learned(subject.model(method, 0), "first", "test")
     assert record["learned"]["first"]["first"] > before
     assert set(record["learned"]["first"]) == set(TASKS)
     assert set(record["learned"]["second"]) == {"second"}
-    assert set(record["retention"]) == {"before", *TASKS}
+    assert set(record["validation"]) == set(TASKS)
+    assert record["validation"]["first"] != record["learned"]["first"]["first"]
+    assert set(record["retention"]) == {"before", "end"}
     assert (record["trained"] == 0) == (method.kind == "head")
 
 
@@ -104,8 +110,6 @@ def test_every_method_learns(name):
 def test_every_strategy_runs_and_is_repeatable(strategy):
     records = [protocol.perform(run_of(strategy=strategy), Subject(), lambda: None)
                for _ in range(2)]
-    for record in records:
-        record.pop("seconds")
     assert records[0] == records[1]
     other = protocol.perform(run_of(strategy=strategy, seed=1), Subject(), lambda: None)
     assert other["learned"] != records[0]["learned"]
@@ -120,60 +124,111 @@ def test_forgetting_is_seen_and_stages_are_taken(monkeypatch):
     assert taken == ["m2"]
 
 
+def test_heads_have_their_own_rate(monkeypatch):
+    made = []
+
+    class Watched(torch.optim.AdamW):
+        def __init__(self, groups, **settings):
+            super().__init__(groups, **settings)
+            made.append([(sum(p.numel() for p in group["params"]), group["lr"])
+                         for group in self.param_groups])
+
+    monkeypatch.setattr(torch.optim, "AdamW", Watched)
+    protocol.perform(run_of(steps=2), Subject(), lambda: None)
+    protocol.perform(run_of(method="head only", steps=2), Subject(), lambda: None)
+    assert made == 2 * [[(4 * (12 + 10), 1e-2), (11, 1e-3)]] + 2 * [[(11, 1e-3)]]
+
+
+def test_where_nothing_is_trained_nothing_changes(monkeypatch):
+    subject = Subject()
+    monkeypatch.setattr(subject, "heads", lambda model: [], raising=False)
+    monkeypatch.setattr(methods, "HEAD", "head")
+    model = subject.model(methods.METHODS["head only"], 0).requires_grad_(False)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    assert protocol.train(model, subject, protocol.make_strategy("sequential", subject),
+                          subject.batches("first", 2, 0), 1e-2, lambda: None)
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
 def test_a_run_is_made_once(tmp_path):
-    subject, run = Subject(), run_of()
-    record = protocol.run_once(run, subject, tmp_path)
+    subject, run, path = Subject(), run_of(), tmp_path / "study.json"
+    study, about = dict(subject="1", steps=12), dict(tasks=TASKS)
+    record = protocol.run_once(run, subject, Records(path, study, about))
     made = subject.ticks
-    assert protocol.run_once(run, subject, tmp_path) == record and subject.ticks == made
-    assert json.loads((tmp_path / f"{run.key(subject)}.json").read_text()) == record
-    protocol.run_once(replace(run, seed=1), subject, tmp_path)
-    protocol.run_once(run, replace(subject, identity="2"), tmp_path)
-    assert len(list(tmp_path.iterdir())) == 3
+    records = Records(path, study, about)
+    assert protocol.run_once(run, subject, records) == record and subject.ticks == made
+    protocol.run_once(replace(run, seed=1), subject, records)
+    content = json.loads(path.read_text())
+    assert content["tasks"] == list(TASKS) and content["study"] == study
+    assert content["records"] == records.by_key and len(records.by_key) == 2
+    assert content["records"]["LoRA, sequential, 0.01, seed 0"] == record
+    with pytest.raises(ValueError, match=r"a study of .*'steps': 13"):
+        Records(path, study | dict(steps=13), about)
+    assert json.loads(path.read_text()) == content
+    assert [file.name for file in tmp_path.iterdir()] == ["study.json"]
 
 
 def test_a_diverged_run_says_where():
-    record = protocol.perform(run_of(method="full", rate=1e30), Subject(), lambda: None)
+    record = protocol.perform(run_of(), Subject(head_rate=1e30), lambda: None)
     assert record["diverged"] == "first" and search.score(record) == float("-inf")
 
 
-def test_the_search_takes_the_rate_that_learns_most(tmp_path):
-    runs = search.search_runs("LoRA", "sequential", 12, rates=(1e-6, 3e-2))
-    assert {run.part for run in runs} == {"validation"} and {run.seed for run in runs} == {0}
-    assert search.best_rate(runs, Subject(), tmp_path, lambda: None) == 3e-2
-    assert len(search.search_runs("SECURA", "ewc", 12)) == 5
-    budgets = {len(method.rates) for method in methods.METHODS.values()}
-    assert budgets == {5}  # the same for all
-
-
-def record_of(method, rate, learned, kept, seed=0, diverged=None) -> dict:
-    return dict(method=method, strategy="sequential", rate=rate, seed=seed, trained=1234,
-                diverged=diverged, retention={"before": {"kept": 1.0}, "second": {"kept": kept}},
+def record_of(method, rate, learned, kept, seed=0, diverged=None, validation=None) -> dict:
+    value = learned if validation is None else validation
+    return dict(method=method, strategy="sequential", rate=rate, seed=seed, trained=20_000,
+                diverged=diverged, validation={} if diverged else {"first": value, "second": value},
+                retention={"before": {"kept": 1.0}, "end": {"kept": kept}},
                 learned={"first": {"first": learned, "second": learned - 0.1},
                          "second": {"second": learned}})
 
 
-def test_the_table():
-    records = [record_of("A", 0.1, 0.8, 0.5), record_of("A", 0.1, 0.9, 0.7, seed=1),
-               record_of("B", 0.2, 0.7, 0.6), record_of("C", 0.3, 0, 0, diverged="first")]
-    lines = report.markdown(records, TASKS, "kept").splitlines()
-    assert lines[0] == ("| method | strategy | rate | trained | first → end | second | "
-                        "forgetting | kept |")
-    assert lines[2] == ("| A | sequential | 0.1 | 1,234 | 0.850 ± 0.071 → 0.750 ± 0.071 | "
-                        "0.850 ± 0.071 | 0.100 ± 0.000 | 1.000 ± 0.000 → 0.600 ± 0.141 |")
-    assert lines[3].startswith("| B | sequential | 0.2 | 1,234 | 0.700 → 0.600 | 0.700 | 0.100 |")
+def test_the_rate_that_learns_most_on_validation_data_is_best():
+    records = [record_of("LoRA", 1, 0.9, 0.5, validation=0.5),
+               record_of("LoRA", 2, 0.5, 0.5, validation=0.7),
+               record_of("LoRA", 2, 0.5, 0.5, seed=1, validation=0.3),
+               record_of("LoRA", 1, 0.9, 0.5, seed=1, validation=0.4),
+               record_of("LoRA", 3, 0.9, 0.5, validation=0.9),  # of one seed only
+               record_of("DoRA", 1, 0, 0, diverged="first"), record_of("DoRA", 2, 0.1, 0.1)]
+    assert search.best_rates(records) == {("LoRA", "sequential"): 2, ("DoRA", "sequential"): 2}
+
+
+def test_every_method_has_the_same_budget():
+    runs = search.grid([("LoRA", "sequential"), ("SECURA", "ewc")], 2, 12)
+    assert [run.seed for run in runs] == 6 * [0] + 6 * [1] and len(set(runs)) == 12
+    assert {len(method.rates) for method in methods.METHODS.values()
+            if method.kind != methods.HEAD} == {3}
+
+
+def test_the_table_at_the_best_rates():
+    records = [record_of("LoRA", 0.1, 0.8, 0.5), record_of("LoRA", 0.1, 0.9, 0.7, seed=1),
+               record_of("head only", 0, 0.7, 1.0), record_of("DoRA", 0.3, 0, 0, diverged="first")]
+    lines = report.best_table(records, TASKS, ["kept"]).splitlines()
+    assert lines[0] == ("|  | rate | trained | first → end | second | forgetting | "
+                        "kept (before: 1.000) | gain per 100k |")
+    assert lines[2] == ("| LoRA | 0.1 | 20,000 | 0.850 ± 0.071 → 0.750 ± 0.071 | 0.850 ± 0.071 | "
+                        "0.100 ± 0.000 | 0.600 ± 0.141 | 0.75 |")
+    assert lines[3].startswith("| head only | 0 | 20,000 | 0.700 → 0.600 | 0.700 | 0.100 | 1.000 |")
     assert "diverged" in lines[4] and {line.count("|") for line in lines} == {9}
 
 
 def test_what_is_kept_at_equal_learning(tmp_path):
-    records = [record_of("A", rate, learned, kept)
-               for rate, learned, kept in ((1, 0.5, 1.0), (2, 0.7, 0.8), (3, 0.6, 0.2))]
-    curve = report.points(records, TASKS, "kept")["A", "sequential"]
+    of_lora = [record_of("LoRA", rate, learned, 0.9, seed)
+               for rate, learned in ((1, 0.6), (2, 0.68)) for seed in (0, 1)]
+    of_dora = [record_of("DoRA", rate, learned, kept + seed / 100, seed)
+               for rate, learned, kept in ((1, 0.5, 1.0), (2, 0.7, 0.8), (3, 0.6, 0.2))
+               for seed in (0, 1)]
+    lines = report.equal_table(of_lora + of_dora, TASKS, "kept").splitlines()
+    assert lines[0] == ("| where as much is learned as by LoRA at | 1 (0.600): kept | forgetting | "
+                        "2 (0.680): kept | forgetting |")
+    assert lines[3] == ("| DoRA | 0.905 ± 0.007 | 0.100 ± 0.000 | 0.825 ± 0.007 | 0.100 ± 0.000 |")
+    curve = report.curve_of(of_dora[::2], lambda r: r["retention"]["end"]["kept"])
     assert curve == [(0.5, 1.0), (0.7, 0.8), (0.6, 0.2)]
-    assert report.retained_at(curve, 0.6) == pytest.approx(0.9)  # the better of two places
-    assert report.retained_at(curve, 0.65) == pytest.approx(0.85)
-    assert report.retained_at(curve, 0.8) is None
-    report.draw(records, TASKS, "kept", "made up", tmp_path / "curves.png")
-    assert (tmp_path / "curves.png").stat().st_size > 5000
+    assert report.value_at(curve, 0.6) == pytest.approx(0.9)  # the better of two places
+    assert report.value_at(curve, 0.65, min) == pytest.approx(0.5)
+    assert report.value_at(curve, 0.8) is None
+    report.write(of_lora + of_dora, TASKS, ["kept"], "made up", tmp_path / "made-up.json")
+    assert (tmp_path / "made-up.png").stat().st_size > 5000
+    assert "At equal learning" in (tmp_path / "made-up.md").read_text()
 
 
 def test_the_command_goes_on_where_it_was_stopped(tmp_path, monkeypatch, capsys):
@@ -184,18 +239,20 @@ def test_the_command_goes_on_where_it_was_stopped(tmp_path, monkeypatch, capsys)
     command = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(command)
     subject = Subject()
-    monkeypatch.setattr(command.subjects, "load", lambda name, quick: subject)
+    monkeypatch.setattr(command.subjects, "load", lambda name, setup: subject)
     monkeypatch.setattr(sys, "argv", [
         "run.py", "--quick", "--method", "LoRA", "CURLoRA", "--seeds", "2", "--steps", "5", "--out",
         str(tmp_path)])
     command.main()
     printed = capsys.readouterr().out
     made = subject.ticks
-    assert made == 2 * (2 + 2) * len(TASKS)  # two rates searched, two seeds at the best
-    content = json.loads((tmp_path / "minilm-quick.json").read_text())
-    assert len(content["records"]) == 4 and all(record["best"] for record in content["records"])
-    assert "| LoRA | sequential |" in printed and "| CURLoRA | sequential |" in printed
-    assert (tmp_path / "minilm-quick.png").stat().st_size > 5000
-    next((tmp_path / "runs").iterdir()).unlink()
+    assert made == 2 * 2 * 2  # two methods, rates and seeds
+    path = tmp_path / "encoder-quick.json"
+    content = json.loads(path.read_text())
+    assert len(content["records"]) == 8 and "commit" in content["machine"]
+    assert "| LoRA | " in printed and "| CURLoRA | " in printed
+    assert path.with_suffix(".png").stat().st_size > 5000
+    content["records"].popitem()
+    path.write_text(json.dumps(content))
     command.main()
-    assert subject.ticks == made + len(TASKS)  # one run only
+    assert subject.ticks == made + 1  # one run only

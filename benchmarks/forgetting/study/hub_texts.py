@@ -73,6 +73,11 @@ def hub_text_task(name: str, tokenizer, tick: Tick = lambda: None) -> TextTask:
 
     Raises ImportError, saying what to install, without ``datasets``.
     """
+    return text_task(name, tokenizer, hub_text(name, tick), tick)
+
+
+def hub_text(name: str, tick: Tick = lambda: None) -> dict[str, str]:
+    """{part: text} of one of ``HUB_TEXTS``; raises as ``hub_text_task`` does."""
     check_choice("name", name, tuple(HUB_TEXTS))
     try:
         from datasets import load_dataset
@@ -86,4 +91,4 @@ def hub_text_task(name: str, tokenizer, tick: Tick = lambda: None) -> TextTask:
                             revision=source.revision)
         texts[part] = "".join(map(source.text, rows))
         tick()
-    return text_task(name, tokenizer, texts, tick)
+    return texts

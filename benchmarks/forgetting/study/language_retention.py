@@ -5,7 +5,8 @@ over the tokens that are scored (all but the first of a passage, or those of an 
 
 - perplexity: exp of the mean of -log q(token), q the tuned model;
 - kl: the mean of KL(p || q) in nats, p the base model, on the partition below;
-- agreement: the part of the tokens at which both models' likeliest next token is the same.
+- agreement: the part of the tokens at which p's likeliest next token is q's, or one of q's where
+  several are as likely, as happens in bfloat16.
 
 The partition of the vocabulary at a position: the base model's k likeliest tokens, each for itself,
 and all others as one. Summing probabilities over the cells of any partition cannot raise the KL
@@ -38,6 +39,7 @@ from wikipedia import wikipedia
 from secura_kernels.checks import check_choice, check_int, fail
 from secura_kernels.retention import evaluating
 
+from .hub_texts import HUB_TEXTS, hub_text
 from .language import Tick, encode
 
 TOP = 64
@@ -120,32 +122,39 @@ class Reference:
                         for kind in found["kinds"].split("\n")})
 
 
-def base_reference(base: nn.Module, tokenizer, part: str = "test", *, seq_len: int = 128,
+def base_reference(base: nn.Module, tokenizer, part: str = "test", *,
+                   general: str = "wikipedia", seq_len: int = 128,
                    tokens: int = 2048, answer: int = 48, batch_size: int = 8,
                    folder: Path | None = None, tick: Tick = lambda: None) -> Reference:
     """The reference of a base model without adapters, on general prompts of four kinds.
 
-    "wikipedia": windows of ``seq_len`` tokens, about ``tokens`` in all, of the part "validation" or
-    "test" of examples/wikipedia.py. The kinds of ``CHAT``: each prompt in the tokenizer's chat
-    template and the base's greedy answer of at most ``answer`` tokens, which alone is scored.
+    ``general``, "wikipedia" (examples/wikipedia.py) or one of ``HUB_TEXTS``: windows of ``seq_len``
+    tokens, about ``tokens`` in all, of its part "validation" or "test". The kinds of ``CHAT``, if
+    the tokenizer has a chat template: each prompt in it and the base's greedy answer of at most
+    ``answer`` tokens, which alone is scored.
 
-    Made once: it is kept in ``folder`` (the cache) under a hash of weights, prompts and sizes.
-    ``tick`` follows each batch. Raises ValueError for a tokenizer without a chat template, and
-    DownloadError if Wikipedia's text cannot be fetched.
+    Made once: it is kept in ``folder`` (the cache) under a hash of weights, prompts, sizes and how
+    the model computes: autocast and attention.
+    ``tick`` follows each batch. Raises DownloadError if Wikipedia's text cannot be fetched.
     """
     check_choice("part", part, ("validation", "test"))
     check_int("answer", answer, 1, 2**31 - 1)
-    text = encode(tokenizer, wikipedia()[part])
-    check_int("seq_len", seq_len, 2, len(text), f", the tokens in the {part} part of Wikipedia")
-    windows = Corpus({"wikipedia": text}).held_out("wikipedia", seq_len, tokens)
+    check_choice("general", general, ("wikipedia", *HUB_TEXTS))
+    text = encode(tokenizer, (wikipedia() if general == "wikipedia" else hub_text(general))[part])
+    check_int("seq_len", seq_len, 2, len(text), f", the tokens in the {part} part of {general}")
+    windows = Corpus({general: text}).held_out(general, seq_len, tokens)
     chats = {kind: [chat_ids(tokenizer, prompt) for prompt in prompts]
-             for kind, prompts in CHAT.items()}
-    sizes = f"{windows.tolist()} {chats} {answer} {TOP} {batch_size}"
-    key = hashlib.sha256(f"{weights_sha256(base)} {sizes}".encode()).hexdigest()
+             for kind, prompts in (CHAT if tokenizer.chat_template else {}).items()}
+    device = next(base.parameters()).device.type
+    precision = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
+    attention = base.config._attn_implementation  # changes bits, and so makes a distance of its own
+    sizes = f"{general} {windows.tolist()} {chats} {answer} {TOP} {batch_size}"
+    made_from = f"{weights_sha256(base)} {sizes} {precision} {attention}"
+    key = hashlib.sha256(made_from.encode()).hexdigest()
     path = (folder or cache_folder()) / f"language-retention-{key[:16]}.safetensors"
     if path.exists():
         return Reference.load(path, key)
-    kinds = {"wikipedia": Passages(windows, torch.ones_like(windows[:, 1:], dtype=torch.bool))}
+    kinds = {general: Passages(windows, torch.ones_like(windows[:, 1:], dtype=torch.bool))}
     for kind, prompts in chats.items():
         kinds[kind] = answered(base, prompts, answer, tokenizer.eos_token_id, batch_size, tick)
     reference = Reference.of(base, kinds, TOP, batch_size, tick)
@@ -217,7 +226,7 @@ def _measured(model: nn.Module, kept: Kept, batch_size: int, tick: Tick) -> dict
             part[of].to(logits.device) for part in (kept.top_ids, kept.top_logs, kept.rest_logs))
         q_top, q_rest = _cells(logits, top_ids)
         kl = (p_top.exp() * (p_top - q_top)).sum(-1) + p_rest.exp() * (p_rest - q_rest)
-        same = logits.argmax(-1) == top_ids[:, 0]
+        same = logits.gather(-1, top_ids[:, :1])[:, 0] == logits.amax(-1)
         loss = nn.functional.cross_entropy(logits, targets, reduction="sum")
         sums += torch.stack([loss, kl.sum(), same.sum()]).cpu()
     loss, kl, same = sums / done

@@ -19,8 +19,8 @@ class Method:
         name: as the tables have it. kind: what is trained beside a task's head: adapters, the whole
         model, nothing.
         settings: of ``SecuraConfig``, or with ``lora`` of ``LoraConfig``. stage: ``"m1"`` or
-        ``"m2"`` between tasks. rates: the learning rates that the search tries, as many for each
-        method.
+        ``"m2"`` between tasks. rates: the learning rates that are tried, as many for each method;
+        heads have their own. family: whose curves are drawn in one panel.
     """
 
     name: str
@@ -29,6 +29,7 @@ class Method:
     settings: dict = field(default_factory=dict)
     lora: bool = False
     stage: str | None = None
+    family: str = "methods"
 
     def attach(self, model: nn.Module, targets: list[str], seed: int) -> nn.Module:
         """``model`` with what this method trains requiring gradients, and nothing else."""
@@ -44,39 +45,46 @@ class Method:
         return SecuraConfig(target_modules=list(targets), seed=seed, **self.settings)
 
 
-def around(rate: float) -> tuple[float, ...]:
-    """Five rates, each 2.5 times the one before, the middle one given."""
-    return tuple(float(f"{rate * 2.5**power:.2g}") for power in (-2, -1, 0, 1, 2))
+def up_to(rate: float) -> tuple[float, ...]:
+    """Three rates, each three times the one before, the last one given: the highest at which the
+    method still learns more than at the one before, or about there."""
+    return tuple(float(f"{rate / 3**power:.2g}") for power in (2, 1, 0))
 
 
-def secura(name: str, rate: float = 1e-3, stage: str | None = None, **settings) -> Method:
-    return Method(name, ADAPTER, around(rate), dict(r=64, basis="orthonormal") | settings,
-                  stage=stage)
+def secura(name: str, family: str = "methods", rate: float = 6e-3, stage: str | None = None,
+           **settings) -> Method:
+    return Method(name, ADAPTER, up_to(rate), dict(r=64, basis="orthonormal") | settings,
+                  stage=stage, family=family)
 
 
-def curlora(name: str, rate: float = 6e-3, **settings) -> Method:
-    return secura(name, rate, variant="curlora", **settings)
+def curlora(name: str, family: str = "methods", rate: float = 2e-2, **settings) -> Method:
+    return secura(name, family, rate, variant="curlora", **settings)
+
+
+SELECTION, GATE, STAGES = "CURLoRA: selection and basis", "SECURA: gate", "SECURA: decay and stages"
 
 
 METHODS = {method.name: method for method in (
-    Method("head only", HEAD, around(4e-3)),
-    Method("full", FULL, around(5e-5)),
-    Method("LoRA", ADAPTER, around(1e-3), dict(r=16, lora_alpha=16), lora=True),
-    Method("DoRA", ADAPTER, around(1e-3), dict(r=16, lora_alpha=16, use_dora=True), lora=True),
+    Method("head only", HEAD, (0.0,)),
+    Method("full", FULL, up_to(2e-4)),
+    Method("LoRA", ADAPTER, up_to(3e-3), dict(r=16, lora_alpha=16), lora=True),
+    Method("DoRA", ADAPTER, up_to(3e-3), dict(r=16, lora_alpha=16, use_dora=True), lora=True),
     curlora("CURLoRA"),
-    curlora("CURLoRA, as published", 1e-2, r=16, basis="raw"),
-    curlora("CURLoRA, lowest", selection="lowest"),
-    curlora("CURLoRA, highest", selection="highest"),
+    curlora("CURLoRA, as published", rate=3e-2, r=16, basis="raw"),
     secura("CABR", norm=None),
     secura("SECURA"),
-    secura("SECURA, as published", basis="raw", norm="published", importance_decay=True),
-    secura("SECURA, on the weight", norm_domain="weight"),
-    secura("SECURA, published gate", norm="published"),
-    secura("SECURA, published gate on the weight", norm="published", norm_domain="weight"),
-    secura("SECURA, figure", norm="figure"),
-    secura("SECURA, figure on outputs", norm="figure", norm_domain="output"),
-    secura("SECURA, full derivative", norm=dict(detach_gate=False)),
-    secura("SECURA, importance decay", importance_decay=True),
-    secura("SECURA, M1", stage="m1"),
-    secura("SECURA, M2", stage="m2"),
+    secura("SECURA, as published", rate=3e-3, r=150, m=200, basis="raw", norm="published",
+           importance_decay=True),
+    secura("SECURA, on the weight", GATE, norm_domain="weight"),
+    secura("SECURA, published gate", GATE, norm="published"),
+    secura("SECURA, published gate on the weight", GATE, norm="published", norm_domain="weight"),
+    secura("SECURA, figure", GATE, norm="figure"),
+    secura("SECURA, figure on outputs", GATE, norm="figure", norm_domain="output"),
+    secura("SECURA, full derivative", GATE, norm=dict(detach_gate=False)),
+    secura("SECURA, importance decay", STAGES, importance_decay=True),
+    secura("SECURA, M1", STAGES, stage="m1"),
+    secura("SECURA, M2", STAGES, stage="m2"),
+    curlora("CURLoRA, raw", SELECTION, basis="raw"),
+    curlora("CURLoRA, lowest", SELECTION, selection="lowest"),
+    curlora("CURLoRA, highest", SELECTION, selection="highest"),
 )}

@@ -4,13 +4,8 @@ The protocol of CURLoRA's Table 1 (arXiv 2408.14572) and of SECURA's continual-l
 2502.18168), for any subject: a model with its tasks and its measures.
 """
 
-import hashlib
-import json
-import os
-import time
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Protocol
 
 import torch
@@ -20,6 +15,7 @@ from torch import Tensor, nn
 from secura_kernels.callbacks import take_stage
 
 from .methods import METHODS, Method
+from .records import Records
 
 Batch = dict[str, Tensor]
 Tick = Callable[[], None]
@@ -34,12 +30,14 @@ class Subject(Protocol):
     tasks: tuple[str, ...]
     identity: str  # changes with the data, the base weights and the sizes of what is measured
     before: dict[str, float]  # the retention of the base model
+    shown: tuple[str, ...]  # measures of retention for the tables; of the first more is better
+    head_rate: float  # the heads' learning rate, the same beside every method
 
     def model(self, method: Method, seed: int) -> nn.Module:
         """A fresh model that ``method`` trains; heads and adapters follow from the seed."""
 
-    def trained(self, model: nn.Module) -> int:
-        """Trained parameters, heads not counted."""
+    def heads(self, model: nn.Module) -> list[nn.Parameter]:
+        """The parameters that only one task has."""
 
     def batches(self, task: str, steps: int, seed: int) -> list[Batch]:
         """Of the task's training part."""
@@ -54,8 +52,7 @@ class Subject(Protocol):
         """How well the model does the task: higher is better. part: "validation" or "test"."""
 
     def retention(self, model: nn.Module) -> dict[str, float]:
-        """What is left of what the base model knew, by measure; of the first one more is better,
-        and the curves show it."""
+        """What is left of what the base model knew, by measure."""
 
 
 @dataclass(frozen=True)
@@ -67,67 +64,69 @@ class Run:
     rate: float
     seed: int
     steps: int
-    part: str  # "validation", to choose a rate by, or "test"
 
-    def key(self, subject: Subject) -> str:
-        text = json.dumps([asdict(self), subject.name, subject.identity], sort_keys=True)
-        return hashlib.sha256(text.encode()).hexdigest()[:20]
+    def key(self) -> str:
+        """Its name among the records of a study, in which all runs have as many steps."""
+        return f"{self.method}, {self.strategy}, {self.rate:g}, seed {self.seed}"
 
 
-def run_once(run: Run, subject: Subject, folder: Path, tick: Tick = lambda: None) -> dict:
-    """The run's record: the one in ``folder`` where it has been made before."""
-    path = folder / f"{run.key(subject)}.json"
-    if path.exists():
-        return json.loads(path.read_text())
-    record = asdict(run) | dict(subject=subject.name) | perform(run, subject, tick)
-    folder.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_suffix(".tmp")
-    unfinished.write_text(json.dumps(record, indent=1) + "\n")
-    os.replace(unfinished, path)
-    return record
+def run_once(run: Run, subject: Subject, records: Records, tick: Tick = lambda: None) -> dict:
+    """The run's record: the one in ``records`` where it has been made before."""
+    key = run.key()
+    if key not in records.by_key:
+        records.add(key, asdict(run) | perform(run, subject, tick))
+    return records.by_key[key]
 
 
 def perform(run: Run, subject: Subject, tick: Tick) -> dict:
     """Trains the tasks in turn.
 
     Returns:
-        ``learned``: {task: {task it was measured after: value}}. ``retention``: {"before" or task:
-        {measure: value}}. ``trained``: parameters beside the heads. ``seconds``: of training.
+        ``validation``: {task: what validation data say right after it}, to choose a rate by.
+        ``learned``: {task: {task it was measured after: value}}, on test data. ``retention``:
+        {"before" or "end": {measure: value}}. ``trained``: parameters beside the heads.
         ``diverged``: the task in which the loss became no number; nothing follows it then.
     """
     method = METHODS[run.method]
     torch.manual_seed(run.seed)
     model = subject.model(method, run.seed)
     strategy = make_strategy(run.strategy, subject)
+    heads = {id(parameter) for parameter in subject.heads(model)}
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad and id(p) not in heads)
+    validation: dict[str, float] = {}
     learned: dict[str, dict[str, float]] = {}
     retention = {"before": subject.before}
-    result = dict(learned=learned, retention=retention, trained=subject.trained(model), seconds=0.0,
-                  diverged=None)
+    result = dict(trained=trained, diverged=None, validation=validation, learned=learned,
+                  retention=retention)
     for i, task in enumerate(subject.tasks):
         if i and method.stage:
             take_stage(model, method.stage)
-        start = time.perf_counter()
         batches = subject.batches(task, run.steps, 1000 * run.seed + i)
         if not train(model, subject, strategy, batches, run.rate, tick):
             result["diverged"] = task
             return result
-        result["seconds"] += time.perf_counter() - start
         subject.end(model, task)
         with strategy.evaluation(model):
+            validation[task] = subject.learned(model, task, "validation")
             for earlier in subject.tasks[:i + 1]:
-                learned.setdefault(earlier, {})[task] = subject.learned(
-                    model, earlier, run.part)
-            retention[task] = subject.retention(model)
+                learned.setdefault(earlier, {})[task] = subject.learned(model, earlier, "test")
+    with strategy.evaluation(model):
+        retention["end"] = subject.retention(model)
     return result
 
 
-def train(model: nn.Module, subject: Subject, strategy, batches: list[Batch], rate: float,
-          tick: Tick) -> bool:
+def train(model: nn.Module, subject: Subject, strategy, batches: list[Batch],
+          rate: float, tick: Tick) -> bool:
     """One task; False where the loss became no number."""
+    heads = subject.heads(model)
+    apart = set(map(id, heads))
+    body = [p for p in model.parameters() if p.requires_grad and id(p) not in apart]
+    if not body and not heads:
+        return True
     model.train()
     strategy.before_task(model)
-    parameters = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(parameters, lr=rate, weight_decay=0.0)
+    groups = [dict(params=body, lr=rate), dict(params=heads, lr=subject.head_rate)]
+    optimizer = torch.optim.AdamW([group for group in groups if group["params"]], weight_decay=0.0)
     warm_up = max(1, round(WARM_UP * len(batches)))
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimizer, lambda step: min((step + 1) / warm_up, (len(batches) - step) / (
@@ -138,7 +137,7 @@ def train(model: nn.Module, subject: Subject, strategy, batches: list[Batch], ra
         if not torch.isfinite(loss):
             return False
         loss.backward()
-        torch.nn.utils.clip_grad_norm_(parameters, CLIP)
+        torch.nn.utils.clip_grad_norm_([*body, *heads], CLIP)
         optimizer.step()
         optimizer.zero_grad()
         schedule.step()

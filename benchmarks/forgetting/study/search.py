@@ -1,34 +1,40 @@
-"""Learning rates chosen on validation data, the same number tried for each method; then seeds."""
+"""Which runs a study makes, and the learning rate of each method, chosen on validation data."""
 
 import statistics
 from collections.abc import Sequence
-from pathlib import Path
 
 from .methods import METHODS
-from .protocol import Run, Subject, Tick, run_once
+from .protocol import Run
+
+Row = tuple[str, str]  # a method and a strategy
+
+
+def grid(rows: Sequence[Row], seeds: int, steps: int, rates: slice = slice(None)) -> list[Run]:
+    """Every row at each of its learning rates, the whole of it for a seed before the next one."""
+    return [Run(method, strategy, rate, seed, steps)
+            for seed in range(seeds) for method, strategy in rows
+            for rate in METHODS[method].rates[rates]]
 
 
 def score(record: dict) -> float:
-    """Mean of what each task had right after it was trained: learning alone, so that a rate is not
-    chosen because it learns too little to forget. A run that diverged is worst."""
+    """Mean over tasks of what validation data say right after each was trained: learning alone, so
+    that a rate is not chosen because it learns too little to forget. A run that diverged is
+    worst."""
     if record["diverged"]:
         return float("-inf")
-    return statistics.mean(values[task] for task, values in record["learned"].items())
+    return statistics.mean(record["validation"].values())
 
 
-def search_runs(method: str, strategy: str, steps: int, rates: Sequence[float] | None = None
-                ) -> list[Run]:
-    return [Run(method, strategy, rate, 0, steps, "validation")
-            for rate in rates or METHODS[method].rates]
-
-
-def best_rate(runs: list[Run], subject: Subject, folder: Path, tick: Tick) -> float:
-    """The rate whose run learned most."""
-    records = [run_once(run, subject, folder, tick) for run in runs]
-    return max(records, key=score)["rate"]
-
-
-def test_runs(method: str, strategy: str, rates: Sequence[float], seeds: Sequence[int],
-              steps: int) -> list[Run]:
-    """On test data, for every seed."""
-    return [Run(method, strategy, rate, seed, steps, "test") for rate in rates for seed in seeds]
+def best_rates(records: Sequence[dict]) -> dict[Row, float]:
+    """For each row the rate of the highest score, the mean over its seeds; of rates that not all
+    seeds have been run at, none, where others are complete."""
+    scores: dict[Row, dict[float, list[float]]] = {}
+    for record in records:
+        rates = scores.setdefault((record["method"], record["strategy"]), {})
+        rates.setdefault(record["rate"], []).append(score(record))
+    found = {}
+    for row, rates in scores.items():
+        most = max(map(len, rates.values()))
+        found[row] = max((rate for rate in rates if len(rates[rate]) == most),
+                         key=lambda rate: statistics.mean(rates[rate]))
+    return found

@@ -1,0 +1,172 @@
+"""benchmarks/forgetting/study: the three kinds of subjects, on small random models and made-up
+tasks, through whole runs."""
+
+import math
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+transformers = pytest.importorskip("transformers", reason="the models are transformers'")
+pytest.importorskip("tokenizers", reason="texts need a tokenizer")
+pytest.importorskip("peft", reason="the methods compared are PEFT's and this package's")
+sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks" / "forgetting"))
+from forgetting_models import (  # noqa: E402
+    WORDS,
+    letters_tokenizer,
+    tiny_language_model,
+    write_encoder,
+)
+from study import (  # noqa: E402
+    classifier_subjects,
+    embedding_retention,
+    language,
+    language_retention,
+    methods,
+    protocol,
+    subjects,
+)
+from study.classification import make_task  # noqa: E402
+from study.setup import Setup  # noqa: E402
+
+
+def rows(kind: str, count: int = 120) -> list[tuple[str, str]]:
+    """Different texts; the word that the label follows from stands in each."""
+    marks = {"cats": ("cat", "dog"), "colours": ("red", "blue", "small")}[kind]
+    generator = torch.Generator().manual_seed(len(kind))
+    found = []
+    for i in range(count):
+        places = torch.randint(len(WORDS), (8,), generator=generator).tolist()
+        words = [WORDS[place] for place in places if WORDS[place] not in marks]
+        words.insert(i % 3, marks[i % len(marks)])
+        found.append((" ".join(words), marks[i % len(marks)]))
+    return found
+
+
+@pytest.fixture
+def tasks(monkeypatch):
+    monkeypatch.setattr(classifier_subjects, "TASKS", {
+        kind: lambda kind=kind: make_task(kind, rows(kind)) for kind in ("cats", "colours")})
+    return ("cats", "colours")
+
+
+@pytest.fixture
+def encoder_folder(tmp_path, monkeypatch):
+    texts = embedding_retention.RetentionTexts(
+        tuple(text for text, _ in rows("cats", 16)), tuple("ab" * 8),
+        {"pairs": (("cat", "dog", 3.0), ("cat", "tree", 1.0), ("red", "blue", 2.0))})
+    monkeypatch.setattr(embedding_retention, "retention_texts", lambda: texts)
+    monkeypatch.setattr(classifier_subjects.Encoder, "shown", ("retrieval", "drift", "pairs"))
+    return write_encoder(tmp_path)
+
+
+@pytest.fixture
+def language_folder(tmp_path, monkeypatch):
+    tiny_language_model(0, torch.float32).save_pretrained(tmp_path)
+    letters_tokenizer().save_pretrained(tmp_path)
+    monkeypatch.setattr(language_retention, "wikipedia", lambda: {
+        "validation": "a b c. " * 90, "test": "the quick brown fox jumps. " * 30})
+    monkeypatch.setattr(language_retention, "CHAT", {"questions": ("who?", "what is it?")})
+    monkeypatch.setattr(language_retention, "TOP", 5)
+    monkeypatch.setenv("SECURA_CACHE", str(tmp_path / "cache"))
+    (tmp_path / "cache").mkdir()
+    return tmp_path
+
+
+@pytest.fixture(autouse=True)
+def _small_ranks(monkeypatch):
+    method = methods.METHODS["SECURA"]
+    monkeypatch.setitem(methods.METHODS, "SECURA",
+                        replace(method, settings=method.settings | dict(r=4)))
+
+
+def run_all(subject, rate: float) -> dict[str, dict]:
+    return {method: protocol.perform(
+        protocol.Run(method, "replay", rate, 0, 8), subject, lambda: None)
+        for method in ("head only", "SECURA", "LoRA")}
+
+
+def check_heads(subject, records: dict[str, dict]) -> None:
+    """What all subjects with heads have in common."""
+    body = subject.model(methods.METHODS["LoRA"], 0).body
+    assert records["LoRA"]["trained"] == sum(
+        p.numel() for p in body.parameters() if p.requires_grad) > 0
+    assert records["head only"]["trained"] == 0
+    kept = records["head only"]["retention"]
+    assert {name: kept["end"][name] for name in subject.shown} == {
+        name: kept["before"][name] for name in subject.shown}
+    for record in records.values():
+        assert record["diverged"] is None
+        assert all(0 <= value <= 1 for values in record["learned"].values()
+                   for value in values.values())
+    learned = records["head only"]["learned"]["cats"]
+    assert learned["cats"] == learned["colours"]  # nothing that it rests on has changed
+
+
+def test_encoders(encoder_folder, tasks):
+    subject = subjects.load("encoder", Setup(model=str(encoder_folder), tasks=tasks, length=12))
+    assert subject.tasks == tasks and subject.before["retrieval"] <= 1
+    assert abs(subject.before["drift"]) < 1e-4
+    batches = subject.batches("cats", 40, 0)
+    assert len(batches) == 40 and batches[0]["labels"].shape == (16,)
+    assert max(batch["input_ids"].shape[1] for batch in batches) <= 12
+    seen = [tuple(row) for batch in subject.batches("cats", 5, 0)
+            for row in batch["input_ids"].tolist()]
+    assert len(seen) == 5 * 16
+    records = run_all(subject, 1e-2)
+    check_heads(subject, records)
+    assert records["SECURA"]["retention"]["end"]["drift"] > 1e-4
+    again = subjects.load("encoder", Setup(model=str(encoder_folder), tasks=tasks, length=12))
+    assert again.identity == subject.identity
+    other = subjects.load("encoder", Setup(model=str(encoder_folder), tasks=tasks, length=11))
+    assert other.identity != subject.identity
+
+
+def test_decoders_read_the_last_token(language_folder, tasks):
+    subject = subjects.load("decoder", Setup(model=str(language_folder), tasks=tasks, length=16))
+    assert subject.before["agreement"] == 1 and subject.before["wikipedia kl"] == 0
+    model = subject.model(methods.METHODS["head only"], 0).eval()
+    batch = subject.batches("cats", 1, 0)[0]
+    both = model(**batch).logits
+    for row in (0, 5):
+        length = int(batch["attention_mask"][row].sum())
+        states = model.body(input_ids=batch["input_ids"][row:row + 1, :length],
+                            output_hidden_states=True).hidden_states
+        torch.testing.assert_close(both[row, :2], model.heads["cats"](states[-1][0, -1]))
+    records = run_all(subject, 1e-2)
+    check_heads(subject, records)
+    assert records["LoRA"]["retention"]["end"]["wikipedia kl"] > 1e-5
+
+
+def test_language_models_learn_domains(language_folder, monkeypatch):
+    texts = {part: "abc abd " * 80 for part in language.PARTS}
+    monkeypatch.setattr(language, "DOMAINS", {"one": lambda: texts, "two": lambda: {
+        part: "xyz. xyy. " * 80 for part in language.PARTS}})
+    subject = subjects.load("language", Setup(model=str(language_folder), length=16))
+    assert subject.tasks == ("one", "two") and subject.shown[1] == "wikipedia kl"
+    records = run_all(subject, 3e-2)
+    untouched = records["head only"]
+    assert untouched["trained"] == 0 and untouched["retention"]["end"]["agreement"] == 1
+    assert untouched["learned"]["one"]["one"] == untouched["learned"]["one"]["two"]
+    for name in ("SECURA", "LoRA"):
+        assert records[name]["learned"]["one"]["one"] > untouched["learned"]["one"]["one"]
+        assert records[name]["learned"]["two"]["two"] > untouched["learned"]["two"]["two"]
+        assert records[name]["retention"]["end"]["wikipedia kl"] > 1e-3
+    model = subject.model(methods.METHODS["head only"], 0)
+    windows = subject.data["one"].held_out("test", 16, 2048)
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        loss = model(input_ids=windows, labels=windows).loss
+    assert math.isclose(subject.learned(model, "one", "test"), -float(loss), rel_tol=1e-2)
+
+
+def test_unknown_names_are_named(language_folder, encoder_folder):
+    with pytest.raises(ValueError, match="subject='other'"):
+        subjects.load("other", Setup())
+    with pytest.raises(ValueError, match="general='other'"):
+        subjects.load("decoder", Setup(model=str(language_folder), tasks=(), general="other"))
+    with pytest.raises(ValueError, match="task='other'"):
+        subjects.load("encoder", Setup(model=str(encoder_folder), tasks=("other",)))
+    with pytest.raises(ValueError, match="'other'"):
+        subjects.load("language", Setup(model=str(language_folder), tasks=("other",)))
