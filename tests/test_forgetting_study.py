@@ -37,6 +37,7 @@ class Subject:
     identity: str = "1"
     before: dict = field(default_factory=lambda: {"kept": 0.0})
     shown: tuple[str, ...] = ("kept",)
+    log_likelihood: bool = False
     head_rate: float = 1e-3
     ticks: int = 0
     ended: list = field(default_factory=list)
@@ -202,13 +203,31 @@ def test_every_method_has_the_same_budget():
 def test_the_table_at_the_best_rates():
     records = [record_of("LoRA", 0.1, 0.8, 0.5), record_of("LoRA", 0.1, 0.9, 0.7, seed=1),
                record_of("head only", 0, 0.7, 1.0), record_of("DoRA", 0.3, 0, 0, diverged="first")]
-    lines = report.best_table(records, TASKS, ["kept"]).splitlines()
+    lines = report.best_table(records, Subject(before={"kept": 1.0})).splitlines()
     assert lines[0] == ("|  | rate | trained | first → end | second | forgetting | "
                         "kept (before: 1.000) | gain per 100k |")
     assert lines[2] == ("| LoRA | 0.1 | 20,000 | 0.850 ± 0.071 → 0.750 ± 0.071 | 0.850 ± 0.071 | "
                         "0.100 ± 0.000 | 0.600 ± 0.141 | 0.75 |")
     assert lines[3].startswith("| head only | 0 | 20,000 | 0.700 → 0.600 | 0.700 | 0.100 | 1.000 |")
-    assert "diverged" in lines[4] and {line.count("|") for line in lines} == {9}
+    assert "(1 of 1 diverged)" in lines[4] and {line.count("|") for line in lines} == {9}
+
+
+def test_log_likelihoods_are_shown_as_perplexities():
+    subject = Subject(before={"kept": 1.0}, log_likelihood=True)
+    records = [record_of("LoRA", 1, -2.0, 0.9), record_of("LoRA", 2, -1.0, 0.8)]
+    lines = report.best_table(records[1:], subject).splitlines()
+    assert lines[2].startswith("| LoRA | 2 | 20,000 | 2.718 → 3.004 | 2.718 | 0.100 | 0.800 |")
+    lines = report.equal_table(records, subject).splitlines()
+    assert "1 (7.389): kept" in lines[0] and "2 (2.718): kept" in lines[0]
+
+
+def test_seeds_that_do_not_learn_as_much_are_counted():
+    records = [record_of("LoRA", 1, 0.6, 0.9, 0), record_of("LoRA", 1, 0.9, 0.9, 1),
+               record_of("LoRA", 2, 0.7, 0.9, 0), record_of("LoRA", 2, 0.95, 0.9, 1)]
+    records += [record_of("DoRA", rate, learned, 0.5, seed)
+                for rate, learned in ((1, 0.5), (2, 0.8)) for seed in (0, 1)]
+    line = report.equal_table(records, Subject()).splitlines()[3]
+    assert line.startswith("| DoRA | 0.500 (1 of 2 seeds) | 0.100 (1 of 2 seeds) | 0.500 (1 of")
 
 
 def test_what_is_kept_at_equal_learning(tmp_path):
@@ -217,7 +236,7 @@ def test_what_is_kept_at_equal_learning(tmp_path):
     of_dora = [record_of("DoRA", rate, learned, kept + seed / 100, seed)
                for rate, learned, kept in ((1, 0.5, 1.0), (2, 0.7, 0.8), (3, 0.6, 0.2))
                for seed in (0, 1)]
-    lines = report.equal_table(of_lora + of_dora, TASKS, "kept").splitlines()
+    lines = report.equal_table(of_lora + of_dora, Subject()).splitlines()
     assert lines[0] == ("| where as much is learned as by LoRA at | 1 (0.600): kept | forgetting | "
                         "2 (0.680): kept | forgetting |")
     assert lines[3] == ("| DoRA | 0.905 ± 0.007 | 0.100 ± 0.000 | 0.825 ± 0.007 | 0.100 ± 0.000 |")
@@ -226,7 +245,7 @@ def test_what_is_kept_at_equal_learning(tmp_path):
     assert report.value_at(curve, 0.6) == pytest.approx(0.9)  # the better of two places
     assert report.value_at(curve, 0.65, min) == pytest.approx(0.5)
     assert report.value_at(curve, 0.8) is None
-    report.write(of_lora + of_dora, TASKS, ["kept"], "made up", tmp_path / "made-up.json")
+    report.write(of_lora + of_dora, Subject(), tmp_path / "made-up.json")
     assert (tmp_path / "made-up.png").stat().st_size > 5000
     assert "At equal learning" in (tmp_path / "made-up.md").read_text()
 

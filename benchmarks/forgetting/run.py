@@ -76,8 +76,7 @@ def perform(runs: list[Run], subject: Subject, records: Records, console: Consol
             # Of a run that was made before, or that diverged, no step was counted, or not all.
             progress.update(bar, completed=(i + 1) * steps)
             if i + 1 == len(runs) or runs[i + 1].seed != run.seed:
-                report.write(list(records.by_key.values()), subject.tasks, subject.shown,
-                             subject.name, records.path)
+                report.write(list(records.by_key.values()), subject, records.path)
 
 
 def arguments() -> argparse.Namespace:

@@ -32,6 +32,7 @@ class Headed:
     classifier: type[encoder.EncoderClassifier]
     head_rate: float
     batch_size: int
+    log_likelihood = False
     own_tasks = ("tweets", "newsgroups", "reuters")
     forward = staticmethod(mixed_precision()(transformers_forward))
 

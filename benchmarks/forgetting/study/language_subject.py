@@ -43,6 +43,7 @@ class Language:
 
     name = "language"
     targets = ("q_proj", "k_proj", "v_proj")
+    log_likelihood = True
     head_rate = 0.0  # it has no heads
     forward = staticmethod(mixed_precision()(transformers_forward))
 

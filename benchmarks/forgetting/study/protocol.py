@@ -31,6 +31,7 @@ class Subject(Protocol):
     identity: str  # changes with the data, the base weights and the sizes of what is measured
     before: dict[str, float]  # the retention of the base model
     shown: tuple[str, ...]  # measures of retention for the tables; of the first more is better
+    log_likelihood: bool  # ``learned`` is one, and shown as a perplexity
     head_rate: float  # the heads' learning rate, the same beside every method
 
     def model(self, method: Method, seed: int) -> nn.Module:

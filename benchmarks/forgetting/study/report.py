@@ -1,31 +1,32 @@
 """Records as a table in the shape of the papers', as curves, and compared at equal learning."""
 
+import math
 import statistics
 from collections.abc import Callable, Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
 
 from .methods import METHODS
-from .protocol import final_forgetting
+from .protocol import Subject, final_forgetting
 from .search import Row, best_rates
 
-PEER = "LoRA"  # at its levels of learning the others are compared, and it is in every panel
+PEER = "LoRA", "sequential"  # at its levels of learning the others are compared
 UNTRAINED = "head only"
 Measure = Callable[[dict], float]
 
 
-def write(records: Sequence[dict], tasks: Sequence[str], shown: Sequence[str], title: str,
-          path: Path) -> None:
-    """``path`` with .md, the tables, and with .png, the curves of the first of the retention
-    measures ``shown``."""
+def write(records: Sequence[dict], subject: Subject, path: Path) -> None:
+    """``path`` with .md, the tables, and with .png, the curves of the first measure of retention
+    that the subject shows."""
     best = best_rates(records)
     at_best = [r for r in records if r["rate"] == best[row_of(r)]]
-    parts = [f"### {title}: each method at the learning rate that learns most",
-             best_table(at_best, tasks, shown)]
-    if (PEER, "sequential") in best:
-        parts += ["### At equal learning", equal_table(records, tasks, shown[0])]
+    unit = "perplexity" if subject.log_likelihood else "accuracy"
+    parts = [f"### {subject.name}: each method at the learning rate that learns most ({unit})",
+             best_table(at_best, subject)]
+    if PEER in best:
+        parts += ["### At equal learning", equal_table(records, subject)]
     path.with_suffix(".md").write_text("\n\n".join(parts) + "\n")
-    draw(records, shown[0], title, path.with_suffix(".png"))
+    draw(records, subject, path.with_suffix(".png"))
 
 
 def row_of(record: Mapping) -> Row:
@@ -63,63 +64,69 @@ def mean_and_spread(values: Sequence[float], digits: int = 3) -> str:
     return mean if len(values) < 2 else f"{mean} ± {statistics.stdev(values):.{digits}f}"
 
 
+def shown_as(subject: Subject) -> Callable[[float], float]:
+    """What a task's value is shown as: of a mean log-likelihood the perplexity."""
+    return (lambda value: math.exp(-value)) if subject.log_likelihood else (lambda value: value)
+
+
 def table(header: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
     cells = [header, ["---"] * len(header), *lines]
     return "\n".join("| " + " | ".join(line) + " |" for line in cells)
 
 
-def best_table(records: Sequence[dict], tasks: Sequence[str], shown: Sequence[str]) -> str:
+def best_table(records: Sequence[dict], subject: Subject) -> str:
     """A line a row: each task after itself and at the end, forgetting, retention at the end, and
     what was learned above the untrained body, per 100,000 trained parameters."""
-    before = records[0]["retention"]["before"]
+    show, tasks = shown_as(subject), subject.tasks
     header = ["", "rate", "trained"]
     header += [f"{task} → end" for task in tasks[:-1]] + [tasks[-1], "forgetting"]
-    header += [f"{measure} (before: {before[measure]:.3f})" for measure in shown]
+    header += [f"{measure} (before: {subject.before[measure]:.3f})" for measure in subject.shown]
     header += ["gain per 100k"]
     untrained = [learned(r) for r in whole(records) if r["method"] == UNTRAINED]
-    measures = [lambda r, t=task, at=at: r["learned"][t][at]
-                for task in tasks[:-1] for at in (task, tasks[-1])]
     lines = []
     for row, own in grouped(records, row_of).items():
         runs = whole(own)
         trained = own[0]["trained"]
-        cells = [label(row), f"{own[0]['rate']:g}", f"{trained:,}"]
-        if not runs:
-            lines.append([*cells, "diverged", *[""] * (len(header) - 4)])
-            continue
-        texts = [mean_and_spread(list(map(measure, runs))) for measure in measures]
-        cells += [f"{a} → {b}" for a, b in zip(texts[::2], texts[1::2], strict=True)]
-        others = [lambda r: r["learned"][tasks[-1]][tasks[-1]],
-                  lambda r: final_forgetting(r, tasks), *map(retained, shown)]
-        cells += [mean_and_spread(list(map(measure, runs))) for measure in others]
-        gain = ""
-        if untrained and trained:
-            above = statistics.mean(map(learned, runs)) - statistics.mean(untrained)
-            gain = f"{above / trained * 1e5:.3g}"
-        lines.append([*cells, gain])
+        lines.append([label(row), f"{own[0]['rate']:g}", f"{trained:,}"])
         if len(runs) < len(own):
             lines[-1][0] += f" ({len(own) - len(runs)} of {len(own)} diverged)"
+        if not runs:
+            lines[-1] += [""] * (len(header) - 3)
+            continue
+        lines[-1] += [" → ".join(mean_and_spread([show(r["learned"][task][at]) for r in runs])
+                                 for at in dict.fromkeys((task, tasks[-1]))) for task in tasks]
+        lines[-1].append(mean_and_spread([final_forgetting(r, tasks) for r in runs]))
+        lines[-1] += [mean_and_spread(list(map(retained(measure), runs)))
+                      for measure in subject.shown]
+        above = statistics.mean(map(learned, runs)) - statistics.mean(untrained or [math.nan])
+        lines[-1].append(f"{above / trained * 1e5:.3g}" if untrained and trained else "")
     return table(header, lines)
 
 
-def equal_table(records: Sequence[dict], tasks: Sequence[str], measure: str) -> str:
+def equal_table(records: Sequence[dict], subject: Subject) -> str:
     """What each row keeps, and forgets, where it learns as much as ``PEER`` does at each of its
-    rates: on the straight line between its neighbouring rates, seed by seed."""
-    peer = grouped([r for r in whole(records) if row_of(r) == (PEER, "sequential")],
-                   lambda r: r["rate"])
-    levels = {rate: statistics.mean(map(learned, own)) for rate, own in sorted(peer.items())}
-    header = [f"where as much is learned as by {PEER} at"]
-    for rate, level in levels.items():
-        header += [f"{rate:g} ({level:.3f}): {measure}", "forgetting"]
-    measures = ((retained(measure), max), (lambda r: final_forgetting(r, tasks), min))
+    rates with the same seed: on the straight line between the row's neighbouring rates."""
+    show = shown_as(subject)
+    peer = grouped([r for r in whole(records) if row_of(r) == PEER], lambda r: r["rate"])
+    levels = {rate: {r["seed"]: learned(r) for r in own} for rate, own in sorted(peer.items())}
+    header = [f"where as much is learned as by {label(PEER)} at"]
+    for rate, by_seed in levels.items():
+        level = show(statistics.mean(by_seed.values()))
+        header += [f"{rate:g} ({level:.3f}): {subject.shown[0]}", "forgetting"]
+    measures = ((retained(subject.shown[0]), max),
+                (lambda r: final_forgetting(r, subject.tasks), min))
     lines = []
     for row, own in grouped(whole(records), row_of).items():
+        seeds = grouped(own, lambda r: r["seed"])
         cells = [label(row)]
-        for level in levels.values():
+        for by_seed in levels.values():
             for value, better in measures:
-                found = [value_at(curve_of(runs, value), level, better)
-                         for runs in grouped(own, lambda r: r["seed"]).values()]
-                cells.append("" if None in found else mean_and_spread(found))
+                found = [value_at(curve_of(runs, value), by_seed[seed], better)
+                         for seed, runs in seeds.items() if seed in by_seed]
+                reached = [v for v in found if v is not None]
+                cells.append(mean_and_spread(reached) if reached else "")
+                if 0 < len(reached) < len(found):
+                    cells[-1] += f" ({len(reached)} of {len(found)} seeds)"
         lines.append(cells)
     return table(header, lines)
 
@@ -146,7 +153,7 @@ def value_at(curve: Sequence[tuple[float, float]], level: float, better: Callabl
     return better(found, default=None)
 
 
-def draw(records: Sequence[dict], measure: str, title: str, path: Path) -> None:
+def draw(records: Sequence[dict], subject: Subject, path: Path) -> None:
     """Retention against learning, a line a row over its rates, a panel a family of methods: upper
     right is better."""
     import matplotlib
@@ -154,6 +161,7 @@ def draw(records: Sequence[dict], measure: str, title: str, path: Path) -> None:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
+    measure = subject.shown[0]
     rows = grouped(whole(records), row_of)
     panels: dict[str, list[Row]] = {}
     for row in rows:
@@ -165,16 +173,15 @@ def draw(records: Sequence[dict], measure: str, title: str, path: Path) -> None:
         for row in own:
             points = zip(*curve_of(rows[row], retained(measure)), strict=True)
             panel.plot(*points, marker="o", label=label(row))
-        peer = PEER, "sequential"
-        if peer in rows and peer not in own:
-            points = zip(*curve_of(rows[peer], retained(measure)), strict=True)
-            panel.plot(*points, marker=".", color="gray", linestyle="--", label=PEER)
-        panel.axhline(records[0]["retention"]["before"][measure], color="black", linewidth=0.8,
-                      linestyle=":", label="before")
+        if PEER in rows and PEER not in own:
+            points = zip(*curve_of(rows[PEER], retained(measure)), strict=True)
+            panel.plot(*points, marker=".", color="gray", linestyle="--", label=label(PEER))
+        panel.axhline(subject.before[measure], color="black", linewidth=0.8, linestyle=":",
+                      label="before")
         panel.set(xlabel="learned: mean over tasks, each right after it", title=family)
         panel.legend(fontsize=8)
     grid[0][0].set_ylabel(f"{measure} at the end")
-    figure.suptitle(title)
+    figure.suptitle(subject.name)
     figure.tight_layout()
     figure.savefig(path, dpi=90)
     plt.close(figure)
