@@ -140,6 +140,18 @@ def test_decoders_read_the_last_token(language_folder, tasks):
     assert records["LoRA"]["retention"]["end"]["wikipedia kl"] > 1e-5
 
 
+def test_base_weights_may_be_bfloat16(language_folder, tasks):
+    subject = subjects.load("decoder", Setup(model=str(language_folder), tasks=tasks, length=16,
+                                             dtype="bfloat16"))
+    record = protocol.perform(protocol.Run("SECURA", "sequential", 1e-2, 0, 4), subject,
+                              lambda: None)
+    assert record["diverged"] is None and record["retention"]["end"]["wikipedia kl"] > 0
+    model = subject.model(methods.METHODS["SECURA"], 0)
+    assert {(p.dtype, p.requires_grad) for p in model.body.parameters()} == {
+        (torch.bfloat16, False), (torch.float32, True)}
+    assert {p.dtype for p in model.heads.parameters()} == {torch.float32}
+
+
 def test_language_models_learn_domains(language_folder, monkeypatch):
     texts = {part: "abc abd " * 80 for part in language.PARTS}
     monkeypatch.setattr(language, "DOMAINS", {"one": lambda: texts, "two": lambda: {

@@ -1,4 +1,4 @@
-"""Does it forget less? Tasks in turn, by every method, over learning rates and seeds.
+r"""Does it forget less? Tasks in turn, by every method, over learning rates and seeds.
 
     python benchmarks/forgetting/run.py --quick            # `make forgetting`: 10 minutes
     python benchmarks/forgetting/run.py --subject encoder  # hours; goes on where it was stopped
@@ -6,11 +6,14 @@
 
 Subjects: encoder (MiniLM; classifications with a head each), language (SmolLM2; text domains),
 decoder (a language model that classifies with a head each, as in CURLoRA's Table 1). Each takes
-other models and tasks, with a network those of the Hugging Face hub:
+other models and tasks, with a network those of the Hugging Face hub. CURLoRA's and SECURA's own:
 
     python benchmarks/forgetting/run.py --subject decoder --model mistralai/Mistral-7B-v0.1 \
         --task mrpc sst2 sentiment140 --general wikitext-2 --dtype bfloat16 --steps 1000 \
         --batch-size 8 --length 256 --out build/mistral
+    python benchmarks/forgetting/run.py --subject language --model Qwen/Qwen2-7B \
+        --task gsm8k cnn-dailymail logiqa --dtype bfloat16 --steps 1000 --batch-size 8 \
+        --length 1024 --target q_proj v_proj --out build/qwen
 
 Each method is run at each of its learning rates, the same number for all; its best one is chosen on
 validation data, and what is reported is of test data. Every run's record is kept in --out at once,
