@@ -2,6 +2,7 @@
 
 import copy
 import math
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
 
@@ -14,7 +15,7 @@ from secura_kernels.checks import check_choice
 from . import classification, embedding_retention, encoder, hub_tasks, language_retention
 from .decoder import DecoderClassifier
 from .device import DEVICE, mixed_precision, on_device
-from .language_subject import load_language_model, mean_agreement
+from .language_subject import LAYERS, load_language_model, mean_agreement
 from .methods import Method
 from .protocol import Batch
 from .setup import Setup, digest
@@ -28,7 +29,8 @@ class Headed:
     """What the two share. A subclass sets ``base``, ``tokenizer`` and ``before``, and measures
     retention."""
 
-    targets: tuple[str, ...]
+    targets: Sequence[str]
+    layers: Sequence[str]  # every linear layer of a block
     classifier: type[encoder.EncoderClassifier]
     head_rate: float
     batch_size: int
@@ -48,7 +50,8 @@ class Headed:
         return [[task.train, task.validation, task.test] for task in self.data.values()]
 
     def model(self, method: Method, seed: int) -> nn.Module:
-        body = method.attach(copy.deepcopy(self.base), list(self.targets), seed)
+        targets = self.layers if method.every_layer else self.targets
+        body = method.attach(copy.deepcopy(self.base), list(targets), seed)
         torch.manual_seed(seed)
         labels = {name: len(task.labels) for name, task in self.data.items()}
         return self.classifier(body, labels).to(DEVICE)
@@ -83,6 +86,7 @@ class Encoder(Headed):
 
     name = "encoder"
     targets = ("query", "key", "value")
+    layers = (*targets, "dense")
     shown = ("retrieval", "drift", "wordsim353", "simlex999")
     classifier = encoder.EncoderClassifier
     head_rate = 3e-2
@@ -121,6 +125,7 @@ class Decoder(Headed):
 
     name = "decoder"
     targets = ("q_proj", "k_proj", "v_proj")
+    layers = LAYERS
     classifier = DecoderClassifier
     head_rate = 3e-3
     batch_size = 8

@@ -19,6 +19,9 @@ from .methods import Method
 from .protocol import Batch
 from .setup import Setup, digest
 
+# Every linear layer of a block, as Llama and its like name them.
+LAYERS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+
 
 def load_language_model(setup: Setup) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """The model that ``setup`` names, or SmolLM2-135M-Instruct, in evaluation mode, and its
@@ -67,7 +70,8 @@ class Language:
                                language_retention.weights_sha256(self.base))
 
     def model(self, method: Method, seed: int) -> nn.Module:
-        return method.attach(copy.deepcopy(self.base), list(self.targets), seed)
+        targets = LAYERS if method.every_layer else self.targets
+        return method.attach(copy.deepcopy(self.base), list(targets), seed)
 
     def heads(self, model: nn.Module) -> list[nn.Parameter]:
         return []

@@ -20,7 +20,8 @@ class Method:
         model, nothing.
         settings: of ``SecuraConfig``, or with ``lora`` of ``LoraConfig``. stage: ``"m1"`` or
         ``"m2"`` between tasks. rates: the learning rates that are tried, as many for each method;
-        heads have their own. family: whose curves are drawn in one panel.
+        heads have their own. family: whose curves are drawn in one panel. every_layer: adapters go
+        to all linear layers of a block, not to queries, keys and values alone.
     """
 
     name: str
@@ -30,6 +31,7 @@ class Method:
     lora: bool = False
     stage: str | None = None
     family: str = "methods"
+    every_layer: bool = False
 
     def attach(self, model: nn.Module, targets: list[str], seed: int) -> nn.Module:
         """``model`` with what this method trains requiring gradients, and nothing else."""
@@ -51,10 +53,16 @@ def up_to(rate: float) -> tuple[float, ...]:
     return tuple(float(f"{rate / 3**power:.2g}") for power in (2, 1, 0))
 
 
+def lora(name: str, family: str = "methods", rate: float = 3e-3, every_layer: bool = False,
+         **settings) -> Method:
+    return Method(name, ADAPTER, up_to(rate), dict(r=16, lora_alpha=16) | settings, lora=True,
+                  family=family, every_layer=every_layer)
+
+
 def secura(name: str, family: str = "methods", rate: float = 6e-3, stage: str | None = None,
-           **settings) -> Method:
+           every_layer: bool = False, **settings) -> Method:
     return Method(name, ADAPTER, up_to(rate), dict(r=64, basis="orthonormal") | settings,
-                  stage=stage, family=family)
+                  stage=stage, family=family, every_layer=every_layer)
 
 
 def curlora(name: str, family: str = "methods", rate: float = 2e-2, **settings) -> Method:
@@ -62,13 +70,14 @@ def curlora(name: str, family: str = "methods", rate: float = 2e-2, **settings) 
 
 
 SELECTION, GATE, STAGES = "CURLoRA: selection and basis", "SECURA: gate", "SECURA: decay and stages"
+LAYERS = "adapters on every layer"
 
 
 METHODS = {method.name: method for method in (
     Method("head only", HEAD, (0.0,)),
     Method("full", FULL, up_to(2e-4)),
-    Method("LoRA", ADAPTER, up_to(3e-3), dict(r=16, lora_alpha=16), lora=True),
-    Method("DoRA", ADAPTER, up_to(3e-3), dict(r=16, lora_alpha=16, use_dora=True), lora=True),
+    lora("LoRA"),
+    lora("DoRA", use_dora=True),
     curlora("CURLoRA"),
     curlora("CURLoRA, as published", rate=3e-2, r=16, basis="raw"),
     secura("CABR", norm=None),
@@ -87,4 +96,8 @@ METHODS = {method.name: method for method in (
     curlora("CURLoRA, raw", SELECTION, basis="raw"),
     curlora("CURLoRA, lowest", SELECTION, selection="lowest"),
     curlora("CURLoRA, highest", SELECTION, selection="highest"),
+    lora("LoRA, every layer", LAYERS, 1e-3, every_layer=True),
+    curlora("CURLoRA, every layer", LAYERS, 7e-3, every_layer=True),
+    secura("CABR, every layer", LAYERS, 2e-3, every_layer=True, norm=None),
+    secura("SECURA, every layer", LAYERS, 2e-3, every_layer=True),
 )}
