@@ -196,6 +196,9 @@ def test_the_rate_that_learns_most_on_validation_data_is_best():
 def test_every_method_has_the_same_budget():
     runs = search.grid([("LoRA", "sequential"), ("SECURA", "ewc")], 2, 12)
     assert [run.seed for run in runs] == 6 * [0] + 6 * [1] and len(set(runs)) == 12
+    quick = search.grid([("head only", "sequential"), ("LoRA", "sequential")], 1, 12,
+                        slice(-2, None))
+    assert [run.rate for run in quick] == [0.0, *methods.METHODS["LoRA"].rates[1:]]
     assert {len(method.rates) for method in methods.METHODS.values()
             if method.kind != methods.HEAD} == {3}
 

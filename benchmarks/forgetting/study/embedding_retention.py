@@ -98,7 +98,8 @@ class EmbeddingRetention:
         places = {word: place for place, word in enumerate(words)}
         vectors = embed(words)
         result = {"retrieval": retrieval(found, self.texts.classes),
-                  "drift": float((1 - (found.double() * self.base.double()).sum(1)).mean())}
+                  "drift": max(0.0, float((1 - (found.double() * self.base.double()).sum(1)
+                                           ).mean()))}  # equal ones can be off by rounding
         for name, pairs in self.texts.pairs.items():
             ones, others = (vectors[[places[pair[side]] for pair in pairs]] for side in (0, 1))
             result[name] = spearman((ones * others).sum(1).numpy(), [pair[2] for pair in pairs])
