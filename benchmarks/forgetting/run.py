@@ -36,7 +36,7 @@ from study.language import DOMAINS
 from study.methods import METHODS
 from study.protocol import STRATEGIES, Run, Subject, run_once
 from study.records import Records
-from study.search import grid
+from study.search import SEQUENTIAL, grid
 from study.setup import Setup
 from study.subjects import STEPS
 
@@ -46,7 +46,6 @@ import machine  # noqa: E402
 
 QUICK = ("head only", "LoRA", "CURLoRA", "SECURA")
 QUICK_RATES = slice(-2, None)
-SEQUENTIAL = "sequential"
 
 
 def main() -> int:

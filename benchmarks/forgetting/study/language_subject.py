@@ -13,6 +13,8 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
+from secura_kernels.retention import evaluating
+
 from . import hub_texts, language, language_retention
 from .device import DEVICE, mixed_precision, on_device
 from .methods import Method
@@ -87,11 +89,11 @@ class Language:
     @mixed_precision()
     def learned(self, model: nn.Module, task: str, part: str) -> float:
         """Mean log-likelihood of a token, in nats: minus the logarithm of the perplexity."""
-        model.eval()
         losses: list[Tensor] = []
         windows = self.data[task].held_out(part, self.length, self.tokens[part]).to(DEVICE)
-        for ids in windows.split(8):
-            losses.append(model(input_ids=ids, labels=ids).loss * len(ids))
+        with evaluating(model):
+            for ids in windows.split(8):
+                losses.append(model(input_ids=ids, labels=ids).loss * len(ids))
         return -float(torch.stack(losses).sum() / len(windows))
 
     @mixed_precision()

@@ -92,8 +92,7 @@ def perform(run: Run, subject: Subject, tick: Tick) -> dict:
     torch.manual_seed(run.seed)
     model = subject.model(method, run.seed)
     strategy = make_strategy(run.strategy, subject)
-    heads = {id(parameter) for parameter in subject.heads(model)}
-    trained = sum(p.numel() for p in model.parameters() if p.requires_grad and id(p) not in heads)
+    trained = sum(p.numel() for p in body_of(model, subject))
     validation: dict[str, float] = {}
     learned: dict[str, dict[str, float]] = {}
     retention = {"before": subject.before}
@@ -119,9 +118,7 @@ def perform(run: Run, subject: Subject, tick: Tick) -> dict:
 def train(model: nn.Module, subject: Subject, strategy, batches: list[Batch],
           rate: float, tick: Tick) -> bool:
     """One task; False where the loss became no number."""
-    heads = subject.heads(model)
-    apart = set(map(id, heads))
-    body = [p for p in model.parameters() if p.requires_grad and id(p) not in apart]
+    body, heads = body_of(model, subject), subject.heads(model)
     if not body and not heads:
         return True
     model.train()
@@ -146,6 +143,12 @@ def train(model: nn.Module, subject: Subject, strategy, batches: list[Batch],
         tick()
     strategy.after_task(model, batches)
     return True
+
+
+def body_of(model: nn.Module, subject: Subject) -> list[nn.Parameter]:
+    """What is trained of ``model`` beside its heads."""
+    heads = set(map(id, subject.heads(model)))
+    return [p for p in model.parameters() if p.requires_grad and id(p) not in heads]
 
 
 def make_strategy(name: str, subject: Subject):

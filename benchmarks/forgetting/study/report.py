@@ -2,15 +2,15 @@
 
 import math
 import statistics
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from itertools import pairwise
 from pathlib import Path
 
 from .methods import METHODS
 from .protocol import Subject, final_forgetting
-from .search import Row, best_rates
+from .search import SEQUENTIAL, Row, best_rates, grouped, row_of
 
-PEER = "LoRA", "sequential"  # at its levels of learning the others are compared
+PEER = "LoRA", SEQUENTIAL  # at its levels of learning the others are compared
 UNTRAINED = "head only"
 Measure = Callable[[dict], float]
 
@@ -29,24 +29,13 @@ def write(records: Sequence[dict], subject: Subject, path: Path) -> None:
     draw(records, subject, path.with_suffix(".png"))
 
 
-def row_of(record: Mapping) -> Row:
-    return record["method"], record["strategy"]
-
-
 def label(row: Row) -> str:
     method, strategy = row
-    return method if strategy == "sequential" else f"{method}, {strategy}"
+    return method if strategy == SEQUENTIAL else f"{method}, {strategy}"
 
 
 def whole(records: Sequence[dict]) -> list[dict]:
     return [record for record in records if not record["diverged"]]
-
-
-def grouped(records: Sequence[dict], key: Callable[[dict], object]) -> dict[object, list[dict]]:
-    found: dict[object, list[dict]] = {}
-    for record in records:
-        found.setdefault(key(record), []).append(record)
-    return found
 
 
 def learned(record: dict) -> float:
@@ -98,8 +87,11 @@ def best_table(records: Sequence[dict], subject: Subject) -> str:
         lines[-1].append(mean_and_spread([final_forgetting(r, tasks) for r in runs]))
         lines[-1] += [mean_and_spread(list(map(retained(measure), runs)))
                       for measure in subject.shown]
-        above = statistics.mean(map(learned, runs)) - statistics.mean(untrained or [math.nan])
-        lines[-1].append(f"{above / trained * 1e5:.3g}" if untrained and trained else "")
+        gain = ""
+        if untrained and trained:
+            above = statistics.mean(map(learned, runs)) - statistics.mean(untrained)
+            gain = f"{above / trained * 1e5:.3g}"
+        lines[-1].append(gain)
     return table(header, lines)
 
 
@@ -165,7 +157,7 @@ def draw(records: Sequence[dict], subject: Subject, path: Path) -> None:
     rows = grouped(whole(records), row_of)
     panels: dict[str, list[Row]] = {}
     for row in rows:
-        panels.setdefault(METHODS[row[0]].family if row[1] == "sequential" else "strategies",
+        panels.setdefault(METHODS[row[0]].family if row[1] == SEQUENTIAL else "strategies",
                           []).append(row)
     figure, grid = plt.subplots(1, len(panels), figsize=(6 * len(panels), 6), sharex=True,
                                 sharey=True, squeeze=False)

@@ -1,12 +1,24 @@
 """Which runs a study makes, and the learning rate of each method, chosen on validation data."""
 
 import statistics
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 from .methods import METHODS
 from .protocol import Run
 
 Row = tuple[str, str]  # a method and a strategy
+SEQUENTIAL = "sequential"
+
+
+def row_of(record: Mapping) -> Row:
+    return record["method"], record["strategy"]
+
+
+def grouped(records: Sequence[dict], key: Callable[[dict], object]) -> dict[object, list[dict]]:
+    found: dict[object, list[dict]] = {}
+    for record in records:
+        found.setdefault(key(record), []).append(record)
+    return found
 
 
 def grid(rows: Sequence[Row], seeds: int, steps: int, rates: slice = slice(None)) -> list[Run]:
@@ -28,13 +40,11 @@ def score(record: dict) -> float:
 def best_rates(records: Sequence[dict]) -> dict[Row, float]:
     """For each row the rate of the highest score, the mean over its seeds; of rates that not all
     seeds have been run at, none, where others are complete."""
-    scores: dict[Row, dict[float, list[float]]] = {}
-    for record in records:
-        rates = scores.setdefault((record["method"], record["strategy"]), {})
-        rates.setdefault(record["rate"], []).append(score(record))
     found = {}
-    for row, rates in scores.items():
-        most = max(map(len, rates.values()))
-        found[row] = max((rate for rate in rates if len(rates[rate]) == most),
-                         key=lambda rate: statistics.mean(rates[rate]))
+    for row, own in grouped(records, row_of).items():
+        scores = {rate: list(map(score, runs))
+                  for rate, runs in grouped(own, lambda r: r["rate"]).items()}
+        most = max(map(len, scores.values()))
+        found[row] = max((rate for rate in scores if len(scores[rate]) == most),
+                         key=lambda rate: statistics.mean(scores[rate]))
     return found
