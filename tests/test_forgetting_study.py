@@ -33,6 +33,7 @@ class Subject:
     """Two regressions that pull one layer two ways; what it knew is its own first outputs."""
 
     name: str = "made up"
+    title: str = "a made-up model"
     tasks: tuple[str, ...] = TASKS
     identity: str = "1"
     before: dict = field(default_factory=lambda: {"kept": 0.0})
@@ -45,7 +46,7 @@ class Subject:
     def model(self, method, seed):
         torch.manual_seed(7)  # the pretrained model is the same one for every seed
         model = Model()
-        model.body = method.attach(model.body, ["layer"], seed)
+        model.body = method.attach(model.body, ["layer"], ["layer"], seed)
         return model
 
     def heads(self, model):
@@ -207,19 +208,20 @@ def test_the_table_at_the_best_rates():
     records = [record_of("LoRA", 0.1, 0.8, 0.5), record_of("LoRA", 0.1, 0.9, 0.7, seed=1),
                record_of("head only", 0, 0.7, 1.0), record_of("DoRA", 0.3, 0, 0, diverged="first")]
     lines = report.best_table(records, Subject(before={"kept": 1.0})).splitlines()
-    assert lines[0] == ("|  | rate | trained | first → end | second | forgetting | "
+    assert lines[0] == ("|  | rate | seeds | trained | first → end | second | forgetting | "
                         "kept (before: 1.000) | gain per 100k |")
-    assert lines[2] == ("| LoRA | 0.1 | 20,000 | 0.850 ± 0.071 → 0.750 ± 0.071 | 0.850 ± 0.071 | "
-                        "0.100 ± 0.000 | 0.600 ± 0.141 | 0.75 |")
-    assert lines[3].startswith("| head only | 0 | 20,000 | 0.700 → 0.600 | 0.700 | 0.100 | 1.000 |")
-    assert "(1 of 1 diverged)" in lines[4] and {line.count("|") for line in lines} == {9}
+    assert lines[2] == ("| LoRA | 0.1 | 2 | 20,000 | 0.850 ± 0.071 → 0.750 ± 0.071 | 0.850 ± 0.071 "
+                        "| 0.100 ± 0.000 | 0.600 ± 0.141 | 0.75 |")
+    assert lines[3].startswith(
+        "| head only | 0 | 1 | 20,000 | 0.700 → 0.600 | 0.700 | 0.100 | 1.000 |")
+    assert "(1 of 1 diverged)" in lines[4] and {line.count("|") for line in lines} == {10}
 
 
 def test_log_likelihoods_are_shown_as_perplexities():
     subject = Subject(before={"kept": 1.0}, log_likelihood=True)
     records = [record_of("LoRA", 1, -2.0, 0.9), record_of("LoRA", 2, -1.0, 0.8)]
     lines = report.best_table(records[1:], subject).splitlines()
-    assert lines[2].startswith("| LoRA | 2 | 20,000 | 2.718 → 3.004 | 2.718 | 0.100 | 0.800 |")
+    assert lines[2].startswith("| LoRA | 2 | 1 | 20,000 | 2.718 → 3.004 | 2.718 | 0.100 | 0.800 |")
     lines = report.equal_table(records, subject).splitlines()
     assert "1 (7.389): kept" in lines[0] and "2 (2.718): kept" in lines[0]
 
@@ -250,7 +252,8 @@ def test_what_is_kept_at_equal_learning(tmp_path):
     assert report.value_at(curve, 0.8) is None
     report.write(of_lora + of_dora, Subject(), tmp_path / "made-up.json")
     assert (tmp_path / "made-up.png").stat().st_size > 5000
-    assert "At equal learning" in (tmp_path / "made-up.md").read_text()
+    tables = (tmp_path / "made-up.md").read_text()
+    assert "At equal learning" in tables and tables.startswith("### a made-up model: ")
 
 
 def test_the_command_goes_on_where_it_was_stopped(tmp_path, monkeypatch, capsys):

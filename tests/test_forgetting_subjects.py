@@ -118,10 +118,25 @@ def test_encoders(encoder_folder, tasks):
     records = run_all(subject, 1e-2)
     check_heads(subject, records)
     assert records["SECURA"]["retention"]["end"]["drift"] > 1e-4
-    again = subjects.load("encoder", Setup(model=str(encoder_folder), tasks=tasks, length=12))
-    assert again.identity == subject.identity
-    other = subjects.load("encoder", Setup(model=str(encoder_folder), tasks=tasks, length=11))
-    assert other.identity != subject.identity
+    setup = Setup(model=str(encoder_folder), tasks=tasks, length=12)
+    assert subjects.load("encoder", setup).identity == subject.identity
+    for other in (replace(setup, length=11), replace(setup, targets=("query",))):
+        assert subjects.load("encoder", other).identity != subject.identity
+
+
+def test_adapters_go_to_the_targets_or_to_every_layer(encoder_folder, tasks, monkeypatch):
+    monkeypatch.setitem(methods.METHODS, "LoRA, every layer", replace(
+        methods.METHODS["LoRA, every layer"], settings=dict(r=2)))
+    setup = Setup(model=str(encoder_folder), tasks=tasks, targets=("query",))
+    subject = subjects.load("encoder", setup)
+
+    def adapted(method: str) -> set[str]:
+        model = subject.model(methods.METHODS[method], 0)
+        return {name.split(".lora_A")[0].split(".")[-1] for name, _ in model.named_parameters()
+                if "lora_A" in name}
+
+    assert adapted("LoRA") == {"query"}
+    assert adapted("LoRA, every layer") == {"query", "key", "value", "dense"}
 
 
 def test_decoders_read_the_last_token(language_folder, tasks):

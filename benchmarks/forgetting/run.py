@@ -1,6 +1,6 @@
 r"""Does it forget less? Tasks in turn, by every method, over learning rates and seeds.
 
-    python benchmarks/forgetting/run.py --quick            # `make forgetting`: 10 minutes
+    python benchmarks/forgetting/run.py --quick            # `make forgetting`: 8 minutes
     python benchmarks/forgetting/run.py --subject encoder  # hours; goes on where it was stopped
     python benchmarks/forgetting/run.py --subject language
 

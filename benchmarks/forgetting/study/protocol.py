@@ -27,6 +27,7 @@ class Subject(Protocol):
     """A pretrained model, its tasks in order, and what is measured of it."""
 
     name: str
+    title: str  # of its tables and plots
     tasks: tuple[str, ...]
     identity: str  # changes with the data, the base weights and the sizes of what is measured
     before: dict[str, float]  # the retention of the base model
@@ -110,8 +111,8 @@ def perform(run: Run, subject: Subject, tick: Tick) -> dict:
             validation[task] = subject.learned(model, task, "validation")
             for earlier in subject.tasks[:i + 1]:
                 learned.setdefault(earlier, {})[task] = subject.learned(model, earlier, "test")
-    with strategy.evaluation(model):
-        retention["end"] = subject.retention(model)
+            if task == subject.tasks[-1]:
+                retention["end"] = subject.retention(model)
     return result
 
 

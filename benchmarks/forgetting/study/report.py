@@ -21,7 +21,7 @@ def write(records: Sequence[dict], subject: Subject, path: Path) -> None:
     best = best_rates(records)
     at_best = [r for r in records if r["rate"] == best[row_of(r)]]
     unit = "perplexity" if subject.log_likelihood else "accuracy"
-    parts = [f"### {subject.name}: each method at the learning rate that learns most ({unit})",
+    parts = [f"### {subject.title}: each method at the learning rate that learns most ({unit})",
              best_table(at_best, subject)]
     if PEER in best:
         parts += ["### At equal learning", equal_table(records, subject)]
@@ -67,7 +67,7 @@ def best_table(records: Sequence[dict], subject: Subject) -> str:
     """A line a row: each task after itself and at the end, forgetting, retention at the end, and
     what was learned above the untrained body, per 100,000 trained parameters."""
     show, tasks = shown_as(subject), subject.tasks
-    header = ["", "rate", "trained"]
+    header = ["", "rate", "seeds", "trained"]
     header += [f"{task} → end" for task in tasks[:-1]] + [tasks[-1], "forgetting"]
     header += [f"{measure} (before: {subject.before[measure]:.3f})" for measure in subject.shown]
     header += ["gain per 100k"]
@@ -76,11 +76,11 @@ def best_table(records: Sequence[dict], subject: Subject) -> str:
     for row, own in grouped(records, row_of).items():
         runs = whole(own)
         trained = own[0]["trained"]
-        lines.append([label(row), f"{own[0]['rate']:g}", f"{trained:,}"])
+        lines.append([label(row), f"{own[0]['rate']:g}", str(len(own)), f"{trained:,}"])
         if len(runs) < len(own):
             lines[-1][0] += f" ({len(own) - len(runs)} of {len(own)} diverged)"
         if not runs:
-            lines[-1] += [""] * (len(header) - 3)
+            lines[-1] += [""] * (len(header) - 4)
             continue
         lines[-1] += [" → ".join(mean_and_spread([show(r["learned"][task][at]) for r in runs])
                                  for at in dict.fromkeys((task, tasks[-1]))) for task in tasks]
@@ -154,6 +154,7 @@ def draw(records: Sequence[dict], subject: Subject, path: Path) -> None:
     import matplotlib.pyplot as plt
 
     measure = subject.shown[0]
+    unit = "mean log-likelihood" if subject.log_likelihood else "accuracy"
     rows = grouped(whole(records), row_of)
     panels: dict[str, list[Row]] = {}
     for row in rows:
@@ -170,10 +171,10 @@ def draw(records: Sequence[dict], subject: Subject, path: Path) -> None:
             panel.plot(*points, marker=".", color="gray", linestyle="--", label=label(PEER))
         panel.axhline(subject.before[measure], color="black", linewidth=0.8, linestyle=":",
                       label="before")
-        panel.set(xlabel="learned: mean over tasks, each right after it", title=family)
+        panel.set(xlabel=f"learned: {unit}, mean over tasks right after each", title=family)
         panel.legend(fontsize=8)
     grid[0][0].set_ylabel(f"{measure} at the end")
-    figure.suptitle(subject.name)
+    figure.suptitle(subject.title)
     figure.tight_layout()
     figure.savefig(path, dpi=90)
     plt.close(figure)

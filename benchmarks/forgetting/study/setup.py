@@ -27,6 +27,16 @@ class Setup:
     dtype: str = "float32"
     general: str = "wikipedia"
 
+    def choices(self) -> list[tuple[str, object]]:
+        """What was chosen of ``targets`` and ``general``, which no value of a subject holds."""
+        return [(name, value) for name, value, own in (
+            ("targets", self.targets, None), ("general", self.general, "wikipedia"))
+            if value != own]
+
+
+def title(model: str, tasks: Sequence[str]) -> str:
+    return f"{model}, {' → '.join(tasks)}"
+
 
 def digest(*values: object) -> str:
     return hashlib.sha256(repr(values).encode()).hexdigest()[:20]

@@ -1,0 +1,53 @@
+"""The causal language model of two subjects: how it is read, and what it is not to lose."""
+
+import torch
+from smollm2 import smollm2_folder
+from torch import nn
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+from . import language_retention
+from .device import DEVICE, mixed_precision
+from .setup import Setup
+
+OWN = "SmolLM2"
+TARGETS = ("q_proj", "k_proj", "v_proj")
+# Every linear layer of a block, as Llama and its like name them.
+LAYERS = (*TARGETS, "o_proj", "gate_proj", "up_proj", "down_proj")
+
+
+def load_causal_model(setup: Setup) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """The model that ``setup`` names, or SmolLM2-135M-Instruct, in evaluation mode, and its
+    tokenizer."""
+    folder = setup.model or smollm2_folder()
+    # Eager attention: of texts this short it is faster than the fused one on a CPU.
+    base = AutoModelForCausalLM.from_pretrained(
+        folder, dtype=getattr(torch, setup.dtype),
+        attn_implementation="eager" if DEVICE == "cpu" else None)
+    return base.to(DEVICE).eval(), AutoTokenizer.from_pretrained(folder)
+
+
+class Speech:
+    """How a model speaks, against its base.
+
+    Attributes:
+        shown: the measures for the tables.
+    """
+
+    def __init__(self, base: PreTrainedModel, tokenizer: PreTrainedTokenizerBase,
+                 general: str) -> None:
+        self.shown = "agreement", f"{general} kl", f"{general} perplexity"
+        with mixed_precision():
+            self.reference = language_retention.base_reference(base, tokenizer, general=general)
+
+    @mixed_precision()
+    def measure(self, model: nn.Module) -> dict[str, float]:
+        """As ``Reference.measure``, and before all others ``agreement``, the mean over the kinds
+        of prompts."""
+        measures = self.reference.measure(model)
+        agreed = [value for name, value in measures.items() if name.endswith(" agreement")]
+        return {"agreement": sum(agreed) / len(agreed)} | measures
