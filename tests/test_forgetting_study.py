@@ -1,5 +1,6 @@
 """benchmarks/forgetting/study: the protocol on a small made-up subject, the search, the report."""
 
+import importlib.util
 import json
 import sys
 from dataclasses import dataclass, field, replace
@@ -76,6 +77,15 @@ class Subject:
         x = self.batches("first", 1, 5)[0]["x"]
         torch.manual_seed(7)
         return {"kept": -float(F.mse_loss(model(x), Model()(x)))}
+
+
+def script(name: str):
+    """benchmarks/forgetting/<name>.py as a module."""
+    file = Path(__file__).parents[1] / "benchmarks" / "forgetting" / f"{name}.py"
+    spec = importlib.util.spec_from_file_location(f"forgetting_{name}", file)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
 def run_of(**changes) -> protocol.Run:
@@ -257,12 +267,7 @@ def test_what_is_kept_at_equal_learning(tmp_path):
 
 
 def test_the_command_goes_on_where_it_was_stopped(tmp_path, monkeypatch, capsys):
-    import importlib.util
-
-    file = Path(__file__).parents[1] / "benchmarks" / "forgetting" / "run.py"
-    spec = importlib.util.spec_from_file_location("forgetting_run", file)
-    command = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(command)
+    command = script("run")
     subject = Subject()
     monkeypatch.setattr(command.subjects, "load", lambda name, setup: subject)
     monkeypatch.setattr(sys, "argv", [
@@ -281,3 +286,15 @@ def test_the_command_goes_on_where_it_was_stopped(tmp_path, monkeypatch, capsys)
     path.write_text(json.dumps(content))
     command.main()
     assert subject.ticks == made + 1  # one run only
+
+
+def test_what_the_gate_makes_of_a_change(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["gate.py", "--out", str(tmp_path)])
+    script("gate").main()
+    lines = capsys.readouterr().out.splitlines()
+    cells = {line.split(" | ")[0].removeprefix("| "): line for line in lines}
+    assert cells["no gate"] == "| no gate | -1.00 | 0.00 | 0.90 | 1.10 | 2.00 | 3.00 |"
+    # (2 + 1) / (2 - sigmoid(6)) and (2 - 0.1) / (2 - sigmoid(0.6))
+    assert cells["published"].endswith("| 2.99 | 4.00 |") and "| 1.40 |" in cells["published"]
+    assert (tmp_path / "gate.md").read_text().startswith(lines[0])
+    assert (tmp_path / "gate.png").stat().st_size > 5000

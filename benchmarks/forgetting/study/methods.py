@@ -97,6 +97,8 @@ METHODS = {method.name: method for method in (
     secura("SECURA, figure", GATE, norm="figure"),
     secura("SECURA, figure on outputs", GATE, norm="figure", norm_domain="output"),
     secura("SECURA, full derivative", GATE, norm=dict(detach_gate=False)),
+    secura("SECURA, scale 1", GATE, norm=dict(scale=1.0)),
+    secura("SECURA, shift 4", GATE, norm=dict(shift=4.0)),
     secura("SECURA, importance decay", STAGES, importance_decay=True),
     secura("SECURA, M1", STAGES, stage="m1"),
     secura("SECURA, M2", STAGES, stage="m2"),
