@@ -124,7 +124,7 @@ def test_encoders(encoder_folder, tasks):
         assert subjects.load("encoder", other).identity != subject.identity
 
 
-def test_adapters_go_to_the_targets_or_to_every_layer(encoder_folder, tasks, monkeypatch):
+def test_targets_and_every_layer(encoder_folder, tasks, monkeypatch):
     monkeypatch.setitem(methods.METHODS, "LoRA, every layer", replace(
         methods.METHODS["LoRA, every layer"], settings=dict(r=2)))
     setup = Setup(model=str(encoder_folder), tasks=tasks, targets=("query",))
@@ -136,6 +136,12 @@ def test_adapters_go_to_the_targets_or_to_every_layer(encoder_folder, tasks, mon
                 if "lora_A" in name}
 
     assert adapted("LoRA") == {"query"}
+    whole, layers = (subject.model(methods.METHODS[name], 0).body
+                     for name in ("full", "full, every layer"))
+    assert all(p.requires_grad for p in whole.parameters())
+    assert {name for name, p in layers.named_parameters() if p.requires_grad} == {
+        f"{name}.{kind}" for name, module in layers.named_modules()
+        if isinstance(module, torch.nn.Linear) for kind in ("weight", "bias")}
     assert adapted("LoRA, every layer") == {"query", "key", "value", "dense"}
 
 

@@ -22,7 +22,8 @@ class Method:
         settings: of ``SecuraConfig``, or with ``lora`` of ``LoraConfig``. stage: ``"m1"`` or
         ``"m2"`` between tasks. rates: the learning rates that are tried, as many for each method;
         heads have their own. family: whose curves are drawn in one panel. every_layer: adapters go
-        to all linear layers of a block, not to queries, keys and values alone.
+        to all linear layers of a block, not to queries, keys and values alone; and of the whole
+        model these layers alone are trained, not embeddings and norms.
     """
 
     name: str
@@ -43,10 +44,16 @@ class Method:
                 linear layer of a block, for a method with ``every_layer``.
         """
         check_choice("kind", self.kind, (ADAPTER, FULL, HEAD))
-        model.requires_grad_(self.kind == FULL)
-        if self.kind != ADAPTER:
-            return model
-        return get_peft_model(model, self.config(layers if self.every_layer else targets, seed))
+        if self.every_layer:
+            targets = layers
+        if self.kind == ADAPTER:
+            return get_peft_model(model, self.config(targets, seed))
+        model.requires_grad_(self.kind == FULL and not self.every_layer)
+        if self.kind == FULL and self.every_layer:
+            for name, module in model.named_modules():
+                if isinstance(module, nn.Linear) and name.endswith(tuple(targets)):
+                    module.requires_grad_(True)
+        return model
 
     def config(self, targets: Sequence[str], seed: int) -> PeftConfig:
         if self.lora:
@@ -77,7 +84,7 @@ def curlora(name: str, family: str = "methods", rate: float = 2e-2, **settings) 
 
 
 SELECTION, GATE, STAGES = "CURLoRA: selection and basis", "SECURA: gate", "SECURA: decay and stages"
-LAYERS = "adapters on every layer"
+LAYERS = "every linear layer"
 
 
 METHODS = {method.name: method for method in (
@@ -105,6 +112,7 @@ METHODS = {method.name: method for method in (
     curlora("CURLoRA, raw", SELECTION, basis="raw"),
     curlora("CURLoRA, lowest", SELECTION, selection="lowest"),
     curlora("CURLoRA, highest", SELECTION, selection="highest"),
+    Method("full, every layer", FULL, up_to(2e-4), family=LAYERS, every_layer=True),
     lora("LoRA, every layer", LAYERS, 1e-3, every_layer=True),
     curlora("CURLoRA, every layer", LAYERS, 7e-3, every_layer=True),
     secura("CABR, every layer", LAYERS, 2e-3, every_layer=True, norm=None),
