@@ -27,6 +27,7 @@ from torch import nn
 
 from secura_kernels import CURLoRALinear, SECURALinear
 from secura_kernels.peft import SecuraConfig, save_as_lora
+from secura_kernels.selection import BASES
 
 MERGEABLE = [
     GATE_FREE, CURLORA, dict(r=4, norm="figure"), CURLORA | dict(basis="orthonormal"),
@@ -114,8 +115,9 @@ def test_adapters_loaded_and_added_while_one_is_merged(settings, tmp_path):
                 assert torch.equal(*(getattr(m.secura_adapter[name], key) for m in (ours, theirs)))
 
 
-def test_unmerging_in_another_dtype():
-    model, other = (move(peft(mlp(), **GATE_FREE)) for _ in range(2))
+@pytest.mark.parametrize("basis", BASES)
+def test_unmerging_in_another_dtype(basis):
+    model, other = (move(peft(mlp(), **GATE_FREE, basis=basis)) for _ in range(2))
     model.merge_adapter()
     model.to(torch.float64).unmerge_adapter()
     assert_same_state(model, state(other.to(torch.float64)))

@@ -109,8 +109,12 @@ class Mergeable:
         if self._unmerged is None:
             warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
             return
-        base_weight.restore(self.get_base_layer(), self._unmerged, self.quantization_backend)
+        base, dtype = self.get_base_layer(), self._unmerged.weight.dtype
+        base_weight.restore(base, self._unmerged, self.quantization_backend)
         self._unmerged, self.merged_adapters, self.requantisation_error = None, [], None
+        if base.weight.dtype != dtype:  # what derives from W did so in the former one
+            for adapter in self.secura_adapter.values():
+                self._settle(adapter)
 
     def _change(self, adapter: Adapter, weight: Tensor) -> Tensor:
         """What an adapter adds to W (N, K), float32 or wider; M stages included."""
