@@ -255,6 +255,10 @@ def test_what_is_kept_at_equal_learning(tmp_path):
     assert lines[0] == ("| where as much is learned as by LoRA at | 1 (0.600): kept | forgetting | "
                         "2 (0.680): kept | forgetting |")
     assert lines[3] == ("| DoRA | 0.905 ± 0.007 | 0.100 ± 0.000 | 0.825 ± 0.007 | 0.100 ± 0.000 |")
+    start = [record_of("head only", 0, 0.4, 1.0)]  # of one seed, whose curve it begins
+    lines = report.equal_table([*of_lora, record_of("DoRA", 1, 0.8, 0.8), *start],
+                               Subject()).splitlines()
+    assert lines[3].startswith("| DoRA | 0.900 | 0.100 | 0.860 |") and len(lines) == 4
     curve = report.curve_of(of_dora[::2], lambda r: r["retention"]["end"]["kept"])
     assert curve == [(0.5, 1.0), (0.7, 0.8), (0.6, 0.2)]
     assert report.value_at(curve, 0.6) == pytest.approx(0.9)  # the better of two places

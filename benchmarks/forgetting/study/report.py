@@ -97,7 +97,8 @@ def best_table(records: Sequence[dict], subject: Subject) -> str:
 
 def equal_table(records: Sequence[dict], subject: Subject) -> str:
     """What each row keeps, and forgets, where it learns as much as ``PEER`` does at each of its
-    rates with the same seed: on the straight line between the row's neighbouring rates."""
+    rates with the same seed: on the straight line between the row's neighbouring rates, of which
+    0, the untrained body with the seed's heads, is one of every row's."""
     show = shown_as(subject)
     peer = grouped([r for r in whole(records) if row_of(r) == PEER], lambda r: r["rate"])
     levels = {rate: {r["seed"]: learned(r) for r in own} for rate, own in sorted(peer.items())}
@@ -107,13 +108,17 @@ def equal_table(records: Sequence[dict], subject: Subject) -> str:
         header += [f"{rate:g} ({level:.3f}): {subject.shown[0]}", "forgetting"]
     measures = ((retained(subject.shown[0]), max),
                 (lambda r: final_forgetting(r, subject.tasks), min))
+    untrained = [r for r in records if r["method"] == UNTRAINED]
     lines = []
     for row, own in grouped(whole(records), row_of).items():
+        if row[0] == UNTRAINED:
+            continue
         seeds = grouped(own, lambda r: r["seed"])
+        starts = {seed: [r for r in untrained if r["seed"] == seed] for seed in seeds}
         cells = [label(row)]
         for by_seed in levels.values():
             for value, better in measures:
-                found = [value_at(curve_of(runs, value), by_seed[seed], better)
+                found = [value_at(curve_of(starts[seed] + runs, value), by_seed[seed], better)
                          for seed, runs in seeds.items() if seed in by_seed]
                 reached = [v for v in found if v is not None]
                 cells.append(mean_and_spread(reached) if reached else "")
