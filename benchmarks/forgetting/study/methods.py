@@ -83,8 +83,8 @@ def curlora(name: str, family: str = "methods", rate: float = 2e-2, **settings) 
     return secura(name, family, rate, variant="curlora", **settings)
 
 
-SELECTION, GATE, STAGES = "CURLoRA: selection and basis", "SECURA: gate", "SECURA: decay and stages"
-LAYERS = "every linear layer"
+SELECTION, GATE = "CURLoRA: basis, rank, selection", "SECURA: gate"
+STAGES, LAYERS = "SECURA: decay and stages", "every linear layer"
 
 
 METHODS = {method.name: method for method in (
@@ -110,6 +110,8 @@ METHODS = {method.name: method for method in (
     secura("SECURA, M1", STAGES, stage="m1"),
     secura("SECURA, M2", STAGES, stage="m2"),
     curlora("CURLoRA, raw", SELECTION, basis="raw"),
+    curlora("CURLoRA, r = 16", SELECTION, rate=6e-2, r=16),
+    curlora("CURLoRA, r = 128", SELECTION, rate=1e-2, r=128),
     curlora("CURLoRA, lowest", SELECTION, selection="lowest"),
     curlora("CURLoRA, highest", SELECTION, selection="highest"),
     Method("full, every layer", FULL, up_to(2e-4), family=LAYERS, every_layer=True),
