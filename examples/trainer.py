@@ -51,7 +51,7 @@ def main() -> None:
 
 
 def config() -> SecuraConfig:
-    return SecuraConfig(task_type="CAUSAL_LM", r=64, m=128, basis="orthonormal",
+    return SecuraConfig(task_type="CAUSAL_LM", r=64, m=128,
                         target_modules=["q_proj", "k_proj", "v_proj"])
 
 

@@ -40,7 +40,7 @@ class Adapter(LateTensors, nn.Module):
         rows: Tensor,
         *,
         alpha: float = 1.0,
-        basis: str = "raw",
+        basis: str = "orthonormal",
         norm: SMagNorm | str | dict | None = None,
         importance_decay: ImportanceDecay | None = None,
     ) -> None:
@@ -242,13 +242,18 @@ class Adapter(LateTensors, nn.Module):
             self._store(*self.untied_sides(weight), weight.dtype)
 
     def has_sides_of(self, weight: Tensor) -> bool:
-        """Whether the stored C and R are what the columns and rows of W give."""
+        """Whether the stored C and R are what the columns and rows of W give: to the bit in the
+        coarser dtype of the two; orthonormal ones to a rounding of each element, and where W is in
+        another dtype to a rounding of the whole, which quantising W exceeds."""
         for here, stored in zip(self._sides_of(weight), (self.C, self.R), strict=True):
+            same = here.dtype == stored.dtype
             coarser = max(here.dtype, stored.dtype, key=lambda dtype: torch.finfo(dtype).eps)
-            off = (here.to(coarser).double() - stored.to(here.device, coarser).double()).abs().max()
-            allowed = 8 * torch.finfo(coarser).eps if self.basis == "orthonormal" else 0
-            if not float(off) <= allowed:
-                return False  # NaN included
+            eps = torch.finfo(coarser).eps if self.basis == "orthonormal" else 0.0
+            stored = stored.to(here.device, coarser).double()
+            off = here.to(coarser).double() - stored
+            near = off.norm() <= eps * stored.norm()  # NaN: not
+            if not near or (same and not (off.abs() <= 2 * eps * (stored.abs() + eps)).all()):
+                return False
         return True
 
     @torch.no_grad()

@@ -17,8 +17,8 @@ class CURLoRALinear(CURLinear, CURLoRAAdapter):
         base: ``nn.Linear`` or transformers' ``Conv1D``; its parameters are shared and frozen.
         cols, rows: (r,) int64, the columns and rows of W that C and R are.
         alpha: scale of the change.
-        basis: ``"raw"``: C and R as they are, as published. ``"orthonormal"``: U lives between
-            orthonormal bases of the same columns and rows, which conditions it well.
+        basis: ``"orthonormal"``: U lives between orthonormal bases of the columns and rows, which
+            conditions it well. ``"raw"``: C and R as they are, as published.
         norm: S-MagNorm's settings, a preset's name, or None for no gate, as published.
         importance_decay: see ``ImportanceDecay``; needs a norm.
         impl: the backend, see ``functional.cur_linear``.
@@ -42,13 +42,13 @@ class CURLoRALinear(CURLinear, CURLoRAAdapter):
 
         Args:
             selection: ``"inverted"`` (as published), ``"lowest"`` or ``"highest"`` norms.
-            replace: sample with replacement; None: as published, True, but False for the
-                orthonormal basis, which has no use for duplicates, and for the other rules.
+            replace: sample with replacement; None: True for the raw basis, as published, but False
+                for the orthonormal one, which has no use for duplicates, and for the other rules.
             generator: for ``"inverted"``: makes the choice repeatable.
             settings: alpha, basis, norm, importance_decay, impl of the class.
         """
         if replace is None:
-            replace = selection == "inverted" and settings.get("basis", "raw") == "raw"
+            replace = selection == "inverted" and settings.get("basis") == "raw"
         cols, rows = select(matrix_of(linear), r, selection, replace=replace,
                             generator=generator)
         return cls(linear, cols, rows, **settings)

@@ -229,7 +229,7 @@ def test_m1_of_a_weight_gate_keeps_the_function():
 
 def test_m2_accumulates_as_published():
     """B_long <- B_long + B, A_long <- A; the next base is W + C A_long^T B_long^T R."""
-    layer = train(make(SECURALinear, norm=None, adapter_bias=False))
+    layer = train(make(SECURALinear, basis="raw", norm=None, adapter_bias=False))
     total = torch.zeros_like(layer.B)
     for _ in range(2):
         total += layer.B.detach()

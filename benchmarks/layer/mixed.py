@@ -44,8 +44,8 @@ def main() -> None:
 
 def methods(r: int) -> dict[str, PeftConfig]:
     common = dict(r=r, target_modules=["0"])
-    return {"CURLoRA": SecuraConfig(variant="curlora", **common),
-            "SECURA": SecuraConfig(**common),
+    return {"CURLoRA": SecuraConfig(variant="curlora", basis="raw", **common),
+            "SECURA": SecuraConfig(basis="raw", **common),
             "LoRA (PEFT)": LoraConfig(lora_alpha=r, **common)}
 
 

@@ -93,8 +93,8 @@ def _m(linear: nn.Linear, r: int) -> int:
 def _ours(kind, linear: nn.Linear, r: int, impl: str, settings: dict) -> nn.Module:
     """The same columns, rows and core for every ``impl``."""
     generator = torch.Generator().manual_seed(0)
-    layer = kind.from_linear(copy.deepcopy(linear), r, selection="inverted", replace=False,
-                             generator=generator, impl=impl, **settings)
+    layer = kind.from_linear(copy.deepcopy(linear), r, basis="raw", selection="inverted",
+                             replace=False, generator=generator, impl=impl, **settings)
     with torch.no_grad():
         start = torch.randn(layer.core_parameter().shape, generator=generator.manual_seed(1))
         layer.core_parameter().copy_(0.02 * start)

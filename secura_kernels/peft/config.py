@@ -31,7 +31,8 @@ class SecuraConfig(PeftConfig):
         selection: ``"lowest"`` (SECURA's default), ``"inverted"`` (CURLoRA's) or ``"highest"``.
         seed: of ``"inverted"``, together with the layer's name: two adapters of one seed, rule and
             r share their indices.
-        basis: ``"raw"`` as published, or ``"orthonormal"``, far better conditioned.
+        basis: ``"orthonormal"``: the core lives between orthonormal bases of the chosen columns and
+            rows; or ``"raw"`` as published, which is far worse conditioned.
         norm: ``"auto"`` (SECURA ``"calibrated"``, CURLoRA none), a preset's name, a dict of
             ``SMagNorm``'s fields, or None for no gate.
         norm_domain: ``"output"`` or ``"weight"``; None: the one of ``norm``.
@@ -61,7 +62,7 @@ class SecuraConfig(PeftConfig):
     rank_pattern: dict[str, int] = field(default_factory=dict)
     selection: str | None = None
     seed: int = 0
-    basis: str = "raw"
+    basis: str = "orthonormal"
     norm: str | dict | None = "auto"
     norm_domain: str | None = None
     a_init: str = "published"
