@@ -9,6 +9,7 @@ import argparse
 from pathlib import Path
 
 import torch
+from study.report import table
 
 from secura_kernels import SMagNorm
 from secura_kernels.reference.eager import smagnorm
@@ -31,9 +32,10 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder of gate.md and gate.png")
     out = parser.parse_args().out
     out.mkdir(parents=True, exist_ok=True)
-    (out / "gate.md").write_text(table())
+    lines = results()
+    (out / "gate.md").write_text(lines + "\n")
     draw(out / "gate.png")
-    print(table())
+    print(lines)
 
 
 def result(changes: torch.Tensor, norm: SMagNorm) -> torch.Tensor:
@@ -42,14 +44,13 @@ def result(changes: torch.Tensor, norm: SMagNorm) -> torch.Tensor:
     return smagnorm(torch.ones_like(changes), changes, norm)[:-1]
 
 
-def table() -> str:
+def results() -> str:
+    """The table: a line a gate, a column a change."""
     changes = torch.tensor(SHOWN, dtype=torch.float64)
-    lines = [["out, where the base is 1 and d is", *(f"{d:g}" for d in SHOWN)],
-             ["---"] * (1 + len(SHOWN)),
-             ["no gate", *(f"{1 + d:.2f}" for d in SHOWN)]]
+    lines = [["no gate", *(f"{1 + d:.2f}" for d in SHOWN)]]
     lines += [[name, *(f"{value:.2f}" for value in result(changes, norm).tolist())]
               for name, norm in GATES.items()]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n"
+    return table(["out, where the base is 1 and d is", *(f"{d:g}" for d in SHOWN)], lines)
 
 
 def draw(path: Path) -> None:

@@ -44,15 +44,14 @@ class Method:
                 linear layer of a block, for a method with ``every_layer``.
         """
         check_choice("kind", self.kind, (ADAPTER, FULL, HEAD))
-        if self.every_layer:
-            targets = layers
         if self.kind == ADAPTER:
-            return get_peft_model(model, self.config(targets, seed))
-        model.requires_grad_(self.kind == FULL and not self.every_layer)
-        if self.kind == FULL and self.every_layer:
-            for name, module in model.named_modules():
-                if isinstance(module, nn.Linear) and name.endswith(tuple(targets)):
-                    module.requires_grad_(True)
+            return get_peft_model(model, self.config(layers if self.every_layer else targets, seed))
+        if self.kind == HEAD or not self.every_layer:
+            return model.requires_grad_(self.kind == FULL)
+        model.requires_grad_(False)
+        for name, module in model.named_modules():
+            if isinstance(module, nn.Linear) and name.endswith(tuple(layers)):
+                module.requires_grad_(True)
         return model
 
     def config(self, targets: Sequence[str], seed: int) -> PeftConfig:

@@ -99,8 +99,8 @@ def equal_table(records: Sequence[dict], subject: Subject) -> str:
     """What each row keeps, and forgets, where it learns as much as ``PEER`` does at each of its
     rates with the same seed: on the straight line between the row's neighbouring rates, of which
     0, the untrained body with the seed's heads, is one of every row's."""
-    show = shown_as(subject)
-    peer = grouped([r for r in whole(records) if row_of(r) == PEER], lambda r: r["rate"])
+    show, records = shown_as(subject), whole(records)
+    peer = grouped([r for r in records if row_of(r) == PEER], lambda r: r["rate"])
     levels = {rate: {r["seed"]: learned(r) for r in own} for rate, own in sorted(peer.items())}
     header = [f"where as much is learned as by {label(PEER)} at"]
     for rate, by_seed in levels.items():
@@ -110,7 +110,7 @@ def equal_table(records: Sequence[dict], subject: Subject) -> str:
                 (lambda r: final_forgetting(r, subject.tasks), min))
     untrained = [r for r in records if r["method"] == UNTRAINED]
     lines = []
-    for row, own in grouped(whole(records), row_of).items():
+    for row, own in grouped(records, row_of).items():
         if row[0] == UNTRAINED:
             continue
         seeds = grouped(own, lambda r: r["seed"])
