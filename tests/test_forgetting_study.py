@@ -270,6 +270,13 @@ def test_what_is_kept_at_equal_learning(tmp_path):
     assert "At equal learning" in tables and tables.startswith("### a made-up model: ")
 
 
+def test_what_learned_far_less_than_the_untrained_body_is_left_of_the_plot():
+    curves = {("LoRA", "sequential"): [(0.5, 0.9), (0.7, 0.8)], ("DoRA", "ewc"): [(0.1, 0.1)]}
+    assert report.least_shown(curves) == pytest.approx(0.1 - 0.02 * 0.6)
+    curves["head only", "sequential"] = [(0.4, 1.0)]
+    assert report.least_shown(curves) == pytest.approx(0.3 - 0.02 * 0.4)
+
+
 def test_the_command_goes_on_where_it_was_stopped(tmp_path, monkeypatch, capsys):
     command = script("run")
     subject = Subject()

@@ -152,7 +152,8 @@ def value_at(curve: Sequence[tuple[float, float]], level: float, better: Callabl
 
 def draw(records: Sequence[dict], subject: Subject, path: Path) -> None:
     """Retention against learning, a line a row over its rates, a panel a family of methods: upper
-    right is better."""
+    right is better. What learned far less than the untrained body lies outside; the legend names
+    rows of which nothing is seen."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -161,25 +162,49 @@ def draw(records: Sequence[dict], subject: Subject, path: Path) -> None:
     measure = subject.shown[0]
     unit = "mean log-likelihood" if subject.log_likelihood else "accuracy"
     rows = grouped(whole(records), row_of)
+    curves = {row: curve_of(own, retained(measure)) for row, own in rows.items()}
     panels: dict[str, list[Row]] = {}
     for row in rows:
         panels.setdefault(METHODS[row[0]].family if row[1] == SEQUENTIAL else "strategies",
                           []).append(row)
-    figure, grid = plt.subplots(1, len(panels), figsize=(6 * len(panels), 6), sharex=True,
+    columns = min(3, len(panels))
+    lines = math.ceil(len(panels) / columns)
+    figure, grid = plt.subplots(lines, columns, figsize=(6 * columns, 5 * lines), sharex=True,
                                 sharey=True, squeeze=False)
-    for panel, (family, own) in zip(grid[0], panels.items(), strict=True):
+    least = least_shown(curves)
+    seen = [y for curve in curves.values() for x, y in curve if x >= least]
+    for panel, (family, own) in zip(grid.flat, panels.items(), strict=False):
         for row in own:
-            points = zip(*curve_of(rows[row], retained(measure)), strict=True)
-            panel.plot(*points, marker="o", label=label(row))
-        if PEER in rows and PEER not in own:
-            points = zip(*curve_of(rows[PEER], retained(measure)), strict=True)
-            panel.plot(*points, marker=".", color="gray", linestyle="--", label=label(PEER))
+            points = curves[row]
+            shown = any(x >= least for x, _ in points)
+            panel.plot(*zip(*points, strict=True), marker="o",
+                       label=label(row) if shown else f"{label(row)}: left of the plot")
+        if PEER in curves and PEER not in own:
+            panel.plot(*zip(*curves[PEER], strict=True), marker=".", color="gray",
+                       linestyle="--", label=label(PEER))
         panel.axhline(subject.before[measure], color="black", linewidth=0.8, linestyle=":",
                       label="before")
-        panel.set(xlabel=f"learned: {unit}, mean over tasks right after each", title=family)
+        panel.set(xlabel=f"learned: {unit}, mean over tasks right after each", title=family,
+                  ylabel=f"{measure} at the end")
+        panel.tick_params(labelbottom=True, labelleft=True)
         panel.legend(fontsize=8)
-    grid[0][0].set_ylabel(f"{measure} at the end")
+    for panel in grid.flat[len(panels):]:
+        panel.remove()
+    room = 0.05 * (max([*seen, subject.before[measure]]) - min(seen))
+    grid[0][0].set_xlim(left=least)
+    grid[0][0].set_ylim(min(seen) - room, max([*seen, subject.before[measure]]) + room)
     figure.suptitle(subject.title)
     figure.tight_layout()
     figure.savefig(path, dpi=90)
     plt.close(figure)
+
+
+def least_shown(curves: dict[Row, list[tuple[float, float]]]) -> float:
+    """Left end of the plot: a quarter of its width under the untrained body, or under the least
+    learned where that is more or unknown."""
+    values = [x for curve in curves.values() for x, _ in curve]
+    start, most = min(values), max(values)
+    for (method, _), curve in curves.items():
+        if method == UNTRAINED:
+            start = max(start, curve[0][0] - (most - curve[0][0]) / 3)
+    return start - 0.02 * (most - start)
