@@ -172,7 +172,8 @@ def draw(records: Sequence[dict], subject: Subject, path: Path) -> None:
     figure, grid = plt.subplots(lines, columns, figsize=(6 * columns, 5 * lines), sharex=True,
                                 sharey=True, squeeze=False)
     least = least_shown(curves)
-    seen = [y for curve in curves.values() for x, y in curve if x >= least]
+    heights = [y for curve in curves.values() for x, y in curve if x >= least]
+    low, high = min(heights), max(*heights, subject.before[measure])
     for panel, (family, own) in zip(grid.flat, panels.items(), strict=False):
         for row in own:
             points = curves[row]
@@ -190,9 +191,8 @@ def draw(records: Sequence[dict], subject: Subject, path: Path) -> None:
         panel.legend(fontsize=8)
     for panel in grid.flat[len(panels):]:
         panel.remove()
-    room = 0.05 * (max([*seen, subject.before[measure]]) - min(seen))
-    grid[0][0].set_xlim(left=least)
-    grid[0][0].set_ylim(min(seen) - room, max([*seen, subject.before[measure]]) + room)
+    room = 0.05 * (high - low)
+    grid[0][0].set(xlim=(least, None), ylim=(low - room, high + room))
     figure.suptitle(subject.title)
     figure.tight_layout()
     figure.savefig(path, dpi=90)
@@ -200,11 +200,10 @@ def draw(records: Sequence[dict], subject: Subject, path: Path) -> None:
 
 
 def least_shown(curves: dict[Row, list[tuple[float, float]]]) -> float:
-    """Left end of the plot: a quarter of its width under the untrained body, or under the least
-    learned where that is more or unknown."""
+    """Left end of the plot: the least that was learned, but no further under the untrained body
+    than a third of what was learned most above it; and a margin."""
     values = [x for curve in curves.values() for x, _ in curve]
-    start, most = min(values), max(values)
-    for (method, _), curve in curves.items():
-        if method == UNTRAINED:
-            start = max(start, curve[0][0] - (most - curve[0][0]) / 3)
+    most = max(values)
+    untrained = [curve[0][0] for (method, _), curve in curves.items() if method == UNTRAINED]
+    start = max([min(values), *(x - (most - x) / 3 for x in untrained)])
     return start - 0.02 * (most - start)
