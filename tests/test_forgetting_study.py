@@ -227,6 +227,16 @@ def test_the_table_at_the_best_rates():
     assert "(1 of 1 diverged)" in lines[4] and {line.count("|") for line in lines} == {10}
 
 
+def test_one_task_alone_has_no_forgetting(tmp_path):
+    subject, records = Subject(tasks=TASKS[:1]), Records(tmp_path / "one.json", {}, {})
+    protocol.run_once(run_of(), subject, records)
+    report.write(list(records.by_key.values()), subject, records.path)
+    tables = (tmp_path / "one.md").read_text().splitlines()
+    assert tables[2].startswith("|  | rate | seeds | trained | first | kept (before: 0.000) | ")
+    equal = tables[tables.index("### At equal learning") + 2:]
+    assert len(equal) == 3 and {line.count("|") for line in equal} == {3}
+
+
 def test_log_likelihoods_are_shown_as_perplexities():
     subject = Subject(before={"kept": 1.0}, log_likelihood=True)
     records = [record_of("LoRA", 1, -2.0, 0.9), record_of("LoRA", 2, -1.0, 0.8)]

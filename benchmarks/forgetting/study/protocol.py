@@ -4,6 +4,7 @@ The protocol of CURLoRA's Table 1 (arXiv 2408.14572) and of SECURA's continual-l
 2502.18168), for any subject: a model with its tasks and its measures.
 """
 
+import statistics
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
 from typing import Protocol
@@ -161,10 +162,9 @@ def make_strategy(name: str, subject: Subject):
 
 
 def final_forgetting(record: dict, tasks: Iterable[str]) -> float:
-    """Mean loss of what was learned, over all tasks but the last: right after the task less at the
-    end; lower is better. Backward transfer (Lopez-Paz and Ranzato 2017, arXiv 1706.08840) with its
-    sign turned."""
+    """Mean loss of what was learned, over all tasks, of two or more, but the last: right after the
+    task less at the end; lower is better. Backward transfer (Lopez-Paz and Ranzato 2017, arXiv
+    1706.08840) with its sign turned."""
     tasks = list(tasks)
-    lost = [record["learned"][task][task] - record["learned"][task][tasks[-1]]
-            for task in tasks[:-1]]
-    return sum(lost) / len(lost)
+    return statistics.mean(record["learned"][task][task] - record["learned"][task][tasks[-1]]
+                           for task in tasks[:-1])

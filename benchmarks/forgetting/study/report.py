@@ -47,6 +47,14 @@ def retained(measure: str) -> Measure:
     return lambda record: record["retention"]["end"][measure]
 
 
+def lost(subject: Subject) -> dict[str, Measure]:
+    """What later tasks cost the earlier ones, by its name in the tables; of one task alone there
+    is no such measure."""
+    if len(subject.tasks) == 1:
+        return {}
+    return {"forgetting": lambda record: final_forgetting(record, subject.tasks)}
+
+
 def mean_and_spread(values: Sequence[float], digits: int = 3) -> str:
     """``0.812 ± 0.004``: mean and standard deviation; of one value that value."""
     mean = f"{statistics.mean(values):.{digits}f}"
@@ -68,9 +76,10 @@ def best_table(records: Sequence[dict], subject: Subject) -> str:
     what was learned above the untrained body, per 100,000 trained parameters."""
     show, tasks = shown_as(subject), subject.tasks
     header = ["", "rate", "seeds", "trained"]
-    header += [f"{task} → end" for task in tasks[:-1]] + [tasks[-1], "forgetting"]
-    header += [f"{measure} (before: {subject.before[measure]:.3f})" for measure in subject.shown]
-    header += ["gain per 100k"]
+    header += [f"{task} → end" for task in tasks[:-1]] + [tasks[-1]]
+    measures = lost(subject) | {f"{measure} (before: {subject.before[measure]:.3f})":
+                                retained(measure) for measure in subject.shown}
+    header += [*measures, "gain per 100k"]
     untrained = [learned(r) for r in whole(records) if r["method"] == UNTRAINED]
     lines = []
     for row, own in grouped(records, row_of).items():
@@ -84,9 +93,7 @@ def best_table(records: Sequence[dict], subject: Subject) -> str:
             continue
         lines[-1] += [" → ".join(mean_and_spread([show(r["learned"][task][at]) for r in runs])
                                  for at in dict.fromkeys((task, tasks[-1]))) for task in tasks]
-        lines[-1].append(mean_and_spread([final_forgetting(r, tasks) for r in runs]))
-        lines[-1] += [mean_and_spread(list(map(retained(measure), runs)))
-                      for measure in subject.shown]
+        lines[-1] += [mean_and_spread(list(map(measure, runs))) for measure in measures.values()]
         gain = ""
         if untrained and trained:
             above = statistics.mean(map(learned, runs)) - statistics.mean(untrained)
@@ -105,9 +112,8 @@ def equal_table(records: Sequence[dict], subject: Subject) -> str:
     header = [f"where as much is learned as by {label(PEER)} at"]
     for rate, by_seed in levels.items():
         level = show(statistics.mean(by_seed.values()))
-        header += [f"{rate:g} ({level:.3f}): {subject.shown[0]}", "forgetting"]
-    measures = ((retained(subject.shown[0]), max),
-                (lambda r: final_forgetting(r, subject.tasks), min))
+        header += [f"{rate:g} ({level:.3f}): {subject.shown[0]}", *lost(subject)]
+    measures = [(retained(subject.shown[0]), max), *((m, min) for m in lost(subject).values())]
     untrained = [r for r in records if r["method"] == UNTRAINED]
     lines = []
     for row, own in grouped(records, row_of).items():
