@@ -106,14 +106,14 @@ def equal_table(records: Sequence[dict], subject: Subject) -> str:
     """What each row keeps, and forgets, where it learns as much as ``PEER`` does at each of its
     rates with the same seed: on the straight line between the row's neighbouring rates, of which
     0, the untrained body with the seed's heads, is one of every row's."""
-    show, records = shown_as(subject), whole(records)
+    show, records, costs = shown_as(subject), whole(records), lost(subject)
     peer = grouped([r for r in records if row_of(r) == PEER], lambda r: r["rate"])
     levels = {rate: {r["seed"]: learned(r) for r in own} for rate, own in sorted(peer.items())}
     header = [f"where as much is learned as by {label(PEER)} at"]
     for rate, by_seed in levels.items():
         level = show(statistics.mean(by_seed.values()))
-        header += [f"{rate:g} ({level:.3f}): {subject.shown[0]}", *lost(subject)]
-    measures = [(retained(subject.shown[0]), max), *((m, min) for m in lost(subject).values())]
+        header += [f"{rate:g} ({level:.3f}): {subject.shown[0]}", *costs]
+    measures = [(retained(subject.shown[0]), max), *((cost, min) for cost in costs.values())]
     untrained = [r for r in records if r["method"] == UNTRAINED]
     lines = []
     for row, own in grouped(records, row_of).items():
