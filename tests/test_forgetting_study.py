@@ -214,6 +214,26 @@ def test_every_method_has_the_same_budget():
             if method.kind != methods.HEAD} == {3}
 
 
+def test_further_seeds_are_run_at_the_rate_that_was_best():
+    searched = [record_of("LoRA", 1, 0.9, 0.5), record_of("LoRA", 2, 0.8, 0.5),
+                record_of("DoRA", 3, 0.1, 0.1)]
+    runs = search.repeats([record | dict(steps=12) for record in searched], range(1, 3))
+    assert [(run.method, run.strategy, run.rate, run.seed, run.steps) for run in runs] == [
+        (method, "sequential", rate, seed, 12)
+        for seed in (1, 2) for method, rate in (("LoRA", 1), ("DoRA", 3))]
+
+
+def test_only_seeds_with_every_rate_give_a_curve():
+    whole = [record_of("LoRA", rate, 0.5, 0.5, seed) for rate in (1, 2) for seed in (0, 1)]
+    whole.append(record_of("DoRA", 1, 0.5, 0.5, seed=2))
+    assert search.complete(whole) == whole[::2][:2] + whole[1:4:2] + whole[4:]
+    assert search.complete([*whole, record_of("LoRA", 2, 0.9, 0.9, seed=2)]) == \
+        search.complete(whole)
+    diverged = [record_of("LoRA", rate, 0.5, 0.5, 3, diverged) for rate, diverged in
+                ((1, None), (2, "first"))]  # was run at both
+    assert search.complete([*diverged, *whole])[:2] == diverged
+
+
 def test_the_table_at_the_best_rates():
     records = [record_of("LoRA", 0.1, 0.8, 0.5), record_of("LoRA", 0.1, 0.9, 0.7, seed=1),
                record_of("head only", 0, 0.7, 1.0), record_of("DoRA", 0.3, 0, 0, diverged="first")]
@@ -265,6 +285,9 @@ def test_what_is_kept_at_equal_learning(tmp_path):
     assert lines[0] == ("| where as much is learned as by LoRA at | 1 (0.600): kept | forgetting | "
                         "2 (0.680): kept | forgetting |")
     assert lines[3] == ("| DoRA | 0.905 ± 0.007 | 0.100 ± 0.000 | 0.825 ± 0.007 | 0.100 ± 0.000 |")
+    lone = record_of("DoRA", 3, 0.9, 0.9, seed=2)
+    assert report.equal_table([*of_lora, *of_dora, lone, record_of("LoRA", 2, 0.9, 0.9, 2)],
+                              Subject()).splitlines() == lines
     start = [record_of("head only", 0, 0.4, 1.0)]  # of one seed, whose curve it begins
     lines = report.equal_table([*of_lora, record_of("DoRA", 1, 0.8, 0.8), *start],
                                Subject()).splitlines()
@@ -307,6 +330,26 @@ def test_the_command_goes_on_where_it_was_stopped(tmp_path, monkeypatch, capsys)
     path.write_text(json.dumps(content))
     command.main()
     assert subject.ticks == made + 1  # one run only
+
+
+def test_the_command_searches_on_some_seeds_and_repeats_on_others(tmp_path, monkeypatch, capsys):
+    command = script("run")
+    subject = Subject()
+    monkeypatch.setattr(command.subjects, "load", lambda name, setup: subject)
+    arguments = ["run.py", "--method", "LoRA", "--seeds", "3", "--search-seeds", "1", "--steps",
+                 "5", "--out", str(tmp_path)]
+    monkeypatch.setattr(sys, "argv", arguments)
+    command.main()
+    records = json.loads((tmp_path / "encoder.json").read_text())["records"].values()
+    rates = methods.METHODS["LoRA"].rates
+    best = search.best_rates([r for r in records if r["seed"] == 0])["LoRA", "sequential"]
+    assert [(r["rate"], r["seed"]) for r in records] == [
+        *((rate, 0) for rate in rates), (best, 1), (best, 2)]
+    assert f"| LoRA | {best:g} | 3 | " in capsys.readouterr().out
+    monkeypatch.setattr(sys, "argv", [*arguments, "--search-seeds", "4"])
+    with pytest.raises(SystemExit):
+        command.main()
+    assert "--search-seeds: 4 is not one of 1 to 3" in capsys.readouterr().err
 
 
 def test_what_the_gate_makes_of_a_change(tmp_path, monkeypatch, capsys):

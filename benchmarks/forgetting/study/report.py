@@ -8,7 +8,7 @@ from pathlib import Path
 
 from .methods import METHODS
 from .protocol import Subject, final_forgetting
-from .search import SEQUENTIAL, Row, best_rates, grouped, row_of
+from .search import SEQUENTIAL, Row, best_rates, complete, grouped, row_of
 
 PEER = "LoRA", SEQUENTIAL  # at its levels of learning the others are compared
 UNTRAINED = "head only"
@@ -105,8 +105,9 @@ def best_table(records: Sequence[dict], subject: Subject) -> str:
 def equal_table(records: Sequence[dict], subject: Subject) -> str:
     """What each row keeps, and forgets, where it learns as much as ``PEER`` does at each of its
     rates with the same seed: on the straight line between the row's neighbouring rates, of which
-    0, the untrained body with the seed's heads, is one of every row's."""
-    show, records, costs = shown_as(subject), whole(records), lost(subject)
+    0, the untrained body with the seed's heads, is one of every row's. Of seeds that were not run
+    at all of the row's rates nothing counts."""
+    show, records, costs = shown_as(subject), whole(complete(records)), lost(subject)
     peer = grouped([r for r in records if row_of(r) == PEER], lambda r: r["rate"])
     levels = {rate: {r["seed"]: learned(r) for r in own} for rate, own in sorted(peer.items())}
     header = [f"where as much is learned as by {label(PEER)} at"]
@@ -158,8 +159,8 @@ def value_at(curve: Sequence[tuple[float, float]], level: float, better: Callabl
 
 def draw(records: Sequence[dict], subject: Subject, path: Path) -> None:
     """Retention against learning, a line a row over its rates, a panel a family of methods: upper
-    right is better. What learned far less than the untrained body lies outside; the legend names
-    rows of which nothing is seen."""
+    right is better. A line is of the seeds that were run at all of its rates. What learned far less
+    than the untrained body lies outside; the legend names rows of which nothing is seen."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -167,7 +168,7 @@ def draw(records: Sequence[dict], subject: Subject, path: Path) -> None:
 
     measure = subject.shown[0]
     unit = "mean log-likelihood" if subject.log_likelihood else "accuracy"
-    rows = grouped(whole(records), row_of)
+    rows = grouped(whole(complete(records)), row_of)
     curves = {row: curve_of(own, retained(measure)) for row, own in rows.items()}
     panels: dict[str, list[Row]] = {}
     for row in rows:

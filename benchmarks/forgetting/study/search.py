@@ -28,6 +28,13 @@ def grid(rows: Sequence[Row], seeds: int, steps: int, rates: slice = slice(None)
             for rate in METHODS[method].rates[rates]]
 
 
+def repeats(searched: Sequence[dict], seeds: Sequence[int]) -> list[Run]:
+    """Further seeds of each row in ``searched``, at the rate that is its best there."""
+    steps = {row_of(record): record["steps"] for record in searched}
+    return [Run(*row, rate, seed, steps[row])
+            for seed in seeds for row, rate in best_rates(searched).items()]
+
+
 def score(record: dict) -> float:
     """Mean over tasks of what validation data say right after each was trained: learning alone, so
     that a rate is not chosen because it learns too little to forget. A run that diverged is
@@ -47,4 +54,15 @@ def best_rates(records: Sequence[dict]) -> dict[Row, float]:
         most = max(map(len, scores.values()))
         found[row] = max((rate for rate in scores if len(scores[rate]) == most),
                          key=lambda rate: statistics.mean(scores[rate]))
+    return found
+
+
+def complete(records: Sequence[dict]) -> list[dict]:
+    """Those of the seeds that their row was run with at most rates: only they give a curve over
+    learning rates."""
+    found = []
+    for own in grouped(records, row_of).values():
+        seeds = grouped(own, lambda r: r["seed"]).values()
+        most = max(map(len, seeds))
+        found += [record for runs in seeds if len(runs) == most for record in runs]
     return found
