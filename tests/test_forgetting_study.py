@@ -199,7 +199,7 @@ def test_the_rate_that_learns_most_on_validation_data_is_best():
                record_of("LoRA", 2, 0.5, 0.5, validation=0.7),
                record_of("LoRA", 2, 0.5, 0.5, seed=1, validation=0.3),
                record_of("LoRA", 1, 0.9, 0.5, seed=1, validation=0.4),
-               record_of("LoRA", 3, 0.9, 0.5, validation=0.9),  # of one seed only
+               record_of("LoRA", 1, 0.9, 0.5, seed=2, validation=0.9),  # not run at 2
                record_of("DoRA", 1, 0, 0, diverged="first"), record_of("DoRA", 2, 0.1, 0.1)]
     assert search.best_rates(records) == {("LoRA", "sequential"): 2, ("DoRA", "sequential"): 2}
 
@@ -255,6 +255,13 @@ def test_one_task_alone_has_no_forgetting(tmp_path):
     assert tables[2].startswith("|  | rate | seeds | trained | first | kept (before: 0.000) | ")
     equal = tables[tables.index("### At equal learning") + 2:]
     assert len(equal) == 3 and {line.count("|") for line in equal} == {3}
+
+
+def test_a_study_that_diverged_has_tables_and_no_curves(tmp_path):
+    report.write([record_of("LoRA", rate, 0, 0, diverged="first") for rate in (1, 2)],
+                 Subject(before={"kept": 1.0}), tmp_path / "one.json")
+    assert "| LoRA (1 of 1 diverged) | 1 |" in (tmp_path / "one.md").read_text()
+    assert not (tmp_path / "one.png").exists()
 
 
 def test_log_likelihoods_are_shown_as_perplexities():

@@ -66,7 +66,8 @@ def main() -> int:
         further = repeats(searched, range(options.search_seeds, options.seeds))
         perform(further, subject, records, console)
     print(path.with_suffix(".md").read_text())
-    print(f"written: {path}, .md and .png")
+    files = [path.with_suffix(end) for end in (".json", ".md", ".png")]
+    print("written:", *(file for file in files if file.exists()))
     return 0
 
 

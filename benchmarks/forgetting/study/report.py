@@ -17,7 +17,7 @@ Measure = Callable[[dict], float]
 
 def write(records: Sequence[dict], subject: Subject, path: Path) -> None:
     """``path`` with .md, the tables, and with .png, the curves of the first measure of retention
-    that the subject shows."""
+    that the subject shows, unless every run diverged."""
     best = best_rates(records)
     at_best = [r for r in records if r["rate"] == best[row_of(r)]]
     unit = "perplexity" if subject.log_likelihood else "accuracy"
@@ -26,7 +26,8 @@ def write(records: Sequence[dict], subject: Subject, path: Path) -> None:
     if PEER in best:
         parts += ["### At equal learning", equal_table(records, subject)]
     path.with_suffix(".md").write_text("\n\n".join(parts) + "\n")
-    draw(records, subject, path.with_suffix(".png"))
+    if whole(records):
+        draw(records, subject, path.with_suffix(".png"))
 
 
 def label(row: Row) -> str:

@@ -45,21 +45,18 @@ def score(record: dict) -> float:
 
 
 def best_rates(records: Sequence[dict]) -> dict[Row, float]:
-    """For each row the rate of the highest score, the mean over its seeds; of rates that not all
-    seeds have been run at, none, where others are complete."""
+    """For each row the rate of the highest score, the mean over the seeds that were run at all of
+    its rates."""
     found = {}
-    for row, own in grouped(records, row_of).items():
-        scores = {rate: list(map(score, runs))
-                  for rate, runs in grouped(own, lambda r: r["rate"]).items()}
-        most = max(map(len, scores.values()))
-        found[row] = max((rate for rate in scores if len(scores[rate]) == most),
-                         key=lambda rate: statistics.mean(scores[rate]))
+    for row, own in grouped(complete(records), row_of).items():
+        rates = grouped(own, lambda r: r["rate"])
+        found[row] = max(rates, key=lambda rate: statistics.mean(map(score, rates[rate])))
     return found
 
 
 def complete(records: Sequence[dict]) -> list[dict]:
-    """Those of the seeds that their row was run with at most rates: only they give a curve over
-    learning rates."""
+    """Of each row those of the seeds that were run at most rates: others give no curve over the
+    rates, nor a choice among them."""
     found = []
     for own in grouped(records, row_of).values():
         seeds = grouped(own, lambda r: r["seed"]).values()
