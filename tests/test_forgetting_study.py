@@ -236,15 +236,21 @@ def test_only_seeds_with_every_rate_give_a_curve():
 
 def test_the_table_at_the_best_rates():
     records = [record_of("LoRA", 0.1, 0.8, 0.5), record_of("LoRA", 0.1, 0.9, 0.7, seed=1),
-               record_of("head only", 0, 0.7, 1.0), record_of("DoRA", 0.3, 0, 0, diverged="first")]
+               record_of("head only", 0, 0.7, 1.0), record_of("DoRA", 0.3, 0, 0, diverged="first"),
+               record_of("CABR", 0.1, 0.75, 0.8), record_of("CABR", 0.1, 0.85, 0.8, seed=1),
+               record_of("SECURA", 0.2, 0.72, 0.8), record_of("SECURA", 0.1, 0.71, 1.0)]
     lines = report.best_table(records, Subject(before={"kept": 1.0})).splitlines()
     assert lines[0] == ("|  | rate | seeds | trained | first → end | second | forgetting | "
-                        "kept (before: 1.000) | gain per 100k |")
+                        "kept (before: 1.000) | kept above LoRA's at equal learning | "
+                        "gain per 100k |")
     assert lines[2] == ("| LoRA | 0.1 | 2 | 20,000 | 0.850 ± 0.071 → 0.750 ± 0.071 | 0.850 ± 0.071 "
-                        "| 0.100 ± 0.000 | 0.600 ± 0.141 | 0.75 |")
+                        "| 0.100 ± 0.000 | 0.600 ± 0.141 |  | 0.75 |")
     assert lines[3].startswith(
-        "| head only | 0 | 1 | 20,000 | 0.700 → 0.600 | 0.700 | 0.100 | 1.000 |")
-    assert "(1 of 1 diverged)" in lines[4] and {line.count("|") for line in lines} == {10}
+        "| head only | 0 | 1 | 20,000 | 0.700 → 0.600 | 0.700 | 0.100 | 1.000 |  |")
+    assert "(1 of 1 diverged)" in lines[4] and {line.count("|") for line in lines} == {11}
+    # Seed 0 of LoRA keeps 0.75 half way from the untrained body; seed 1 has none to start from.
+    assert "| 0.800 ± 0.000 | +0.050 (1 of 2 seeds) |" in lines[5]
+    assert lines[6].startswith("| SECURA | 0.2 | 1 |") and "| 0.800 | -0.100 |" in lines[6]
 
 
 def test_one_task_alone_has_no_forgetting(tmp_path):

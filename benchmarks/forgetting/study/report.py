@@ -18,12 +18,10 @@ Measure = Callable[[dict], float]
 def write(records: Sequence[dict], subject: Subject, path: Path) -> None:
     """``path`` with .md, the tables, and with .png, the curves of the first measure of retention
     that the subject shows, unless every run diverged."""
-    best = best_rates(records)
-    at_best = [r for r in records if r["rate"] == best[row_of(r)]]
     unit = "perplexity" if subject.log_likelihood else "accuracy"
     parts = [f"### {subject.title}: each method at the learning rate that learns most ({unit})",
-             best_table(at_best, subject)]
-    if PEER in best:
+             best_table(records, subject)]
+    if PEER in map(row_of, records):
         parts += ["### At equal learning", equal_table(records, subject)]
     path.with_suffix(".md").write_text("\n\n".join(parts) + "\n")
     if whole(records):
@@ -56,10 +54,16 @@ def lost(subject: Subject) -> dict[str, Measure]:
     return {"forgetting": lambda record: final_forgetting(record, subject.tasks)}
 
 
-def mean_and_spread(values: Sequence[float], digits: int = 3) -> str:
-    """``0.812 ± 0.004``: mean and standard deviation; of one value that value."""
-    mean = f"{statistics.mean(values):.{digits}f}"
-    return mean if len(values) < 2 else f"{mean} ± {statistics.stdev(values):.{digits}f}"
+def mean_and_spread(values: Sequence[float | None], sign: str = "") -> str:
+    """``0.812 ± 0.004``: mean and standard deviation; of one value that value. Seeds without a
+    value are counted. ``sign="+"`` shows it of positive means too."""
+    found = [value for value in values if value is not None]
+    if not found:
+        return ""
+    cell = f"{statistics.mean(found):{sign}.3f}"
+    if len(found) > 1:
+        cell += f" ± {statistics.stdev(found):.3f}"
+    return cell if len(found) == len(values) else f"{cell} ({len(found)} of {len(values)} seeds)"
 
 
 def shown_as(subject: Subject) -> Callable[[float], float]:
@@ -73,17 +77,22 @@ def table(header: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
 
 
 def best_table(records: Sequence[dict], subject: Subject) -> str:
-    """A line a row: each task after itself and at the end, forgetting, retention at the end, and
-    what was learned above the untrained body, per 100,000 trained parameters."""
-    show, tasks = shown_as(subject), subject.tasks
+    """A line a row at its best rate: each task after itself and at the end, forgetting, retention
+    at the end, how far that is above what ``PEER`` keeps where it learns as much with the same
+    seed, and what was learned above the untrained body, per 100,000 trained parameters."""
+    show, tasks, best = shown_as(subject), subject.tasks, best_rates(records)
+    at_best = [r for r in records if r["rate"] == best[row_of(r)]]
     header = ["", "rate", "seeds", "trained"]
     header += [f"{task} → end" for task in tasks[:-1]] + [tasks[-1]]
     measures = lost(subject) | {f"{measure} (before: {subject.before[measure]:.3f})":
                                 retained(measure) for measure in subject.shown}
-    header += [*measures, "gain per 100k"]
-    untrained = [learned(r) for r in whole(records) if r["method"] == UNTRAINED]
+    kept = retained(subject.shown[0])
+    peer = curves_by_seed(whole(complete(records)), PEER, kept)
+    header += [*measures, f"{subject.shown[0]} above {label(PEER)}'s at equal learning",
+               "gain per 100k"]
+    untrained = [learned(r) for r in whole(at_best) if r["method"] == UNTRAINED]
     lines = []
-    for row, own in grouped(records, row_of).items():
+    for row, own in grouped(at_best, row_of).items():
         runs = whole(own)
         trained = own[0]["trained"]
         lines.append([label(row), f"{own[0]['rate']:g}", str(len(own)), f"{trained:,}"])
@@ -95,6 +104,8 @@ def best_table(records: Sequence[dict], subject: Subject) -> str:
         lines[-1] += [" → ".join(mean_and_spread([show(r["learned"][task][at]) for r in runs])
                                  for at in dict.fromkeys((task, tasks[-1]))) for task in tasks]
         lines[-1] += [mean_and_spread(list(map(measure, runs))) for measure in measures.values()]
+        more = [difference(kept(r), value_at(peer.get(r["seed"], ()), learned(r))) for r in runs]
+        lines[-1].append("" if row == PEER or row[0] == UNTRAINED else mean_and_spread(more, "+"))
         gain = ""
         if untrained and trained:
             above = statistics.mean(map(learned, runs)) - statistics.mean(untrained)
@@ -103,11 +114,14 @@ def best_table(records: Sequence[dict], subject: Subject) -> str:
     return table(header, lines)
 
 
+def difference(value: float, other: float | None) -> float | None:
+    return None if other is None else value - other
+
+
 def equal_table(records: Sequence[dict], subject: Subject) -> str:
     """What each row keeps, and forgets, where it learns as much as ``PEER`` does at each of its
-    rates with the same seed: on the straight line between the row's neighbouring rates, of which
-    0, the untrained body with the seed's heads, is one of every row's. Of seeds that were not run
-    at all of the row's rates nothing counts."""
+    rates with the same seed, by ``curves_by_seed``. Of seeds that were not run at all of the row's
+    rates nothing counts."""
     show, records, costs = shown_as(subject), whole(complete(records)), lost(subject)
     peer = grouped([r for r in records if row_of(r) == PEER], lambda r: r["rate"])
     levels = {rate: {r["seed"]: learned(r) for r in own} for rate, own in sorted(peer.items())}
@@ -116,24 +130,25 @@ def equal_table(records: Sequence[dict], subject: Subject) -> str:
         level = show(statistics.mean(by_seed.values()))
         header += [f"{rate:g} ({level:.3f}): {subject.shown[0]}", *costs]
     measures = [(retained(subject.shown[0]), max), *((cost, min) for cost in costs.values())]
-    untrained = [r for r in records if r["method"] == UNTRAINED]
     lines = []
-    for row, own in grouped(records, row_of).items():
+    for row in grouped(records, row_of):
         if row[0] == UNTRAINED:
             continue
-        seeds = grouped(own, lambda r: r["seed"])
-        starts = {seed: [r for r in untrained if r["seed"] == seed] for seed in seeds}
-        cells = [label(row)]
-        for by_seed in levels.values():
-            for value, better in measures:
-                found = [value_at(curve_of(starts[seed] + runs, value), by_seed[seed], better)
-                         for seed, runs in seeds.items() if seed in by_seed]
-                reached = [v for v in found if v is not None]
-                cells.append(mean_and_spread(reached) if reached else "")
-                if 0 < len(reached) < len(found):
-                    cells[-1] += f" ({len(reached)} of {len(found)} seeds)"
-        lines.append(cells)
+        curves = [(curves_by_seed(records, row, measure), better) for measure, better in measures]
+        lines.append([label(row)] + [
+            mean_and_spread([value_at(curve, by_seed[seed], better)
+                             for seed, curve in of_row.items() if seed in by_seed])
+            for by_seed in levels.values() for of_row, better in curves])
     return table(header, lines)
+
+
+def curves_by_seed(records: Sequence[dict], row: Row, measure: Measure
+                   ) -> dict[int, list[tuple[float, float]]]:
+    """The row's curve of each seed. It begins with the untrained body that has the seed's heads,
+    since the rate 0 is one of every row's."""
+    seeds = grouped([r for r in records if row_of(r) == row], lambda r: r["seed"])
+    return {seed: curve_of([r for r in records if r["method"] == UNTRAINED and r["seed"] == seed]
+                           + runs, measure) for seed, runs in seeds.items()}
 
 
 def curve_of(records: Sequence[dict], measure: Measure) -> list[tuple[float, float]]:
