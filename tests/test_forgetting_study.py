@@ -237,20 +237,34 @@ def test_only_seeds_with_every_rate_give_a_curve():
 def test_the_table_at_the_best_rates():
     records = [record_of("LoRA", 0.1, 0.8, 0.5), record_of("LoRA", 0.1, 0.9, 0.7, seed=1),
                record_of("head only", 0, 0.7, 1.0), record_of("DoRA", 0.3, 0, 0, diverged="first"),
-               record_of("CABR", 0.1, 0.75, 0.8), record_of("CABR", 0.1, 0.85, 0.8, seed=1),
-               record_of("SECURA", 0.2, 0.72, 0.8), record_of("SECURA", 0.1, 0.71, 1.0)]
+               record_of("SECURA", 0.2, 0.8, 0.8), record_of("SECURA", 0.1, 0.7, 1.0)]
     lines = report.best_table(records, Subject(before={"kept": 1.0})).splitlines()
     assert lines[0] == ("|  | rate | seeds | trained | first → end | second | forgetting | "
-                        "kept (before: 1.000) | kept above LoRA's at equal learning | "
-                        "gain per 100k |")
+                        "kept (before: 1.000) | gain per 100k |")
     assert lines[2] == ("| LoRA | 0.1 | 2 | 20,000 | 0.850 ± 0.071 → 0.750 ± 0.071 | 0.850 ± 0.071 "
-                        "| 0.100 ± 0.000 | 0.600 ± 0.141 |  | 0.75 |")
+                        "| 0.100 ± 0.000 | 0.600 ± 0.141 | 0.75 |")
     assert lines[3].startswith(
-        "| head only | 0 | 1 | 20,000 | 0.700 → 0.600 | 0.700 | 0.100 | 1.000 |  |")
-    assert "(1 of 1 diverged)" in lines[4] and {line.count("|") for line in lines} == {11}
-    # Seed 0 of LoRA keeps 0.75 half way from the untrained body; seed 1 has none to start from.
-    assert "| 0.800 ± 0.000 | +0.050 (1 of 2 seeds) |" in lines[5]
-    assert lines[6].startswith("| SECURA | 0.2 | 1 |") and "| 0.800 | -0.100 |" in lines[6]
+        "| head only | 0 | 1 | 20,000 | 0.700 → 0.600 | 0.700 | 0.100 | 1.000 |")
+    assert "(1 of 1 diverged)" in lines[4] and {line.count("|") for line in lines} == {10}
+    assert lines[5].startswith("| SECURA | 0.2 | 1 |")
+
+
+def test_rivals_at_equal_learning():
+    records = [*(record_of("LoRA", rate, learned, kept, seed) for seed in (0, 1)
+                 for rate, learned, kept in ((1, 0.6, 0.9), (2, 0.8, 0.5 + seed / 10))),
+               record_of("CABR", 1, 0.7, 0.8), record_of("CABR", 1, 0.7, 0.8, seed=1),
+               record_of("CABR", 1, 0.9, 0.8, seed=2),  # a seed that the rival has not
+               record_of("DoRA", 1, 0.8, 0.5), record_of("DoRA", 1, 0.81, 0.5, seed=1),
+               record_of("head only", 0, 0.4, 1.0), record_of("SECURA", 1, 0, 0, diverged="first")]
+    lines = report.rival_table(records, Subject()).splitlines()
+    assert lines[0] == "|  | seeds | learned | kept | LoRA | CABR | SECURA |"
+    # Of LoRA half way between its rates: 0.7 and 0.75. CABR's one rate, and 0.4 untrained.
+    assert lines[3] == ("| CABR | 3 | 0.767 ± 0.115 | 0.800 ± 0.000 | "
+                        "+0.075 ± 0.035 (2 of 3 seeds) |  |  |")
+    # Seed 1 of DoRA learned more than LoRA's.
+    assert lines[4] == "| DoRA | 2 | 0.805 ± 0.007 | 0.500 ± 0.000 | +0.000 (1 of 2 seeds) |  |  |"
+    assert lines[2].startswith("| LoRA | 2 | 0.800 ± 0.000 | 0.550 ± 0.071 |  |")
+    assert len(lines) == 5
 
 
 def test_one_task_alone_has_no_forgetting(tmp_path):
@@ -259,8 +273,8 @@ def test_one_task_alone_has_no_forgetting(tmp_path):
     report.write(list(records.by_key.values()), subject, records.path)
     tables = (tmp_path / "one.md").read_text().splitlines()
     assert tables[2].startswith("|  | rate | seeds | trained | first | kept (before: 0.000) | ")
-    equal = tables[tables.index("### At equal learning") + 2:]
-    assert len(equal) == 3 and {line.count("|") for line in equal} == {3}
+    at = tables.index("### At equal learning") + 2
+    assert {line.count("|") for line in tables[at:at + 3]} == {3}
 
 
 def test_a_study_that_diverged_has_tables_and_no_curves(tmp_path):

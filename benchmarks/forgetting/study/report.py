@@ -11,6 +11,8 @@ from .protocol import Subject, final_forgetting
 from .search import SEQUENTIAL, Row, best_rates, complete, grouped, row_of
 
 PEER = "LoRA", SEQUENTIAL  # at its levels of learning the others are compared
+RIVALS = [(method, SEQUENTIAL) for method in (
+    "LoRA", "LoRA, every layer", "CURLoRA", "CURLoRA, every layer", "CABR", "SECURA")]
 UNTRAINED = "head only"
 Measure = Callable[[dict], float]
 
@@ -22,7 +24,9 @@ def write(records: Sequence[dict], subject: Subject, path: Path) -> None:
     parts = [f"### {subject.title}: each method at the learning rate that learns most ({unit})",
              best_table(records, subject)]
     if PEER in map(row_of, records):
-        parts += ["### At equal learning", equal_table(records, subject)]
+        parts += ["### At equal learning", equal_table(records, subject),
+                  "### At the best rates: how much more is kept than by others at equal learning",
+                  rival_table(records, subject)]
     path.with_suffix(".md").write_text("\n\n".join(parts) + "\n")
     if whole(records):
         draw(records, subject, path.with_suffix(".png"))
@@ -35,6 +39,11 @@ def label(row: Row) -> str:
 
 def whole(records: Sequence[dict]) -> list[dict]:
     return [record for record in records if not record["diverged"]]
+
+
+def at_best(records: Sequence[dict]) -> list[dict]:
+    best = best_rates(records)
+    return [record for record in records if record["rate"] == best[row_of(record)]]
 
 
 def learned(record: dict) -> float:
@@ -78,21 +87,16 @@ def table(header: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
 
 def best_table(records: Sequence[dict], subject: Subject) -> str:
     """A line a row at its best rate: each task after itself and at the end, forgetting, retention
-    at the end, how far that is above what ``PEER`` keeps where it learns as much with the same
-    seed, and what was learned above the untrained body, per 100,000 trained parameters."""
-    show, tasks, best = shown_as(subject), subject.tasks, best_rates(records)
-    at_best = [r for r in records if r["rate"] == best[row_of(r)]]
+    at the end, and what was learned above the untrained body, per 100,000 trained parameters."""
+    show, tasks, best = shown_as(subject), subject.tasks, at_best(records)
     header = ["", "rate", "seeds", "trained"]
     header += [f"{task} → end" for task in tasks[:-1]] + [tasks[-1]]
     measures = lost(subject) | {f"{measure} (before: {subject.before[measure]:.3f})":
                                 retained(measure) for measure in subject.shown}
-    kept = retained(subject.shown[0])
-    peer = curves_by_seed(whole(complete(records)), PEER, kept)
-    header += [*measures, f"{subject.shown[0]} above {label(PEER)}'s at equal learning",
-               "gain per 100k"]
-    untrained = [learned(r) for r in whole(at_best) if r["method"] == UNTRAINED]
+    header += [*measures, "gain per 100k"]
+    untrained = [learned(r) for r in whole(best) if r["method"] == UNTRAINED]
     lines = []
-    for row, own in grouped(at_best, row_of).items():
+    for row, own in grouped(best, row_of).items():
         runs = whole(own)
         trained = own[0]["trained"]
         lines.append([label(row), f"{own[0]['rate']:g}", str(len(own)), f"{trained:,}"])
@@ -104,18 +108,12 @@ def best_table(records: Sequence[dict], subject: Subject) -> str:
         lines[-1] += [" → ".join(mean_and_spread([show(r["learned"][task][at]) for r in runs])
                                  for at in dict.fromkeys((task, tasks[-1]))) for task in tasks]
         lines[-1] += [mean_and_spread(list(map(measure, runs))) for measure in measures.values()]
-        more = [difference(kept(r), value_at(peer.get(r["seed"], ()), learned(r))) for r in runs]
-        lines[-1].append("" if row == PEER or row[0] == UNTRAINED else mean_and_spread(more, "+"))
         gain = ""
         if untrained and trained:
             above = statistics.mean(map(learned, runs)) - statistics.mean(untrained)
             gain = f"{above / trained * 1e5:.3g}"
         lines[-1].append(gain)
     return table(header, lines)
-
-
-def difference(value: float, other: float | None) -> float | None:
-    return None if other is None else value - other
 
 
 def equal_table(records: Sequence[dict], subject: Subject) -> str:
@@ -140,6 +138,27 @@ def equal_table(records: Sequence[dict], subject: Subject) -> str:
                              for seed, curve in of_row.items() if seed in by_seed])
             for by_seed in levels.values() for of_row, better in curves])
     return table(header, lines)
+
+
+def rival_table(records: Sequence[dict], subject: Subject) -> str:
+    """How much more than each of ``RIVALS`` a row keeps at its best rate: than the rival's run of
+    the same seed where it learns as much, by ``curves_by_seed``. Needs no other rate of the row's,
+    and so counts every seed."""
+    show, kept = shown_as(subject), retained(subject.shown[0])
+    curves = {rival: curves_by_seed(whole(complete(records)), rival, kept)
+              for rival in RIVALS if rival in map(row_of, records)}
+    lines = []
+    for row, own in grouped(whole(at_best(records)), row_of).items():
+        if row[0] == UNTRAINED:
+            continue
+        lines.append([label(row), str(len(own)), mean_and_spread([show(learned(r)) for r in own]),
+                      mean_and_spread(list(map(kept, own)))])
+        for rival, by_seed in curves.items():
+            theirs = [value_at(by_seed.get(r["seed"], ()), learned(r)) for r in own]
+            lines[-1].append("" if rival == row else mean_and_spread(
+                [None if other is None else kept(r) - other
+                 for r, other in zip(own, theirs, strict=True)], "+"))
+    return table(["", "seeds", "learned", subject.shown[0], *map(label, curves)], lines)
 
 
 def curves_by_seed(records: Sequence[dict], row: Row, measure: Measure
