@@ -145,8 +145,8 @@ def rival_table(records: Sequence[dict], subject: Subject) -> str:
     the same seed where it learns as much, by ``curves_by_seed``. Needs no other rate of the row's,
     and so counts every seed."""
     show, kept = shown_as(subject), retained(subject.shown[0])
-    curves = {rival: curves_by_seed(whole(complete(records)), rival, kept)
-              for rival in RIVALS if rival in map(row_of, records)}
+    rows, searched = set(map(row_of, records)), whole(complete(records))
+    curves = {rival: curves_by_seed(searched, rival, kept) for rival in RIVALS if rival in rows}
     lines = []
     for row, own in grouped(whole(at_best(records)), row_of).items():
         if row[0] == UNTRAINED:
