@@ -40,6 +40,7 @@ class Subject:
     before: dict = field(default_factory=lambda: {"kept": 0.0})
     shown: tuple[str, ...] = ("kept",)
     log_likelihood: bool = False
+    labels: int = 1
     head_rate: float = 1e-3
     ticks: int = 0
     ended: list = field(default_factory=list)
@@ -127,6 +128,14 @@ def test_every_strategy_runs_and_is_repeatable(strategy):
     assert other["learned"] != records[0]["learned"]
 
 
+def test_strategies_are_as_strong_whatever_the_length_of_a_row_and_of_a_task():
+    """EWC in the labels of a row, I-LoRA in the steps of a task."""
+    for labels, lam in (1, 100), (63, 6300):
+        assert protocol.make_strategy("ewc", Subject(labels=labels), 24).lam == lam
+    for steps, ema in (120, 0.98), (24, 0.9), (2, 0.0):
+        assert protocol.make_strategy("ilora", Subject(), steps).ema == pytest.approx(ema)
+
+
 def test_forgetting_is_seen_and_stages_are_taken(monkeypatch):
     record = protocol.perform(run_of(method="full", rate=1e-2, steps=60), Subject(), lambda: None)
     assert protocol.final_forgetting(record, TASKS) > 0.5
@@ -157,7 +166,7 @@ def test_where_nothing_is_trained_nothing_changes(monkeypatch):
     monkeypatch.setattr(methods, "HEAD", "head")
     model = subject.model(methods.METHODS["head only"], 0).requires_grad_(False)
     before = {name: value.clone() for name, value in model.state_dict().items()}
-    assert protocol.train(model, subject, protocol.make_strategy("sequential", subject),
+    assert protocol.train(model, subject, protocol.make_strategy("sequential", subject, 2),
                           subject.batches("first", 2, 0), 1e-2, lambda: None)
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
 

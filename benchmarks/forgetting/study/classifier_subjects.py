@@ -37,6 +37,7 @@ class Headed:
     head_rate: float
     batch_size: int
     log_likelihood = False
+    labels = 1
     own_tasks = ("tweets", "newsgroups", "reuters")
     forward = staticmethod(mixed_precision()(transformers_forward))
 

@@ -30,6 +30,7 @@ class Language:
         self.base, tokenizer = load_causal_model(setup)
         self.targets = setup.targets or TARGETS
         self.batch_size, self.length = setup.batch_size or 4, setup.length or 64
+        self.labels = self.length - 1  # every token but the first
         found = [language.domain(name, tokenizer) if name in language.DOMAINS else
                  hub_texts.hub_text_task(name, tokenizer)
                  for name in setup.tasks or language.DOMAINS]

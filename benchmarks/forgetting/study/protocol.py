@@ -34,6 +34,7 @@ class Subject(Protocol):
     before: dict[str, float]  # the retention of the base model
     shown: tuple[str, ...]  # measures of retention for the tables; of the first more is better
     log_likelihood: bool  # ``learned`` is one, and shown as a perplexity
+    labels: int  # of a row at most: a row's loss is the mean over them
     head_rate: float  # the heads' learning rate, the same beside every method
 
     def model(self, method: Method, seed: int) -> nn.Module:
@@ -93,7 +94,7 @@ def perform(run: Run, subject: Subject, tick: Tick) -> dict:
     method = METHODS[run.method]
     torch.manual_seed(run.seed)
     model = subject.model(method, run.seed)
-    strategy = make_strategy(run.strategy, subject)
+    strategy = make_strategy(run.strategy, subject, run.steps)
     trained = sum(p.numel() for p in body_of(model, subject))
     validation: dict[str, float] = {}
     learned: dict[str, dict[str, float]] = {}
@@ -153,11 +154,16 @@ def body_of(model: nn.Module, subject: Subject) -> list[nn.Parameter]:
     return [p for p in model.parameters() if p.requires_grad and id(p) not in heads]
 
 
-def make_strategy(name: str, subject: Subject):
-    """Budgets as the papers' small ones: 200 rows, half a batch of replay, EWC on 128 rows."""
+def make_strategy(name: str, subject: Subject, steps: int):
+    """Budgets as the papers' small ones: 200 rows, half a batch of replay, EWC on 128 rows.
+
+    EWC's strength is 100 a label: the mean over n labels, whose gradients are independent, has an n
+    times smaller Fisher matrix than one of them. I-LoRA's long-term memory is as long in every
+    study as a part of a task: 5 of 12 steps.
+    """
     settings = {"sequential": {}, "replay": dict(budget=200, ratio=0.5),
-                "ewc": dict(lam=100.0, samples=128, forward=subject.forward),
-                "ilora": dict(ema=0.98, budget=200, forward=subject.forward)}
+                "ewc": dict(lam=100.0 * subject.labels, samples=128, forward=subject.forward),
+                "ilora": dict(ema=max(0.0, 1 - 2.4 / steps), budget=200, forward=subject.forward)}
     return STRATEGIES[name](**settings[name])
 
 
