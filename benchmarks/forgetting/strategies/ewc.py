@@ -30,8 +30,9 @@ class EWC(Strategy):
     a row's own loss at the end of a task, in evaluation mode. It is taken row by row: the squared
     gradient of a batch of n rows has their mixed products in it, and where they cancel is about n
     times too small. The first ``samples`` rows of ``after_task``'s batches are used, one forward
-    and backward pass each. A row's loss is the mean over its tokens, as in training, so F, and
-    with it the right ``lam``, depends on how long the rows are.
+    and backward pass each. A row's loss is the mean over its labels, as in training: of n labels,
+    whose gradients are independent, F is n times smaller than of one, and wants n times the
+    ``lam``.
 
     Over tasks F is summed and theta* is where the last task ended: the one penalty that the
     recursion of Laplace approximations gives (Huszár 2018, arXiv 1712.03847), at a memory of two
