@@ -90,6 +90,7 @@ def run_all(subject, rate: float) -> dict[str, dict]:
 
 def check_heads(subject, records: dict[str, dict]) -> None:
     """What all subjects with heads have in common."""
+    assert subject.labels == 1
     body = subject.model(methods.METHODS["LoRA"], 0).body
     assert records["LoRA"]["trained"] == sum(
         p.numel() for p in body.parameters() if p.requires_grad) > 0
@@ -179,6 +180,7 @@ def test_language_models_learn_domains(language_folder, monkeypatch):
         part: "xyz. xyy. " * 80 for part in language.PARTS}})
     subject = subjects.load("language", Setup(model=str(language_folder), length=16))
     assert subject.tasks == ("one", "two") and subject.shown[1] == "wikipedia kl"
+    assert subject.labels == 15  # of 16 tokens all but the first are predicted
     records = run_all(subject, 3e-2)
     untouched = records["head only"]
     assert untouched["trained"] == 0 and untouched["retention"]["end"]["agreement"] == 1

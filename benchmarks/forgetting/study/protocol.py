@@ -158,8 +158,7 @@ def make_strategy(name: str, subject: Subject, steps: int):
     """Budgets as the papers' small ones: 200 rows, half a batch of replay, EWC on 128 rows.
 
     EWC's strength is 100 a label: the mean over n labels, whose gradients are independent, has an n
-    times smaller Fisher matrix than one of them. I-LoRA's long-term memory is as long in every
-    study as a part of a task: 5 of 12 steps.
+    times smaller Fisher matrix than one of them. I-LoRA's long-term memory is 5/12 of a task long.
     """
     settings = {"sequential": {}, "replay": dict(budget=200, ratio=0.5),
                 "ewc": dict(lam=100.0 * subject.labels, samples=128, forward=subject.forward),
