@@ -4,7 +4,7 @@ import torch
 from torch import Tensor, nn
 
 from .adapter import Adapter
-from .checks import check_choice, check_int
+from .checks import check_choice, check_int, fail
 from .reference import cabr_core
 from .smagnorm import SMagNorm
 
@@ -57,6 +57,9 @@ class SECURAAdapter(Adapter):
         **settings,
     ) -> None:
         super().__init__(weight, cols, rows, norm=norm, **settings)
+        if self.r >= self.in_features:
+            raise fail("r", self.r, f"less than K={self.in_features}: SECURA's m is above r and at "
+                                    "most K (CURLoRA takes r up to min(N, K))")
         if m is None:
             m = min(max(self.r + 1, self.r * 4 // 3), self.in_features)
         self.m = check_int("m", m, self.r + 1, self.in_features,
@@ -76,7 +79,9 @@ class SECURAAdapter(Adapter):
     def _start(self, weight: Tensor, a_init: str) -> Tensor:
         dtype = torch.promote_types(weight.dtype, torch.float32)
         if a_init == "published":
-            return weight[:self.r, :self.m].T.to(dtype).contiguous()
+            # A copy, even where the slice lies in memory as A would: A is trained, W is not.
+            return weight[:self.r, :self.m].T.to(
+                dtype, copy=True, memory_format=torch.contiguous_format)
         devices = [weight.device] if weight.is_cuda else []
         with torch.random.fork_rng(devices):  # the randomised SVD draws from the global generator
             torch.manual_seed(0)

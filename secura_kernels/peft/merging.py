@@ -97,7 +97,8 @@ class Mergeable:
             if adapter.adapter_bias is not None:
                 more = adapter.adapter_bias.detach()
                 bias = more.to(weight.dtype) if bias is None else (bias + more).to(bias.dtype)
-        return merged, bias
+        # The one from before is kept for ``unmerge``: the merged layer gets a bias of its own.
+        return merged, None if bias is None else bias.detach().clone()
 
     def _check_finite(self, names: list[str], weight: Tensor, bias: Tensor | None) -> None:
         if not (torch.isfinite(weight).all() and (bias is None or torch.isfinite(bias).all())):
