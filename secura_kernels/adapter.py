@@ -308,6 +308,10 @@ class Adapter(LateTensors, nn.Module):
                     norm=None if self.norm is None else self.norm.to_dict(),
                     importance_decay=None if decay is None else asdict(decay))
 
+    def __prepare_scriptable__(self) -> None:  # called by torch.jit.script
+        raise TypeError(f"torch.jit.script cannot compile {type(self).__name__}, whose passes are "
+                        "registered ops: use torch.compile or torch.export")
+
     def __setstate__(self, values: dict) -> None:
         super().__setstate__(values)
         self._watch()  # in the first compiled forward pass it would be compiled again

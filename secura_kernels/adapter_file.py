@@ -15,7 +15,18 @@ from .base import CURLinear
 from .checks import check_choice, fail
 from .modules import CURLoRALinear, SECURALinear
 from .smagnorm import ImportanceDecay
-from .state import FINGERPRINT, SETTINGS, check_state, fingerprint, same_base, unpack_settings
+from .state import (
+    CHECKSUM,
+    FINGERPRINT,
+    SETTINGS,
+    check_finite,
+    check_state,
+    check_sum,
+    checksum,
+    fingerprint,
+    same_base,
+    unpack_settings,
+)
 
 KINDS = {kind.__name__: kind for kind in (CURLoRALinear, SECURALinear)}
 
@@ -23,8 +34,9 @@ KINDS = {kind.__name__: kind for kind in (CURLoRALinear, SECURALinear)}
 def save_adapter(model: nn.Module, path: str | os.PathLike) -> None:
     """Saves every CURLoRALinear and SECURALinear of ``model`` to one safetensors file.
 
-    The base weights are not saved (16 values of each are, to recognise them), except those that an
-    M1 stage has changed. The file is replaced as a whole or not at all.
+    The base weights are not saved (256 values of each are, to recognise them), except those that an
+    M1 stage has changed. A checksum ties a layer's indices to its core. The file is replaced as a
+    whole or not at all.
 
     Raises:
         ValueError: a model without such layers.
@@ -37,6 +49,7 @@ def save_adapter(model: nn.Module, path: str | os.PathLike) -> None:
         if not layer.base_changed:
             entries[FINGERPRINT] = fingerprint(entries.pop("weight"))
             entries.pop("bias", None)
+        entries[CHECKSUM] = checksum(entries)
         tensors |= {_join(name, k): v.contiguous().cpu() for k, v in entries.items()}
     if not tensors:
         raise fail("model", type(model).__name__, "a model with CURLoRALinear or SECURALinear "
@@ -50,7 +63,8 @@ def save_adapter(model: nn.Module, path: str | os.PathLike) -> None:
         unfinished.unlink(missing_ok=True)
 
 
-def load_adapter(model: nn.Module, path: str | os.PathLike, *, impl: str = "auto") -> list[str]:
+def load_adapter(model: nn.Module, path: str | os.PathLike, *, impl: str = "auto",
+                 force: bool = False) -> list[str]:
     """Puts the layers of an adapter file into ``model``, in place.
 
     Args:
@@ -58,13 +72,15 @@ def load_adapter(model: nn.Module, path: str | os.PathLike, *, impl: str = "auto
             that has such layers already, which are then loaded.
         path: a file of ``save_adapter``.
         impl: the backend of layers that are built here.
+        force: load it on a base of other values too. C and R are then columns and rows of that one,
+            so that the change is another than the one that was trained.
 
     Returns:
         The names of the layers.
 
     Raises:
-        ValueError: a file that is truncated, tampered with, of another version, or made for
-            another base; FileNotFoundError: no such file. The model is then unchanged.
+        ValueError: a file that is truncated, tampered with, of another version, with NaN, or made
+            for another base; FileNotFoundError: no such file. The model is then unchanged.
     """
     try:
         tensors = load_file(path)
@@ -77,7 +93,7 @@ def load_adapter(model: nn.Module, path: str | os.PathLike, *, impl: str = "auto
         raise ValueError(f"{path} holds no layers of secura_kernels")
     trainable = {p: p.requires_grad for p in model.parameters()}
     try:
-        plan = [_plan(model, name, tensors, impl) for name in names]
+        plan = [_plan(model, name, tensors, impl, force) for name in names]
         claimed = {_join(name, k) for name, _, found in plan for k in found}
         stray = sorted(set(tensors) - claimed)
         if stray:
@@ -87,14 +103,15 @@ def load_adapter(model: nn.Module, path: str | os.PathLike, *, impl: str = "auto
             parameter.requires_grad_(value)
         raise ValueError(f"{path} cannot be loaded: {error}") from error
     for name, layer, found in plan:
-        found.pop(FINGERPRINT, None)
+        for key in (FINGERPRINT, CHECKSUM):
+            found.pop(key, None)
         layer.load_state_dict(found)
         if model.get_submodule(name) is not layer:
             model.set_submodule(name, layer)
     return names
 
 
-def _plan(model: nn.Module, name: str, tensors: dict[str, Tensor], impl: str):
+def _plan(model: nn.Module, name: str, tensors: dict[str, Tensor], impl: str, force: bool):
     """A layer that is ready to take its part of the file, and that part, checked."""
     start = _join(name, "")
     found = {k.removeprefix(start): v for k, v in tensors.items() if k.startswith(start)}
@@ -105,14 +122,19 @@ def _plan(model: nn.Module, name: str, tensors: dict[str, Tensor], impl: str):
     try:
         layer = target if isinstance(target, CURLinear) else _build(target, found, impl)
         own = layer.state_dict()
-        if FINGERPRINT in found and not same_base(found[FINGERPRINT], own["weight"]):
-            raise ValueError("it was trained on another base: the layer's weight has other values")
+        if FINGERPRINT in found and not force and not same_base(found[FINGERPRINT],
+                                                                fingerprint(own["weight"])):
+            raise ValueError("it was trained on another base: the layer's weight has other values "
+                             "(force=True loads it all the same)")
+        check_finite(found)
         if "weight" not in found:
             found |= {k: own[k] for k in ("weight", "bias") if k in own}
-        check_state(layer, {k: v for k, v in found.items() if k != FINGERPRINT})
-        unknown = set(found) - set(own) - set(layer.late_shapes()) - {FINGERPRINT}
+        about = {FINGERPRINT, CHECKSUM}
+        check_state(layer, {k: v for k, v in found.items() if k not in about})
+        unknown = set(found) - set(own) - set(layer.late_shapes()) - about
         if unknown:
             raise ValueError(f"it holds unknown tensors {sorted(unknown)}")
+        check_sum(found)
     except (ValueError, TypeError) as error:
         raise ValueError(f"layer {name!r}: {error}") from error
     return name, layer, found

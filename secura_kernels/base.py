@@ -109,6 +109,15 @@ class CURLinear(Mergeable, Adapter):
                 + (", merged=True" if self.merged else ""))
 
 
+RUNS_NOWHERE = ("the output projection of nn.MultiheadAttention never runs (the attention takes "
+                "its weight alone), so that nothing put in its place would be used")
+
+
+def runs_nowhere(base: nn.Module) -> bool:
+    """Whether a layer is one whose forward pass nobody calls; torch has a class for it alone."""
+    return isinstance(base, nn.modules.linear.NonDynamicallyQuantizableLinear)
+
+
 def matrix_of(base: nn.Module) -> Tensor:
     """W (N, K) of an ``nn.Linear`` or of transformers' ``Conv1D``, which keeps it as (K, N).
 
@@ -116,6 +125,8 @@ def matrix_of(base: nn.Module) -> Tensor:
         TypeError: another kind of layer. ValueError: a weight on the meta device.
     """
     transformers = sys.modules.get("transformers.pytorch_utils")
+    if runs_nowhere(base):
+        raise TypeError(f"linear cannot be replaced: {RUNS_NOWHERE}")
     if isinstance(base, nn.Linear):
         weight = base.weight
     elif transformers is not None and isinstance(base, transformers.Conv1D):

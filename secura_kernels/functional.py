@@ -3,8 +3,10 @@
 import torch
 from torch import Tensor
 
+from . import reference
 from .checks import check_choice, check_number, fail
-from .ops import IMPLS, CurLinear, CurWeightLinear, pack_norm, prepare
+from .ops import IMPLS, CurLinear, CurWeightLinear, forward_mode, pack_norm, prepare
+from .reference.blocks import chosen_columns, chosen_rows
 from .smagnorm import SMagNorm
 
 
@@ -43,7 +45,9 @@ def cur_linear(
         (..., N) in x's dtype; under autocast in the autocast dtype.
 
     Trained through autograd: x, core, adapter_bias; second derivatives included. With a detached
-    gate (the default) they treat the gate as the constant that the first ones treat it as.
+    gate (the default) they treat the gate as the constant that the first ones treat it as. Under
+    forward-mode transforms (``torch.func.jvp``, ``jacfwd``, ``hessian``) the plain formula runs,
+    whatever ``impl`` is.
     Deterministic: two runs are bitwise equal.
 
     Raises:
@@ -66,11 +70,26 @@ def cur_linear_and_moved(
     prepare(x, weight)
     x, weight, bias, C, R = autocast(x, weight, bias, C, R)
     _check(x, weight, core, cols, rows, C, R, bias, adapter_bias, decay)
+    if forward_mode():
+        check_uncounted(edge)
+        y = reference.cur_linear(
+            x.reshape(-1, x.shape[-1]), weight, bias, core, chosen_columns(weight, cols, C),
+            chosen_rows(weight, rows, R), alpha=alpha, norm=norm, adapter_bias=adapter_bias,
+            decay=decay)
+        return y.view(*x.shape[:-1], weight.shape[0]), y.new_empty(0, dtype=torch.int64)
     function = CurWeightLinear if norm is not None and norm.domain == "weight" else CurLinear
     y, *_, moved = function.apply(
         x.reshape(-1, x.shape[-1]), weight, bias, core, cols, rows, C, R, adapter_bias, decay,
         float(alpha), pack_norm(norm), norm is None or norm.detach_gate, edge, impl)
     return y.view(*x.shape[:-1], weight.shape[0]), moved
+
+
+def check_uncounted(edge: float) -> None:
+    """Raises RuntimeError where a forward-mode derivative would have to count the gate."""
+    if edge:
+        raise RuntimeError("forward-mode derivatives of a layer in training mode with importance "
+                           "decay are not possible: its count belongs to a training step; call "
+                           "eval() first")
 
 
 def check_settings(alpha: float, norm: SMagNorm | None, impl: str) -> None:

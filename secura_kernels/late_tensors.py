@@ -20,6 +20,20 @@ class LateTensors:
         if name in ("cols", "rows") and "shared_key" in self.__dict__:
             self.stale = True  # transformers sets a file's tensors one by one
         super().__setattr__(name, value)
+        if name in self.__dict__.get("_buffers", ()):
+            self._absent_last()
+
+    def register_buffer(self, name: str, tensor: Tensor | None, persistent: bool = True) -> None:
+        super().register_buffer(name, tensor, persistent)
+        self._absent_last()
+
+    def _absent_last(self) -> None:
+        """Keeps the buffers that are None behind the others: torch.export numbers those of a root
+        module as if none were None (torch 2.13)."""
+        buffers = self._buffers
+        absent = [name for name, value in buffers.items() if value is None]
+        if list(buffers)[len(buffers) - len(absent):] != absent:
+            buffers |= {name: buffers.pop(name) for name in absent}
 
     def _apply(self, fn, recurse: bool = True) -> "LateTensors":
         before = self.cols.device, self.core_parameter().dtype

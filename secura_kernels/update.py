@@ -6,9 +6,10 @@ import math
 import torch
 from torch import Tensor
 
+from . import reference
 from .checks import fail
-from .functional import autocast, check_settings
-from .ops import CurUpdate, pack_norm, prepare
+from .functional import autocast, check_settings, check_uncounted
+from .ops import CurUpdate, forward_mode, pack_norm, prepare
 from .ops import cur_mixed as cur_mixed_op
 from .smagnorm import SMagNorm
 
@@ -69,6 +70,12 @@ def cur_update_and_moved(
         raise fail("core", _described(core), f"floating point, {(r, r)}")
     _check_others(y0, {"core": (core, (r, r)), "adapter_bias": (adapter_bias, (N,)),
                        "decay": (decay, (N,))}, frozen=("decay",))
+    if forward_mode():
+        check_uncounted(edge)
+        y = reference.cur_update(
+            y0.reshape(-1, N), t.reshape(-1, r), core, C, alpha=alpha, norm=norm,
+            adapter_bias=adapter_bias, decay=decay)
+        return y.view(y0.shape), y.new_empty(0, dtype=torch.int64)
     y, _, moved = CurUpdate.apply(
         y0.reshape(-1, N), t.reshape(-1, r), core, C, adapter_bias, decay, float(alpha),
         pack_norm(norm), norm is None or norm.detach_gate, edge, impl)

@@ -3,10 +3,14 @@
 import pytest
 import torch
 from forms import ALL_NORMS, case
+from peft import get_peft_model
 from torch import nn
 from torch.utils.checkpoint import checkpoint
+from updates import OUTPUT_NORMS, update
 
 from secura_kernels import CURLoRALinear, ImportanceDecay, SECURALinear, SMagNorm
+from secura_kernels.peft import SecuraConfig
+from secura_kernels.update import cur_mixed
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*boxed.*")
 
@@ -114,10 +118,107 @@ def test_batched_gradients(norm):
             torch.testing.assert_close(a[i], b)
 
 
-def test_forward_mode_is_refused_rather_than_wrong():
+def of_layer(norm):
+    """A layer's output of x, core and adapter bias; its arguments."""
     c = case()
-    with pytest.raises(NotImplementedError, match="jvp"):
-        torch.func.jvp(lambda x: c.ours(None, x), (c.x.detach(),), (c.x.detach(),))
+    return lambda *a: c.ours(norm, *a), [t.detach() for t in c.trained()]
+
+
+def of_update(norm):
+    """The same of a base output that somebody else computed."""
+    c = update()
+    return lambda *a: c.ours(norm, *a), [t.detach() for t in c.trained()]
+
+
+FORWARD_MODE = ([(of_layer, norm) for norm in ALL_NORMS["argvalues"]]
+                + [(of_update, norm) for norm in OUTPUT_NORMS.values()])
+
+
+@pytest.mark.parametrize("form, norm", FORWARD_MODE)
+def test_forward_mode_equals_reverse_mode(form, norm):
+    function, arguments = form(norm)
+    every = tuple(range(len(arguments)))
+    pairs = [(torch.func.jacfwd(function, every)(*arguments),
+              torch.func.jacrev(function, every)(*arguments))]
+
+    def scalar(*a):
+        return function(*a).square().sum()
+
+    for i in every:
+        pairs.append((torch.func.hessian(scalar, i)(*arguments),
+                      torch.func.jacrev(torch.func.jacrev(scalar, i), i)(*arguments)))
+    for got, expected in pairs:
+        torch.testing.assert_close(got, expected)
+    tangents = [torch.randn_like(a) for a in arguments]
+    y, dy = torch.func.jvp(function, tuple(arguments), tuple(tangents))
+    torch.testing.assert_close(y, function(*arguments))
+    with torch.autograd.forward_ad.dual_level():
+        duals = [torch.autograd.forward_ad.make_dual(a, b)
+                 for a, b in zip(arguments, tangents, strict=True)]
+        again = torch.autograd.forward_ad.unpack_dual(function(*duals)).tangent
+    torch.testing.assert_close(again, dy)
+
+
+@pytest.mark.parametrize("norm", [None, SMagNorm(), SMagNorm(ref="max")])
+def test_forward_mode_of_a_mixed_batch(norm):
+    y0, t, C = (torch.randn(*shape).double() for shape in ((3, 5, 12), (3, 5, 4), (12, 4)))
+    cores, adapter = torch.randn(2, 4, 4).double(), torch.tensor([1, -1, 0])
+
+    def function(t, cores):
+        return cur_mixed(y0, t, cores, adapter, C, norm=norm)
+
+    for i in (0, 1):
+        torch.testing.assert_close(torch.func.jacfwd(function, i)(t, cores),
+                                   torch.func.jacrev(function, i)(t, cores))
+
+
+def test_forward_mode_counts_nothing():
+    """Of a layer, through its parameters; a training layer's count cannot be taken."""
+    layer = SECURALinear.from_linear(nn.Linear(6, 5).double(), 2,
+                                     importance_decay=ImportanceDecay())
+    with torch.no_grad():
+        layer.B.normal_()
+    x = torch.randn(3, 6).double()
+    with pytest.raises(RuntimeError, match=r"importance decay are not possible.*eval\(\) first"):
+        torch.func.jacfwd(layer)(x)
+    trained = {n: p.detach() for n, p in layer.eval().named_parameters() if p.requires_grad}
+
+    def loss(values):
+        return torch.func.functional_call(layer, values, (x,)).square().sum()
+
+    torch.testing.assert_close(torch.func.hessian(loss)(trained),
+                               torch.func.jacrev(torch.func.jacrev(loss))(trained))
+    assert not layer.importance.count.any()
+
+
+@pytest.mark.parametrize("stage", [None, "stage_m1", "stage_m2"])
+@pytest.mark.parametrize("strict", [False, True])
+@pytest.mark.parametrize("kind", [CURLoRALinear, SECURALinear])
+def test_export_of_a_layer_alone(kind, stage, strict):
+    """As the root module: torch numbers the buffers of that one as if none were None."""
+    layer = kind.from_linear(nn.Linear(24, 20), 4)
+    for _ in range(2 if stage else 1):
+        with torch.no_grad():
+            layer.core_parameter().normal_()
+        if stage and layer.C is None:
+            getattr(layer, stage)()
+    x = torch.randn(3, 24)
+    exported = torch.export.export(layer.eval(), (x,), strict=strict)
+    assert torch.equal(exported.module()(x), layer(x))
+    model = get_peft_model(nn.Sequential(nn.Linear(24, 20)), SecuraConfig(
+        r=4, target_modules=["0"], variant="curlora" if kind is CURLoRALinear else "secura"))
+    inner = model.base_model.model[0].eval()
+    exported = torch.export.export(inner, (x,), strict=strict)
+    assert torch.equal(exported.module()(x), inner(x))
+
+
+def test_jit_script_is_refused_in_a_sentence():
+    layer = SECURALinear.from_linear(nn.Linear(24, 20), 4)
+    model = get_peft_model(nn.Sequential(nn.Linear(24, 20)), SecuraConfig(
+        r=4, target_modules=["0"]))
+    for module in (layer, nn.Sequential(layer), model.base_model.model):
+        with pytest.raises(TypeError, match=r"torch.jit.script cannot compile .*torch.export"):
+            torch.jit.script(module)
 
 
 @pytest.mark.parametrize("norm", **ALL_NORMS)

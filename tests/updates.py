@@ -38,8 +38,10 @@ class Update:
         return [self.y0, self.t, self.core, self.adapter_bias]
 
     def rounded_again(self) -> "Update":
-        return replace(self, **{name: rounded_again(getattr(self, name), self.dtype)
-                                for name in ("y0", "t", "C")})
+        """The core and the bias too: h and d are rounded once more on the way than they are."""
+        again = {name: rounded_again(getattr(self, name), self.dtype) for name in ("y0", "t", "C")}
+        return replace(self, **again, core=rounded_again(self.core, self.core.dtype),
+                       adapter_bias=rounded_again(self.adapter_bias, self.adapter_bias.dtype))
 
     def ours(self, norm, *trained, impl="auto"):
         y0, t, core, adapter_bias = trained or self.trained()
@@ -50,16 +52,9 @@ class Update:
         """The plain formula, in ``dtype`` (its own by default), on leaves of its own."""
         leaves = [t.detach().to(dtype or t.dtype).requires_grad_() for t in self.trained()]
         y0, t, core, adapter_bias = leaves
-        C = self.C.to(y0.dtype)
-        h = self.alpha * t @ core.to(t.dtype).T
-        delta = h @ C.T + adapter_bias.to(t.dtype)
-        if norm is None:
-            return y0 + delta, leaves
-        wide = torch.promote_types(y0.dtype, torch.float32)
-        y = reference.smagnorm(y0.to(wide), delta.to(wide), norm,
-                               None if self.decay is None else self.decay.to(
-                                   dtype or self.decay.dtype))
-        return y.to(y0.dtype), leaves
+        decay = None if self.decay is None else self.decay.to(dtype or self.decay.dtype)
+        return reference.cur_update(y0, t, core, self.C.to(y0.dtype), alpha=self.alpha, norm=norm,
+                                    adapter_bias=adapter_bias, decay=decay), leaves
 
 
 def update(M=7, N=12, K=10, r=4, dtype=torch.float64, *, decay=True, small=False,

@@ -15,6 +15,7 @@ from types import ModuleType
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 from torch.utils.flop_counter import register_flop_formula
 
 from ..checks import check_choice
@@ -167,6 +168,12 @@ def fake_gradients(dy: Tensor, weight: Tensor, core: Tensor, adapter_bias: Tenso
     dcore = torch.empty_like(core) if needs[1] else None
     dbias = torch.empty_like(adapter_bias) if needs[2] else None
     return empty_if_none((dx, dcore, dbias), dy)
+
+
+def forward_mode() -> bool:
+    """Whether forward-mode derivatives are taken (``torch.func.jvp``, ``jacfwd``, ``hessian``, dual
+    numbers). The ops have none; the plain formula does."""
+    return forward_ad._current_level >= 0 and not torch.compiler.is_compiling()
 
 
 def keep_signature(function: type[torch.autograd.Function]) -> None:

@@ -8,6 +8,7 @@ from .library import (
     _outside_autocast,
     backend,
     batched_dims,
+    forward_mode,
     register,
     resolve,
     unpack_norm,
@@ -47,10 +48,11 @@ cur_mixed = register(
 
 
 def _with_gradients(y0, t, cores, adapter, C, adapter_bias, alpha, norm, detach_gate, impl):
-    """The op; where a gradient is wanted, which it has not, the reference's plain formula. For the
-    dispatcher rather than for the caller, who cannot see that under ``torch.func.grad``."""
+    """The op; where a derivative is wanted, which it has not, the reference's plain formula. For
+    the dispatcher rather than for the caller, who cannot see that under ``torch.func.grad``."""
     tensors = (y0, t, cores, adapter_bias)
-    if torch.is_grad_enabled() and any(v is not None and v.requires_grad for v in tensors):
+    if forward_mode() or (torch.is_grad_enabled() and any(
+            v is not None and v.requires_grad for v in tensors)):
         return reference.forward(y0, t, cores, adapter, C, adapter_bias, alpha,
                                  unpack_norm(norm, "output", detach_gate))
     with torch._C._AutoDispatchBelowAutograd():

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from transformers.pytorch_utils import Conv1D
 
+from ..base import RUNS_NOWHERE, runs_nowhere
 from ..checks import fail
 from ..ops import is_dtensor
 from . import quantised, sharding
@@ -45,6 +46,9 @@ def backend_of(base: nn.Module, **kwargs):
     backend = quantised.backend_of(base, **kwargs)
     if backend is not None:
         return backend
+    if runs_nowhere(base):
+        raise TypeError(f"target_modules matches a layer that cannot be adapted: {RUNS_NOWHERE}; "
+                        "name others in target_modules, or this one in exclude_modules")
     if not isinstance(base, nn.Linear | Conv1D):
         raise TypeError(
             f"target_modules matches a {type(base).__name__}, which SECURA cannot adapt: only "
@@ -58,6 +62,16 @@ def backend_of(base: nn.Module, **kwargs):
             "SECURA cannot read as a matrix: only floating-point weights, and those quantised by "
             "bitsandbytes and torchao, can be")
     return None
+
+
+def check_parent(parent: nn.Module, name: str) -> None:
+    """Raises TypeError for a layer that its parent does not always run."""
+    if isinstance(parent, nn.TransformerEncoderLayer) and name in ("linear1", "linear2") \
+            and torch.backends.mha.get_fastpath_enabled():
+        raise TypeError(
+            f"target_modules matches {name} of an nn.TransformerEncoderLayer, whose fast path "
+            "takes the weight and leaves the adapter out in inference: call "
+            "torch.backends.mha.set_fastpath_enabled(False) first")
 
 
 def _is_wrapper(weight: Tensor) -> bool:

@@ -1,9 +1,12 @@
 """``SecuraConfig``: every setting of a SECURA or CURLoRA adapter in PEFT, as JSON values."""
 
+import os
+import re
 from dataclasses import dataclass, field, fields
 
 from peft import PeftConfig
-from peft.utils import PeftType
+from peft.utils import SAFETENSORS_WEIGHTS_NAME, PeftType
+from safetensors import SafetensorError, safe_open
 
 from ..checks import check_choice, check_int, check_number, fail
 from ..ops import IMPLS
@@ -12,6 +15,18 @@ from ..smagnorm import ImportanceDecay, SMagNorm
 from ..variants import A_INITS
 
 VARIANTS = ("secura", "curlora")
+
+
+def check_whole(path: str | os.PathLike) -> None:
+    """Raises ValueError for a safetensors file that is empty or truncated: its head says how long
+    it is. A file that is not there passes."""
+    if not os.path.isfile(path):
+        return
+    try:
+        with safe_open(path, "pt"):
+            pass
+    except SafetensorError as error:
+        raise ValueError(f"{path} is not a whole safetensors file: {error}") from None
 
 
 @dataclass
@@ -41,14 +56,22 @@ class SecuraConfig(PeftConfig):
         importance_decay: True, a dict of ``ImportanceDecay``'s fields, or None for none.
         impl: the backend, ``"auto"``, ``"triton"``, ``"cuda"`` or ``"reference"``.
         save_projection: write C and R into the adapter's file, so that it can be loaded on a base
-            whose values differ (a quantised one); False: the indices and a fingerprint of the base
-            only, which is checked when loading.
+            that has been quantised since; False: the indices only. A fingerprint of the base is
+            written in both forms, and checked when loading: to the bit without C and R, with them
+            as nearly as quantising to 4 bits leaves it.
         late_tensors: written when saving, not by hand: which tensors the file has beyond those of
             a new adapter. transformers loads only what it finds a place for.
+
+    ``force`` is no field, and never saved: ``PeftModel.from_pretrained(model, path, force=True)``
+    or ``SecuraConfig.from_pretrained(path, force=True)`` says that a file may be loaded on a base
+    of other values.
 
     Raises:
         ValueError: a value outside these.
     """
+
+    force = False
+    from_file = False
 
     variant: str = "secura"
     r: int = 64
@@ -83,6 +106,11 @@ class SecuraConfig(PeftConfig):
             raise fail("rank_pattern", self.rank_pattern, "a dict of r by layer name")
         for name, r in self.rank_pattern.items():
             check_int(f"rank_pattern[{name!r}]", r, 1, 2**31)
+            try:
+                re.compile(name)
+            except (re.error, TypeError) as error:
+                raise fail("rank_pattern", name, f"a layer's name or a regular expression: {error}"
+                           ) from None
         if self.m is not None:
             if not secura:
                 raise fail("m", self.m, "None with variant='curlora', which has no A and B")
@@ -120,6 +148,26 @@ class SecuraConfig(PeftConfig):
         if isinstance(self.target_modules, str) and self.layers_to_transform is not None:
             raise fail("layers_to_transform", self.layers_to_transform,
                        "None with target_modules as a string, which PEFT matches alone")
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike,
+                        subfolder: str | None = None, *, force: bool = False,
+                        **kwargs) -> "SecuraConfig":
+        """The settings in an adapter's folder, as PEFT reads them.
+
+        Args:
+            force: let the adapter's tensors be loaded on a base of other values too.
+
+        Raises:
+            ValueError: no such folder; settings outside those of the class; an adapter's file in
+                the folder that is empty or truncated, with its path.
+        """
+        config = super().from_pretrained(pretrained_model_name_or_path, subfolder, **kwargs)
+        check_whole(os.path.join(pretrained_model_name_or_path, subfolder or "",
+                                 SAFETENSORS_WEIGHTS_NAME))
+        config.force = check_choice("force", force, (True, False))
+        config.from_file = True
+        return config
 
     def norm_settings(self) -> SMagNorm | None:
         """The gate's settings, or None."""

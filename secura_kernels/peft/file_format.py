@@ -1,24 +1,27 @@
 """What an adapter's file holds for each layer, and every check before one is loaded.
 
-The adapter's own tensors: ``cols``, ``rows``, the trained ones, stages, importance. Beside them,
-with ``save_projection``, ``C`` and ``R`` (the orthonormal ones for that basis), so that delta_W is
-the same on any base; without, ``fingerprint``, 16 values of W that the base must have.
+The adapter's own tensors: ``cols``, ``rows``, the trained ones, stages, importance. Beside them
+
+- with ``save_projection``, ``C`` and ``R`` (the orthonormal ones for that basis), so that delta_W
+  is the same on a base that has been quantised;
+- ``fingerprint``, 256 values of W that the base must have; to quantising where C and R are there;
+- ``checksum``, of the indices and cores, which are noise without one another.
 
 transformers' own ``load_adapter`` (and its ``from_pretrained`` of an adapter's folder) does not ask
 a PEFT method how to read its file: it copies what it finds a place for, and reports the rest as
-unexpected. The configuration therefore says which late tensors there are. A fingerprint it cannot
-check; ``PeftModel.from_pretrained`` does.
+unexpected. The configuration therefore says which late tensors there are; see ``places.py``.
 """
 
 from collections.abc import Iterator
 
+from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 
 from ..adapter import Adapter
 from ..checks import fail
 from ..selection import check_indices
-from ..state import FINGERPRINT, fingerprint, same_base
-from . import base_weight, sharding
+from ..state import CHECKSUM, FINGERPRINT, check_finite, check_sum, checksum, fingerprint
+from . import base_weight, places, sharding
 from .config import SecuraConfig
 from .layer import SecuraLinear
 
@@ -42,29 +45,39 @@ def completed(found: dict[str, Tensor], model: nn.Module, config: SecuraConfig, 
         for key, value in adapter.state_dict().items():
             if key in model.peft_config:  # PEFT has taken it for the adapter of that name
                 found.setdefault(start + key, value)
-        found |= _about_base(layer, adapter, config, state_dict.get(f"{name}.base_layer.weight"),
-                             start)
-        if start + FINGERPRINT in found:
-            for key in ("C", "R"):
-                found.pop(start + key, None)
-        late |= {key for key in adapter.late_shapes() if start + key in found}
+        weight = _weight(layer, state_dict.get(f"{name}.base_layer.weight"))
+        for key, value in _sides(adapter, config, weight).items():
+            found.pop(start + key, None)
+            if value is not None:
+                found[start + key] = value
+        found[start + FINGERPRINT] = layer.fingerprint() if weight is None else fingerprint(weight)
+        found[start + CHECKSUM] = checksum(_part(found, start))
+        late |= {key for key in (*adapter.late_shapes(), *places.NAMES) if start + key in found}
     config.late_tensors = sorted(late)
     return found
 
 
-def _about_base(layer: SecuraLinear, adapter: Adapter, config: SecuraConfig,
-                gathered: Tensor | None, start: str) -> dict[str, Tensor]:
-    """C and R, or the fingerprint, where they are not among the adapter's tensors already."""
-    stored = adapter.C is not None
-    if config.save_projection and stored:
-        return {}
-    weight = _weight(layer, gathered)
-    if stored and not adapter.has_sides_of(weight):
-        return {}  # those of another base: nothing else could bring them back
+def _part(tensors: dict[str, Tensor], start: str) -> dict[str, Tensor]:
+    return {k.removeprefix(start): v for k, v in tensors.items() if k.startswith(start)}
+
+
+def _sides(adapter: Adapter, config: SecuraConfig,
+           weight: Tensor | None) -> dict[str, Tensor | None]:
+    """C and R as the file is to have them, None where it is not, or {} where what the adapter has
+    stored is what it is to have.
+
+    Args:
+        weight: W, None where no rank has it whole: C and R are stored there.
+    """
+    if adapter.C is not None:
+        # Those of another base stay: nothing else could bring them back.
+        if config.save_projection or weight is None or not adapter.has_sides_of(weight):
+            return {}
+        return dict(C=None, R=None)
     if not config.save_projection:
-        return {start + FINGERPRINT: fingerprint(weight)}
+        return {}
     C, R = adapter.untied_sides(weight)
-    return {start + "C": C.contiguous(), start + "R": R.contiguous()}
+    return dict(C=C.contiguous(), R=R.contiguous())
 
 
 def fitted(state_dict: dict[str, Tensor], model: nn.Module, config: SecuraConfig,
@@ -72,8 +85,9 @@ def fitted(state_dict: dict[str, Tensor], model: nn.Module, config: SecuraConfig
     """A file's tensors by the model's names, after every check.
 
     Raises:
-        ValueError: tensors that are missing, unknown, of a wrong shape or kind, indices outside W,
-            or another base, with the layer's name. Nothing has been changed then.
+        ValueError: tensors that are missing, unknown, of a wrong shape or kind, with NaN, indices
+            outside W or of another core, or another base, with the layer's name. Nothing has been
+            changed then.
     """
     state_dict, out, errors = dict(state_dict), {}, []
     own = PREFIX if any(n.startswith(PREFIX) for n, _ in model.named_modules()) else ""
@@ -84,18 +98,36 @@ def fitted(state_dict: dict[str, Tensor], model: nn.Module, config: SecuraConfig
             for key in [k for k in state_dict if k.startswith(start)]:
                 part[key.removeprefix(start)] = state_dict.pop(key)
         try:
-            part = _checked(part, layer, adapter)
+            part = _checked(part, layer, adapter, config.force)
         except ValueError as error:
             errors.append(f"layer {name!r}: {error}")
             continue
         out |= {f"{own}{name}.secura_adapter.{adapter_name}.{k}": v for k, v in part.items()}
-    stray = sorted(k for k in state_dict if ".secura_adapter." in k)
+    stray = sorted(set(state_dict) - _beside_adapters(state_dict, model, adapter_name))
     if stray:
         errors.append(f"it holds tensors of layers that are not adapted here: {stray[:3]}")
     if errors:
         more = f" (and {len(errors) - 1} more)" if len(errors) > 1 else ""
         raise ValueError(f"the adapter's file does not fit the model: {errors[0]}{more}")
+    for _, _, adapter in adapters_of(model, adapter_name):
+        places.give_up(adapter)  # what they are for has been checked
     return state_dict | out
+
+
+def _beside_adapters(state_dict: dict[str, Tensor], model: nn.Module,
+                     adapter_name: str) -> set[str]:
+    """Names of tensors that PEFT itself puts beside an adapter's: those of ``modules_to_save``, and
+    embeddings whose vocabulary has grown."""
+    modules = dict(model.named_modules())
+    names = {f"{name}.{key}" for name, module in modules.items()
+             if isinstance(module, AuxiliaryTrainingWrapper)
+             for key in module.adapter_state_dict_load_map(adapter_name).values()}
+    embeddings = [getattr(model, f"get_{side}_embeddings", lambda: None)()
+                  for side in ("input", "output")]
+    starts = tuple(f"{name}." for name, module in modules.items()
+                   if any(module is e for e in embeddings))
+    plain = {name.removeprefix("_fsdp_wrapped_module.") for name in names}
+    return {k for k in state_dict if k in names | plain or k.startswith(starts)}
 
 
 def adapters_of(model: nn.Module,
@@ -107,8 +139,9 @@ def adapters_of(model: nn.Module,
                    layer.secura_adapter[adapter_name])
 
 
-def _weight(layer: SecuraLinear, gathered: Tensor | None) -> Tensor:
-    """W (N, K): the one of the state dict where that is whole, else the layer's."""
+def _weight(layer: SecuraLinear, gathered: Tensor | None) -> Tensor | None:
+    """W (N, K): the one of the state dict where that is whole, else the layer's; None where it lies
+    on several ranks, of which this may be the only one here."""
     base = layer.get_base_layer()
     transposed = isinstance(base, base_weight.Conv1D)
     shape = (layer.out_features, layer.in_features)
@@ -117,15 +150,16 @@ def _weight(layer: SecuraLinear, gathered: Tensor | None) -> Tensor:
     if whole and not layer.merged and layer.quantization_backend is None:
         gathered = sharding.whole(gathered)
         return gathered.T if transposed else gathered
-    return layer.base_matrix()
+    return None if layer.is_spread() else layer.base_matrix()
 
 
-def _checked(part: dict[str, Tensor], layer: SecuraLinear, adapter: Adapter) -> dict[str, Tensor]:
+def _checked(part: dict[str, Tensor], layer: SecuraLinear, adapter: Adapter,
+             force: bool) -> dict[str, Tensor]:
     """A layer's part of a file, checked, ready to be loaded into its adapter."""
-    part = dict(part)
-    saved_fingerprint = part.pop(FINGERPRINT, None)
+    part, whole = dict(part), part
+    about = {name: part.pop(name) for name in places.NAMES if name in part}
     late = adapter.late_shapes()
-    own = {k: v for k, v in adapter.state_dict().items() if k not in late}
+    own = {k: v for k, v in adapter.state_dict().items() if k not in (*late, *places.NAMES)}
     shapes = {k: tuple(v.shape) for k, v in own.items()} | late
     missing = sorted(set(own) - set(part))
     if missing:
@@ -141,12 +175,12 @@ def _checked(part: dict[str, Tensor], layer: SecuraLinear, adapter: Adapter) -> 
         if group & set(part) and not group <= set(part):
             raise ValueError(f"it has {sorted(group & set(part))} without "
                              f"{sorted(group - set(part))}")
+    check_finite(part)
     check_indices("cols", part["cols"], layer.in_features)
     check_indices("rows", part["rows"], layer.out_features)
-    weight = layer.base_matrix()
-    if saved_fingerprint is None and "C" not in part:
+    if "C" not in part and FINGERPRINT not in about:
         raise ValueError(f"it has neither C and R nor a {FINGERPRINT} of its base")
-    if saved_fingerprint is not None and not (saved_fingerprint.is_floating_point()
-                                              and same_base(saved_fingerprint, weight)):
-        raise ValueError("it was trained on another base: the layer's weight has other values")
+    if FINGERPRINT in about and not force:
+        places.check_base(about[FINGERPRINT], layer.fingerprint(), stored="C" in part)
+    check_sum(whole)
     return part

@@ -13,8 +13,9 @@ from ..adapter import Adapter
 from ..checks import fail
 from ..ops import resolve
 from ..selection import select
+from ..state import fingerprint
 from ..variants import CURLoRAAdapter, SECURAAdapter
-from . import base_weight, mixed, sharding
+from . import base_weight, mixed, places, sharding
 from .config import SecuraConfig
 from .merging import Mergeable
 
@@ -65,7 +66,9 @@ class SecuraLinear(nn.Module, Mergeable, BaseTunerLayer):
             raise type(error)(f"layer {key!r}: {error}") from error
         if self._keeps_sides():
             adapter.untie(weight)
+        self._fingerprint = fingerprint(weight)
         adapter.reserve(config.late_tensors, weight)
+        places.reserve(adapter, config, self._fingerprint)
         self.impl[adapter_name] = config.impl
         self.secura_adapter[adapter_name] = adapter.train(self.training)
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
@@ -74,6 +77,16 @@ class SecuraLinear(nn.Module, Mergeable, BaseTunerLayer):
         """W (N, K); dequantised where the base is quantised. Of a merged layer the W from before: C
         and R are its columns and rows."""
         return base_weight.matrix(self.get_base_layer(), self.quantization_backend, self._unmerged)
+
+    def is_spread(self) -> bool:
+        """Whether W lies on several ranks, so that only all of them together can read it."""
+        base = self.get_base_layer()
+        return sharding.is_sharded(base) or sharding.is_partitioned(base)
+
+    def fingerprint(self) -> Tensor:
+        """Some values of W; those from when an adapter was last added where W is on several
+        ranks."""
+        return self._fingerprint if self.is_spread() else fingerprint(self.base_matrix())
 
     def forward(self, x: Tensor, *args, **kwargs) -> Tensor:
         """(..., K) -> (..., N). ``adapter_names``: the adapter of each sample, for inference."""
@@ -129,18 +142,19 @@ class SecuraLinear(nn.Module, Mergeable, BaseTunerLayer):
     def _ready(self, name: str) -> Adapter:
         """The adapter, what derives from W computed anew where it has been moved or loaded."""
         adapter = self.secura_adapter[name]
-        base = self.get_base_layer()
         if adapter.stale:
             self._settle(adapter)
-        if sharding.is_sharded(base) or sharding.is_partitioned(base):
+        if self.is_spread():
             sharding.prepare(self, adapter)
-        if adapter.C is None and (self._keeps_sides() or sharding.is_sharded(base)):
+        if adapter.C is None and (self._keeps_sides() or self.is_spread()):
             adapter.untie(self.base_matrix())
         return adapter
 
     def _settle(self, adapter: Adapter) -> None:
         """After a state was loaded or moved: C and R that are slices of W again, and what derives
         from them."""
+        if places.present(adapter):
+            places.settle(adapter, self.fingerprint())
         weight, kept = self.base_matrix(), self._keeps_sides()
         if adapter.C is not None and not kept and adapter.has_sides_of(weight):
             adapter.C = adapter.R = None

@@ -5,12 +5,14 @@ from functools import partial
 
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING, get_quantization_kwargs
-from peft.utils.other import AuxiliaryTrainingWrapper
+from peft.utils.other import AuxiliaryTrainingWrapper, get_pattern_key
 from torch import Tensor, nn
 
-from . import file_format, quantised, sharding
+from ..checks import fail
+from . import base_weight, file_format, quantised, sharding
 from .config import SecuraConfig
 from .layer import SecuraLinear
+from .undo import await_file, undone_on_error, undone_on_refusal
 
 
 class SecuraModel(BaseTuner):
@@ -22,14 +24,20 @@ class SecuraModel(BaseTuner):
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args, **kwargs) -> None:
         sharding.check_injection(model)
-        quantised.keep_unpacked(model)
-        super().inject_adapter(model, adapter_name, *args, **kwargs)
+        config = self.peft_config[adapter_name]
+        with undone_on_error(self, model, adapter_name) as before:
+            quantised.keep_unpacked(model)
+            super().inject_adapter(model, adapter_name, *args, **kwargs)
+            _check_rank_pattern(config, model, adapter_name)
+        if config.from_file:
+            await_file(self, adapter_name, before)
 
     def _create_and_replace(self, config: SecuraConfig, adapter_name: str, target: nn.Module,
                             target_name: str, parent: nn.Module, current_key: str, **_) -> None:
         # With low_cpu_mem_usage PEFT puts new parameters on the meta device and loads a state into
         # them: choosing columns and rows would be for nothing.
         empty = nn.Linear(1, 1).weight.is_meta
+        base_weight.check_parent(parent, target_name)
         if isinstance(target, SecuraLinear):
             target.update_layer(adapter_name, config, current_key, empty)
             return
@@ -41,6 +49,18 @@ class SecuraModel(BaseTuner):
             setattr(parent, target_name, layer)
         else:
             self._replace_module(parent, target_name, layer, target)
+
+    def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
+        """PEFT's ``autocast_adapter_dtype``: trained tensors are float32, or wider; with False they
+        are in the dtype of the base's weight, where that is floating point."""
+        super()._cast_adapter_dtype(adapter_name, autocast_adapter_dtype)
+        if autocast_adapter_dtype:
+            return
+        for _, layer, adapter in file_format.adapters_of(self.model, adapter_name):
+            dtype = layer.get_base_layer().weight.dtype
+            for parameter in adapter.parameters():
+                if dtype.is_floating_point:
+                    parameter.data = parameter.data.to(dtype)
 
     # Mixed batches.
 
@@ -122,7 +142,19 @@ class SecuraModel(BaseTuner):
     def _remap_adapter_state_dict_for_load(cls, model: nn.Module, config: SecuraConfig,
                                            adapter_name: str, state_dict: dict[str, Tensor]
                                            ) -> dict[str, Tensor]:
-        return file_format.fitted(state_dict, model, config, adapter_name)
+        with undone_on_refusal(model, adapter_name):
+            return file_format.fitted(state_dict, model, config, adapter_name)
+
+
+def _check_rank_pattern(config: SecuraConfig, model: nn.Module, adapter_name: str) -> None:
+    """Raises ValueError for a key of ``rank_pattern`` that is no adapted layer's."""
+    names = [name for name, _, _ in file_format.adapters_of(model, adapter_name)]
+    used = {get_pattern_key(config.rank_pattern, name) for name in names}
+    unused = sorted(set(config.rank_pattern) - used)
+    if unused:
+        raise fail("rank_pattern", unused,
+                   f"names of adapted layers, or regular expressions that match one: {names[:3]} "
+                   f"and {max(0, len(names) - 3)} more are adapted")
 
 
 def _copies(num_beams: int | None = None, num_return_sequences: int | None = None,

@@ -4,6 +4,14 @@
 ``mixed`` are the explicit passes that the registered ops run; ``gate`` is S-MagNorm.
 """
 
-from .eager import cabr_core, cabr_core_backward, cur_linear, delta_weight, smagnorm
+from .eager import (
+    cabr_core,
+    cabr_core_backward,
+    cur_linear,
+    cur_update,
+    delta_weight,
+    smagnorm,
+)
 
-__all__ = ["cabr_core", "cabr_core_backward", "cur_linear", "delta_weight", "smagnorm"]
+__all__ = ["cabr_core", "cabr_core_backward", "cur_linear", "cur_update", "delta_weight",
+           "smagnorm"]

@@ -63,13 +63,29 @@ def cur_linear(
         channel = None if decay is None else decay[:, None]
         effective = smagnorm(weight.to(wide), change, norm, channel).to(weight.dtype)
         return add(F.linear(x, effective, bias), adapter_bias)
-    y0 = F.linear(x, weight, bias)
-    h = alpha * (x @ R.T) @ core.to(x.dtype).T
+    return cur_update(F.linear(x, weight, bias), x @ R.T, core, C, alpha=alpha, norm=norm,
+                      adapter_bias=adapter_bias, decay=decay)
+
+
+def cur_update(
+    y0: Tensor,
+    t: Tensor,
+    core: Tensor,
+    C: Tensor,
+    *,
+    alpha: float = 1.0,
+    norm: SMagNorm | None = None,
+    adapter_bias: Tensor | None = None,
+    decay: Tensor | None = None,
+) -> Tensor:
+    """y (M, N): a base output y0 (M, N) changed, with t = x R^T (M, r); no gate, or one in the
+    output domain."""
+    h = alpha * t @ core.to(t.dtype).T
     delta = add(h @ C.T, adapter_bias)
     if norm is None:
         return y0 + delta
-    wide = torch.promote_types(x.dtype, torch.float32)
-    return smagnorm(y0.to(wide), delta.to(wide), norm, decay).to(x.dtype)
+    wide = torch.promote_types(y0.dtype, torch.float32)
+    return smagnorm(y0.to(wide), delta.to(wide), norm, decay).to(y0.dtype)
 
 
 def add(value: Tensor, vector: Tensor | None) -> Tensor:
