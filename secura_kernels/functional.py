@@ -5,7 +5,7 @@ from torch import Tensor
 
 from . import reference
 from .checks import check_choice, check_number, fail
-from .ops import IMPLS, CurLinear, CurWeightLinear, forward_mode, pack_norm, prepare
+from .ops import IMPLS, CurLinear, CurWeightLinear, forward_mode, frozen, pack_norm, prepare
 from .reference.blocks import chosen_columns, chosen_rows
 from .smagnorm import SMagNorm
 
@@ -68,6 +68,7 @@ def cur_linear_and_moved(
     (0,) where ``edge`` is 0. Importance decay is chosen from this count."""
     check_settings(alpha, norm, impl)
     prepare(x, weight)
+    weight, bias = frozen(weight), frozen(bias)
     x, weight, bias, C, R = autocast(x, weight, bias, C, R)
     _check(x, weight, core, cols, rows, C, R, bias, adapter_bias, decay)
     if forward_mode():

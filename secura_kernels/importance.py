@@ -44,6 +44,11 @@ class ImportanceState(nn.Module):
     def watch(self, parameter: nn.Parameter) -> None:
         """Chooses factors whenever the parameter's gradient has been accumulated: once a backward
         pass, after every recomputation of activation checkpointing has used the old factors."""
+        if not parameter.is_leaf:
+            raise RuntimeError(
+                "importance decay is not possible under FullyShardedDataParallel (FSDP1), where no "
+                "parameter has a gradient of its own: use fully_shard (FSDP2), or "
+                "importance_decay=None")
         if self.watched[0] is not parameter:  # a new one: sharding and loading replace it
             self.watched = (parameter,)
             parameter.register_post_accumulate_grad_hook(self._choose)

@@ -56,7 +56,8 @@ def _read(path: Path) -> str | None:
 def _work(rank: int, port: int, checks: dict[str, Callable], folder: Path) -> None:
     torch.set_num_threads(1)
     os.environ |= dict(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), RANK=str(rank),
-                       LOCAL_RANK=str(rank), WORLD_SIZE=str(RANKS))
+                       LOCAL_RANK=str(rank), WORLD_SIZE=str(RANKS),
+                       OMP_NUM_THREADS="1")  # else accelerate sets another number of threads
     dist.init_process_group("gloo", timeout=timedelta(seconds=30))
     for name, check in checks.items():
         torch.manual_seed(0)

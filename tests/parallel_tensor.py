@@ -215,9 +215,10 @@ def tp_transformers(rank: int, folder: Path) -> None:
         assert found.keys() == expected.keys()
         for name, value in expected.items():
             assert torch.equal(found[name], value), name
+        trained = ("A", "B", "U", "adapter_bias")
         set_peft_model_state_dict(model, {
-            k: 2 * v if v.is_floating_point() and k.rsplit(".", 1)[1] not in "CR" else v
-            for k, v in expected.items()})
+            k: 2 * v if k.rsplit(".", 1)[1] in trained else v
+            for k, v in expected.items() if not k.endswith("checksum")})  # of the former values
         with torch.no_grad():
             assert not torch.allclose(loss(model, tokens()), one.value)
         refused(RuntimeError, "sharded over ranks", model.merge_adapter)

@@ -1,8 +1,9 @@
-"""Two processes give what one gives: DDP, FSDP2, tensor parallelism, the Trainer; gloo, CPU."""
+"""Two processes give what one gives: DDP, FSDP1 and 2, tensor parallelism, Trainer; gloo, CPU."""
 
 import importlib.util
 
 import parallel_data
+import parallel_fsdp1
 import parallel_tensor
 import pytest
 import torch.distributed as dist
@@ -14,7 +15,8 @@ pytestmark = [
                        reason="torch has no gloo"),
 ]
 pytest.importorskip("peft", reason="peft is not installed")
-CHECKS = {check.__name__: check for check in parallel_data.CHECKS + parallel_tensor.CHECKS}
+CHECKS = {check.__name__: check
+          for check in parallel_data.CHECKS + parallel_fsdp1.CHECKS + parallel_tensor.CHECKS}
 
 
 @pytest.fixture(scope="module")

@@ -3,9 +3,9 @@
 from .library import IMPLS, forward_mode, pack_norm, resolve, why_unavailable
 from .mixed import cur_mixed
 from .output_domain import CurLinear
-from .sharding import is_dtensor, prepare
+from .sharding import frozen, is_dtensor, prepare
 from .update import CurUpdate
 from .weight_domain import CurWeightLinear
 
 __all__ = ["IMPLS", "CurLinear", "CurUpdate", "CurWeightLinear", "cur_mixed", "forward_mode",
-           "is_dtensor", "pack_norm", "prepare", "resolve", "why_unavailable"]
+           "frozen", "is_dtensor", "pack_norm", "prepare", "resolve", "why_unavailable"]

@@ -26,6 +26,13 @@ def is_dtensor(value: object) -> bool:
     return type(value).__name__ == "DTensor"
 
 
+def frozen(value: Tensor | None) -> Tensor | None:
+    """A frozen parameter as FSDP1 (``use_orig_params=True``) hands it over: a part of one flat
+    parameter, which requires a gradient if any part of it does. Others as they are."""
+    flat = value is not None and value.requires_grad and getattr(value._base, "_is_flat_param", 0)
+    return value.detach() if flat else value
+
+
 def prepare(*operands: Tensor | None) -> None:
     """Registers the rules if one of the operands is the first DTensor that comes."""
     if not _registered and any(map(is_dtensor, operands)):

@@ -26,6 +26,7 @@ from .config import SecuraConfig
 from .layer import SecuraLinear
 
 PREFIX = "base_model.model."
+FSDP1 = "_fsdp_wrapped_module."  # in the names of modules, not of tensors
 
 
 def completed(found: dict[str, Tensor], model: nn.Module, config: SecuraConfig, adapter_name: str,
@@ -40,6 +41,9 @@ def completed(found: dict[str, Tensor], model: nn.Module, config: SecuraConfig, 
     late = set()
     for name, layer, adapter in adapters_of(model, adapter_name):
         start = f"{name}.secura_adapter.{adapter_name}."
+        # PEFT (0.21) looks for the names of modules, which FSDP1 changes.
+        found |= {k: sharding.whole(v) for k, v in state_dict.items()
+                  if k.startswith(start) and k not in found}
         if not any(k.startswith(start) for k in found):
             continue  # not a part of what is to be saved
         for key, value in adapter.state_dict().items():
@@ -126,7 +130,7 @@ def _beside_adapters(state_dict: dict[str, Tensor], model: nn.Module,
                   for side in ("input", "output")]
     starts = tuple(f"{name}." for name, module in modules.items()
                    if any(module is e for e in embeddings))
-    plain = {name.removeprefix("_fsdp_wrapped_module.") for name in names}
+    plain = {name.replace(FSDP1, "") for name in names}
     return {k for k in state_dict if k in names | plain or k.startswith(starts)}
 
 
@@ -135,8 +139,7 @@ def adapters_of(model: nn.Module,
     """The name, the layer and its adapter of that name, of each layer that has one."""
     for name, layer in model.named_modules():
         if isinstance(layer, SecuraLinear) and adapter_name in layer.secura_adapter:
-            yield (name.removeprefix("_fsdp_wrapped_module."), layer,
-                   layer.secura_adapter[adapter_name])
+            yield (name.replace(FSDP1, ""), layer, layer.secura_adapter[adapter_name])
 
 
 def _weight(layer: SecuraLinear, gathered: Tensor | None) -> Tensor | None:
