@@ -79,5 +79,5 @@ def take_back(tuner: BaseTuner, model: nn.Module, adapter_name: str, before: Sna
     layers = [m for m in model.modules() if isinstance(m, BaseTunerLayer)]
     if not any(adapter_name in layer._get_available_adapters() for layer in layers):
         tuner.peft_config.pop(adapter_name, None)  # which PEFT adds before it injects
-    if not layers and getattr(model, "_hf_peft_config_loaded", False):
-        model._hf_peft_config_loaded = False  # transformers says so before it injects
+    if not layers:
+        vars(model).pop("_hf_peft_config_loaded", None)  # transformers sets it before it injects
