@@ -1,6 +1,7 @@
 """SECURA and CURLoRA: fast, exact replacements of ``nn.Linear`` for fine-tuning."""
 
 from .adapter_file import load_adapter, save_adapter
+from .calibration import calibrate
 from .functional import cur_linear
 from .modules import CURLoRALinear, SECURALinear
 from .selection import select
@@ -13,6 +14,7 @@ __all__ = [
     "ImportanceDecay",
     "SECURALinear",
     "SMagNorm",
+    "calibrate",
     "cur_linear",
     "load_adapter",
     "save_adapter",

@@ -9,13 +9,14 @@ from dataclasses import asdict
 import torch
 from torch import Tensor, nn
 
+from .bases import BASES, invert_triangular, orthonormal_basis
 from .checks import check_choice, check_number, fail
 from .functional import cur_linear_and_moved
 from .importance import ImportanceState
 from .late_tensors import LateTensors
 from .reference import delta_weight
 from .reference.weight_domain import effective_weight
-from .selection import BASES, check_indices, check_weight, orthonormal_basis
+from .selection import check_indices, check_weight
 from .smagnorm import ImportanceDecay, SMagNorm
 from .update import cur_update, cur_update_and_moved
 
@@ -24,6 +25,11 @@ from .update import cur_update, cur_update_and_moved
 # what stored bases are (tests/test_modules.py).
 LARGEST_CONDITION = {torch.bfloat16: 2**5, torch.float16: 2**8}
 LARGEST_CONDITION_WIDE = 2**14
+
+
+FOLDS = ("fold_c", "fold_r")
+NOT_CALIBRATED = ("basis='whitened' knows nothing yet of what is to be kept: call "
+                  "secura_kernels.calibrate(model) before training")
 
 
 class Adapter(LateTensors, nn.Module):
@@ -67,8 +73,11 @@ class Adapter(LateTensors, nn.Module):
         self.register_buffer("rows", rows.to(weight.device, copy=True))
         for name in ("C", "R"):  # only where they are not slices of W
             self.register_buffer(name, None)
-        for name in ("fold_c", "fold_r"):  # derived, never saved
-            self.register_buffer(name, None, persistent=False)
+        # The orthonormal basis's folds derive from W and are never saved; the whitened one's come
+        # from text.
+        for name in (*FOLDS, "unit"):
+            self.register_buffer(name, None, persistent=basis == "whitened")
+        self.calibrated = basis != "whitened"
         self.register_parameter("adapter_bias", None)
         if basis == "orthonormal":
             self._set_basis(weight)
@@ -100,6 +109,10 @@ class Adapter(LateTensors, nn.Module):
     @staticmethod
     def trained_cores(adapters: "list[Adapter]") -> Tensor:
         """``trained_core`` of several adapters of one shape, (A, r, r)."""
+        raise NotImplementedError
+
+    def set_long_core(self, core: Tensor) -> None:
+        """Puts (r, r) in the place of ``long_core``."""
         raise NotImplementedError
 
     def accumulate(self, kind: str) -> None:
@@ -164,6 +177,8 @@ class Adapter(LateTensors, nn.Module):
 
     def core(self, trained: Tensor | None = None) -> Tensor:
         """The core (r, r) between C and R, differentiable: S_c^-1 V S_r^-T for a folded basis."""
+        if not self.calibrated and self.training and torch.is_grad_enabled():
+            raise RuntimeError(NOT_CALIBRATED)
         with torch.autocast(self.cols.device.type, enabled=False):
             core = self.trained_core() if trained is None else trained
             return self._folded(core)
@@ -211,15 +226,35 @@ class Adapter(LateTensors, nn.Module):
         worst = max(float(torch.linalg.cond(S)) for S in (S_c, S_r))
         if worst > LARGEST_CONDITION.get(weight.dtype, LARGEST_CONDITION_WIDE):
             self._store(Q_c, Q_r.T, weight.dtype)
+            self.fold_c = self.fold_r = None
             return
         wide = torch.promote_types(weight.dtype, torch.float32)
-        unit = torch.eye(self.r, dtype=S_c.dtype, device=S_c.device)
-        self.fold_c = torch.linalg.solve_triangular(S_c, unit, upper=True).to(wide)
-        self.fold_r = torch.linalg.solve_triangular(S_r, unit, upper=True).T.contiguous().to(wide)
+        self.fold_c = invert_triangular(S_c).to(wide)
+        self.fold_r = invert_triangular(S_r).T.contiguous().to(wide)
 
     def _store(self, C: Tensor, R: Tensor, dtype: torch.dtype) -> None:
         self.C, self.R = C.to(dtype).contiguous(), R.to(dtype).contiguous()
-        self.fold_c = self.fold_r = None
+        if self.basis == "orthonormal":  # then C and R are orthonormal themselves
+            self.fold_c = self.fold_r = None
+
+    @torch.no_grad()
+    def whiten(self, fold_c: Tensor, fold_r: Tensor, unit: float) -> None:
+        """Sets the folds of the whitened basis; what earlier stages have learned stays the change
+        that it is.
+
+        Args:
+            fold_c, fold_r: (r, r), invertible. unit: ||V||_F^2 unit^2 / 2 is about the change of
+                the base model's predictions, in nats a token.
+        """
+        earlier = self.long_core()
+        if earlier is not None:
+            between = self._folded(earlier).double()
+            earlier = torch.linalg.inv(fold_c) @ between @ torch.linalg.inv(fold_r)
+            self.set_long_core(earlier.to(self.core_parameter().dtype))
+        wide = torch.promote_types(self.core_parameter().dtype, torch.float32)
+        self.fold_c, self.fold_r = fold_c.to(wide), fold_r.to(wide)
+        self.unit = torch.tensor(unit, dtype=wide, device=fold_c.device)
+        self.shared_key, self.calibrated = None, True
 
     def untied_sides(self, weight: Tensor) -> tuple[Tensor, Tensor]:
         """C and R as ``untie`` would store them: orthonormal ones for that basis."""
@@ -262,10 +297,10 @@ class Adapter(LateTensors, nn.Module):
         self.shared_key, self.stale = None, False
         if self.C is not None:
             self._store(self.C, self.R, weight.dtype)
-        else:
-            self.fold_c = self.fold_r = None
-            if self.basis == "orthonormal":
-                self._set_basis(weight)
+        elif self.basis == "orthonormal":
+            self._set_basis(weight)
+        if self.basis == "whitened":  # folds of zeros are places that no file has filled
+            self.calibrated = self.fold_c is not None and bool(self.fold_c.any())
         if self.importance is not None:
             self.importance.measure(weight)
             self._watch()  # loading may have replaced the parameter

@@ -8,12 +8,15 @@ class LateTensors:
     """The part of ``Adapter`` that makes room for them when a state is loaded, and notices that
     what derives from the indices is out of date (``stale``)."""
 
-    def late_groups(self) -> list[dict[str, tuple[int, int]]]:
-        """Names and shapes of saved tensors that exist only once bases are stored or a stage has
-        been taken; those of a group exist together."""
-        return [{"C": (self.out_features, self.r), "R": (self.r, self.in_features)}]
+    def late_groups(self) -> list[dict[str, tuple[int, ...]]]:
+        """Names and shapes of saved tensors that exist only once bases are stored, the whitened
+        basis is calibrated or a stage has been taken; those of a group exist together."""
+        square = (self.r, self.r)
+        folds = [{"fold_c": square, "fold_r": square, "unit": ()}]
+        return [{"C": (self.out_features, self.r), "R": (self.r, self.in_features)},
+                *(folds if self.basis == "whitened" else [])]
 
-    def late_shapes(self) -> dict[str, tuple[int, int]]:
+    def late_shapes(self) -> dict[str, tuple[int, ...]]:
         return {name: shape for group in self.late_groups() for name, shape in group.items()}
 
     def __setattr__(self, name: str, value: object) -> None:
@@ -36,8 +39,11 @@ class LateTensors:
             buffers |= {name: buffers.pop(name) for name in absent}
 
     def _apply(self, fn, recurse: bool = True) -> "LateTensors":
-        before = self.cols.device, self.core_parameter().dtype
+        before, folds = (self.cols.device, self.core_parameter().dtype), (self.fold_c, self.fold_r)
         super()._apply(fn, recurse)
+        if self.basis == "whitened" and folds[0] is not None and folds[0].device.type != "meta":
+            # Wide in every dtype: nothing could derive them again.
+            self.fold_c, self.fold_r = (f.to(self.fold_c.device) for f in folds)
         if before != (self.cols.device, self.core_parameter().dtype):
             self.stale = True  # what is derived has been rounded too
         return self

@@ -9,7 +9,6 @@ from torch import Tensor
 from .checks import check_choice, check_int, fail
 
 RULES = ("inverted", "lowest", "highest")
-BASES = ("raw", "orthonormal")
 
 
 def select(weight: Tensor, r: int, rule: str = "inverted", *, replace: bool = False,
@@ -59,35 +58,6 @@ def _sample_inverted(norms: Tensor, r: int, replace: bool, generator) -> Tensor:
                            "the weight, when sampling without replacement")
     q = torch.where(positive, p[positive].min() / p, 0)  # proportional to 1 / p, within [0, 1]
     return torch.multinomial(q, r, replacement=replace, generator=generator).to(norms.device)
-
-
-def orthonormal_basis(C: Tensor, R: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Factors C = Q_c S_c and R = S_r^T Q_r^T with orthonormal Q_c, Q_r.
-
-    The core V between the orthonormal bases is ``core = S_c^-1 V S_r^-T`` between C and R.
-    The diagonals of S are made positive, so that the factors do not depend on the machine's QR.
-
-    Args:
-        C: (N, r). R: (r, K). Any floating dtype; computed in float64.
-
-    Returns:
-        Q_c (N, r), S_c (r, r), Q_r (K, r), S_r (r, r), float64; S upper triangular.
-
-    Raises:
-        ValueError: the columns of C or the rows of R are linearly dependent.
-    """
-    out = []
-    for name, basis in (("columns", C), ("rows", R.T)):
-        q, s = torch.linalg.qr(basis.double())
-        rank = int(torch.linalg.matrix_rank(s))
-        if rank < s.shape[0]:
-            raise ValueError(
-                f"basis='orthonormal' is not allowed: the {s.shape[0]} chosen {name} of the weight "
-                f"are linearly dependent (rank {rank}); choose others (selection, a smaller r, "
-                "replace=False) or basis='raw'")
-        sign = torch.where(s.diagonal() < 0, -1.0, 1.0).to(s.dtype)
-        out += [q * sign, s * sign[:, None]]
-    return tuple(out)
 
 
 def check_weight(weight: Tensor) -> None:

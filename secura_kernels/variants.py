@@ -34,7 +34,10 @@ class CURLoRAAdapter(Adapter):
     def long_core(self) -> Tensor | None:
         return self.U_long
 
-    def late_groups(self) -> list[dict[str, tuple[int, int]]]:
+    def set_long_core(self, core: Tensor) -> None:
+        self.U_long = core
+
+    def late_groups(self) -> list[dict[str, tuple[int, ...]]]:
         return [*super().late_groups(), {"U_long": (self.r, self.r)}]
 
     def accumulate(self, kind: str) -> None:
@@ -107,7 +110,10 @@ class SECURAAdapter(Adapter):
             return self.core_long
         return None if self.B_long is None else cabr_core(self.A_long, self.B_long)
 
-    def late_groups(self) -> list[dict[str, tuple[int, int]]]:
+    def set_long_core(self, core: Tensor) -> None:
+        self.core_long, self.A_long, self.B_long = core, None, None
+
+    def late_groups(self) -> list[dict[str, tuple[int, ...]]]:
         return [*super().late_groups(), {"core_long": (self.r, self.r)},
                 {"A_long": (self.m, self.r), "B_long": (self.r, self.m)}]
 

@@ -10,11 +10,12 @@ import secura_kernels
 ROOT = Path(secura_kernels.__file__).parent
 # Lower imports nothing above itself. A file of a package counts as the package.
 LAYERS = [
-    ["checks"], ["smagnorm", "selection"], ["gate_code"], ["kernel_host"],
+    ["checks"], ["smagnorm", "selection", "bases"], ["gate_code"], ["kernel_host"],
     ["reference", "kernels", "cuda"], ["ops"],
     ["functional"], ["update"],
     ["importance", "late_tensors", "merging", "state"], ["adapter"], ["variants"], ["base"],
-    ["modules"], ["adapter_file"], ["peft"], ["retention"], ["callbacks"], ["__init__"],
+    ["modules"], ["adapter_file"], ["peft"], ["retention", "own_text"],
+    ["callbacks", "calibration"], ["__init__"],
     ["selfcheck"], ["__main__"],
 ]
 LEVEL = {name: i for i, names in enumerate(LAYERS) for name in names}

@@ -16,7 +16,7 @@ from secura_kernels import (
     adapter,
     cur_linear,
 )
-from secura_kernels.selection import orthonormal_basis
+from secura_kernels.bases import orthonormal_basis
 
 KINDS = [CURLoRALinear, SECURALinear]
 BASES = ["raw", "orthonormal"]

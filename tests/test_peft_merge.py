@@ -26,8 +26,8 @@ from peft_models import (
 from torch import nn
 
 from secura_kernels import CURLoRALinear, SECURALinear
+from secura_kernels.bases import BASES
 from secura_kernels.peft import SecuraConfig, save_as_lora
-from secura_kernels.selection import BASES
 
 MERGEABLE = [
     GATE_FREE, CURLORA, dict(r=4, norm="figure"), CURLORA | dict(basis="orthonormal"),

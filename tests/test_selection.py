@@ -3,7 +3,7 @@ import torch
 from forms import relative_error
 
 from secura_kernels import SMagNorm, select
-from secura_kernels.selection import orthonormal_basis
+from secura_kernels.bases import orthonormal_basis
 from secura_kernels.smagnorm import ImportanceDecay
 
 W = torch.randn(30, 20, generator=torch.Generator().manual_seed(5))

@@ -8,9 +8,10 @@ from peft import PeftConfig
 from peft.utils import SAFETENSORS_WEIGHTS_NAME, PeftType
 from safetensors import SafetensorError, safe_open
 
+from ..bases import BASES
 from ..checks import check_choice, check_int, check_number, fail
 from ..ops import IMPLS
-from ..selection import BASES, RULES
+from ..selection import RULES
 from ..smagnorm import ImportanceDecay, SMagNorm
 from ..variants import A_INITS
 

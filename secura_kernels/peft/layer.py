@@ -247,7 +247,9 @@ def _build(weight: Tensor, r: int, config: SecuraConfig, key: str, empty: bool) 
         if r > min(weight.shape):
             raise fail("r", r, f"at most {min(weight.shape)} for a weight {tuple(weight.shape)}")
         cols = rows = torch.arange(r)
-        settings = config.adapter_settings() | dict(basis="raw")
+        settings = config.adapter_settings()
+        if config.basis == "orthonormal":  # of whatever columns and rows the state brings
+            settings["basis"] = "raw"
         adapter = KINDS[config.variant](weight, cols, rows, **settings)
         adapter.basis = config.basis
         return adapter

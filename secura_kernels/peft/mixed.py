@@ -83,6 +83,8 @@ def shared_key(adapter: Adapter) -> tuple:
         sides = [adapter.cols, adapter.rows]
         if adapter.C is not None:
             sides += [adapter.C, adapter.R]
+        if adapter.basis == "whitened" and adapter.fold_c is not None:
+            sides += [adapter.fold_c, adapter.fold_r]
         values = hashlib.sha256()
         for side in sides:
             values.update(side.detach().contiguous().view(torch.uint8).cpu().numpy().tobytes())

@@ -1,0 +1,75 @@
+"""The coordinates that the core lives in, between C = W[:, cols] and R = W[rows, :].
+
+- ``"raw"``: C and R themselves, as published.
+- ``"orthonormal"``: orthonormal bases of the same columns and rows.
+- ``"whitened"``: C and R measured by what is to be kept: a core of unit norm changes the base
+  model's predictions on general text by about the same, in whatever direction. It needs
+  ``calibrate``.
+
+All three are C A and B R with r x r factors A, B ("folds"), which are multiplied into the core: C
+and R stay exact slices of W.
+"""
+
+import torch
+from torch import Tensor
+
+BASES = ("raw", "orthonormal", "whitened")
+
+
+def orthonormal_basis(C: Tensor, R: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Factors C = Q_c S_c and R = S_r^T Q_r^T with orthonormal Q_c, Q_r.
+
+    The core V between the orthonormal bases is ``core = S_c^-1 V S_r^-T`` between C and R.
+    The diagonals of S are made positive, so that the factors do not depend on the machine's QR.
+
+    Args:
+        C: (N, r). R: (r, K). Any floating dtype; computed in float64.
+
+    Returns:
+        Q_c (N, r), S_c (r, r), Q_r (K, r), S_r (r, r), float64; S upper triangular.
+
+    Raises:
+        ValueError: the columns of C or the rows of R are linearly dependent.
+    """
+    out = []
+    for name, basis in (("columns", C), ("rows", R.T)):
+        q, s = torch.linalg.qr(basis.double())
+        rank = int(torch.linalg.matrix_rank(s))
+        if rank < s.shape[0]:
+            raise ValueError(
+                f"basis='orthonormal' is not allowed: the {s.shape[0]} chosen {name} of the weight "
+                f"are linearly dependent (rank {rank}); choose others (selection, a smaller r, "
+                "replace=False) or basis='raw'")
+        sign = torch.where(s.diagonal() < 0, -1.0, 1.0).to(s.dtype)
+        out += [q * sign, s * sign[:, None]]
+    return tuple(out)
+
+
+def orthonormal_folds(C: Tensor, R: Tensor) -> tuple[Tensor, Tensor]:
+    """S_c^-1 and S_r^-T (r, r), float64: the folds of the orthonormal basis."""
+    _, S_c, _, S_r = orthonormal_basis(C, R)
+    return invert_triangular(S_c), invert_triangular(S_r).T.contiguous()
+
+
+def invert_triangular(S: Tensor) -> Tensor:
+    """The inverse of an upper triangular matrix."""
+    unit = torch.eye(len(S), dtype=S.dtype, device=S.device)
+    return torch.linalg.solve_triangular(S, unit, upper=True)
+
+
+def inverse_root(moment: Tensor, damping: float) -> Tensor:
+    """(moment + lambda I)^(-1/2), symmetric, float64; lambda is ``damping`` of the mean diagonal.
+
+    Of R Sigma R^T and C^T Gamma C it gives the whitened basis: with general inputs' second moment
+    Sigma = E[x x^T] and that of the base model's own loss gradients at the outputs, Gamma =
+    E[g g^T], a change delta_W moves the predictions by about tr(delta_W^T Gamma delta_W Sigma) / 2
+    nats a token (the Kronecker-factored Fisher metric of K-FAC, arXiv 1503.05671). For
+    delta_W = C A V B R with these two as A and B that is ||V||_F^2 / 2, but for the damping.
+
+    Args:
+        moment: (r, r), symmetric, positive semidefinite, not zero. damping: > 0.
+    """
+    moment = moment.double()
+    values, vectors = torch.linalg.eigh((moment + moment.T) / 2)
+    values = values.clamp_min(0) + damping * moment.diagonal().mean()
+    return (vectors * values.rsqrt()) @ vectors.T
