@@ -9,6 +9,7 @@ from tqdm.auto import tqdm
 
 from .checks import check_int, fail
 
+ROWS = 8  # of a batch that is handed on, whose logits take memory
 MARK = "\N{SECTION SIGN}content\N{SECTION SIGN}"
 
 
@@ -24,10 +25,10 @@ def own_text(model: nn.Module, tokens: int = 4096, *, tokenizer=None, length: in
     Args:
         model: with ``generate`` of transformers. tokens: how many in all, rounded up to rows.
         tokenizer: whose chat template is used; None, or one without a template: no chat.
-        length: tokens a row. batch_size: rows at once. seed: of the sampling.
+        length: tokens a row. batch_size: rows written at once. seed: of the sampling.
 
     Yields:
-        dicts of ``input_ids`` (rows, length) and ``attention_mask`` of ones.
+        dicts of ``input_ids`` (8 rows or fewer, length) and ``attention_mask`` of ones.
 
     Raises:
         ValueError: a model that cannot generate or says no first token.
@@ -50,7 +51,8 @@ def own_text(model: nn.Module, tokens: int = 4096, *, tokenizer=None, length: in
                 input_ids=ids, attention_mask=torch.ones_like(ids), do_sample=True,
                 temperature=1.0, top_k=0, top_p=1.0, eos_token_id=None, pad_token_id=start[0],
                 max_new_tokens=max(1, length - len(start)))
-        yield dict(input_ids=ids, attention_mask=torch.ones_like(ids))
+        for part in ids.split(ROWS):
+            yield dict(input_ids=part, attention_mask=torch.ones_like(part))
 
 
 def _start(model: nn.Module, tokenizer) -> list[int]:

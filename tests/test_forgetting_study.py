@@ -16,6 +16,8 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks" / "forgetting"))
 from study import methods, protocol, report, search
 from study.records import Records
 
+from secura_kernels import calibrate
+
 TASKS = ("first", "second")
 
 
@@ -49,6 +51,8 @@ class Subject:
         torch.manual_seed(7)  # the pretrained model is the same one for every seed
         model = Model()
         model.body = method.attach(model.body, ["layer"], ["layer"], seed)
+        if method.calibrated:
+            calibrate(model.body.layer, [torch.randn(64, 12)], progress=False)
         return model
 
     def heads(self, model):

@@ -47,6 +47,7 @@ import machine  # noqa: E402
 
 QUICK = ("head only", "LoRA", "CURLoRA", "SECURA")
 QUICK_RATES = slice(-2, None)
+WRITES = "language"  # the subject whose model can write general text
 
 
 def main() -> int:
@@ -112,7 +113,14 @@ def arguments() -> argparse.Namespace:
         help=f"of the optimizer, a task ({', '.join(f'{k}: {v}' for k, v in STEPS.items())})")
     add("--out", type=Path, default=ROOT / "build" / "forgetting")
     options = parser.parse_args()
-    options.method = options.method or (QUICK if options.quick else tuple(METHODS))
+    if options.subject != WRITES:
+        unable = [name for name in options.method or () if METHODS[name].calibrated]
+        if unable:
+            parser.error(f"argument --method: {unable[0]!r} is calibrated on text that the model "
+                         f"writes itself: --subject {WRITES} alone does")
+    options.method = options.method or (QUICK if options.quick else tuple(
+        name for name, method in METHODS.items()
+        if options.subject == WRITES or not method.calibrated))
     options.seeds = options.seeds or (1 if options.quick else 3)
     options.search_seeds = options.search_seeds or options.seeds
     if not 1 <= options.search_seeds <= options.seeds:

@@ -1,6 +1,11 @@
 """The causal language model of two subjects: how it is read, and what it is not to lose."""
 
+import hashlib
+import os
+
 import torch
+from downloads import cache_folder
+from safetensors.torch import load_file, save_file
 from smollm2 import smollm2_folder
 from torch import nn
 from transformers import (
@@ -10,8 +15,11 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
+from secura_kernels.own_text import own_text
+
 from . import language_retention
 from .device import DEVICE, mixed_precision
+from .language_retention import weights_sha256
 from .setup import Setup
 
 OWN = "SmolLM2"
@@ -29,6 +37,22 @@ def load_causal_model(setup: Setup) -> tuple[PreTrainedModel, PreTrainedTokenize
         folder, dtype=getattr(torch, setup.dtype),
         attn_implementation="eager" if DEVICE == "cpu" else None)
     return base.to(DEVICE).eval(), AutoTokenizer.from_pretrained(folder)
+
+
+@mixed_precision()
+def general_text(base: PreTrainedModel, tokenizer: PreTrainedTokenizerBase,
+                 tokens: int = 4096) -> list[dict]:
+    """What the base model writes itself, to calibrate by: no text of anybody else. Written once; it
+    is kept in the cache."""
+    made_from = f"{weights_sha256(base)} {tokens} {tokenizer.chat_template}"
+    key = hashlib.sha256(made_from.encode()).hexdigest()
+    path = cache_folder() / f"own-text-{key[:16]}.safetensors"
+    if not path.exists():
+        written = own_text(base, tokens, tokenizer=tokenizer, progress=False)
+        unfinished = path.with_name(f".{path.name}-{os.getpid()}")
+        save_file(dict(ids=torch.cat([batch["input_ids"].cpu() for batch in written])), unfinished)
+        os.replace(unfinished, path)
+    return [dict(input_ids=ids) for ids in load_file(path)["ids"].split(8)]
 
 
 class Speech:

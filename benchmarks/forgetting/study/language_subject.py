@@ -6,10 +6,11 @@ import torch
 from strategies import transformers_forward
 from torch import Tensor, nn
 
+from secura_kernels import calibrate
 from secura_kernels.retention import evaluating
 
 from . import hub_texts, language
-from .causal_model import LAYERS, OWN, TARGETS, Speech, load_causal_model
+from .causal_model import LAYERS, OWN, TARGETS, Speech, general_text, load_causal_model
 from .device import DEVICE, mixed_precision, on_device
 from .language_retention import weights_sha256
 from .methods import Method
@@ -28,6 +29,7 @@ class Language:
 
     def __init__(self, setup: Setup) -> None:
         self.base, tokenizer = load_causal_model(setup)
+        self.tokenizer = tokenizer
         self.targets = setup.targets or TARGETS
         self.batch_size, self.length = setup.batch_size or 4, setup.length or 64
         self.labels = self.length - 1  # every token but the first
@@ -45,7 +47,10 @@ class Language:
                                weights_sha256(self.base), *setup.choices())
 
     def model(self, method: Method, seed: int) -> nn.Module:
-        return method.attach(copy.deepcopy(self.base), self.targets, LAYERS, seed)
+        model = method.attach(copy.deepcopy(self.base), self.targets, LAYERS, seed)
+        if method.calibrated:
+            calibrate(model, general_text(self.base, self.tokenizer), progress=False)
+        return model
 
     def heads(self, model: nn.Module) -> list[nn.Parameter]:
         return []

@@ -35,6 +35,11 @@ class Method:
     family: str = "methods"
     every_layer: bool = False
 
+    @property
+    def calibrated(self) -> bool:
+        """Whether it measures on general text, before it trains, what the model is to keep."""
+        return self.settings.get("basis") == "whitened"
+
     def attach(self, model: nn.Module, targets: Sequence[str], layers: Sequence[str],
                seed: int) -> nn.Module:
         """``model`` with what this method trains requiring gradients, and nothing else.
@@ -116,6 +121,7 @@ METHODS = {method.name: method for method in (
     Method("full, every layer", FULL, up_to(2e-4), family=LAYERS, every_layer=True),
     lora("LoRA, every layer", LAYERS, 1e-3, every_layer=True),
     curlora("CURLoRA, every layer", LAYERS, 7e-3, every_layer=True),
+    curlora("CURLoRA, every layer, whitened", LAYERS, 7e-3, every_layer=True, basis="whitened"),
     curlora("CURLoRA, every layer, r = 128", LAYERS, 2.3e-3, r=128, every_layer=True),
     secura("CABR, every layer", LAYERS, 2e-3, every_layer=True, norm=None),
     secura("SECURA, every layer", LAYERS, 2e-3, every_layer=True),
