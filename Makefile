@@ -5,7 +5,7 @@ BIN = .venv/bin
 TORCH = $(if $(shell command -v nvidia-smi 2>/dev/null),torch,torch==2.13.0)
 
 help:  ## list the targets
-	@sed -n 's/^\([a-z]*\):.*## /make \1\t/p' $(MAKEFILE_LIST)
+	@sed -n 's/^\([a-z-]*\):.*## /make \1\t/p' $(MAKEFILE_LIST)
 
 finetune: .venv/ready  ## the main job: fine-tune SmolLM2 by SECURA, CURLoRA, LoRA and DoRA
 	$(BIN)/python examples/finetune.py $(ARGS)
@@ -13,6 +13,9 @@ finetune: .venv/ready  ## the main job: fine-tune SmolLM2 by SECURA, CURLoRA, Lo
 test: .venv/ready  ## run the tests
 	$(BIN)/python -m pytest --numprocesses auto --maxprocesses 8 --dist loadfile \
 		--no-loadscope-reorder $(ARGS)
+
+peft-suite: .venv/ready  ## run PEFT's own tests on our method (half an hour)
+	$(BIN)/python tests/peft_suite/run.py $(ARGS)
 
 bench: .venv/ready  ## time the layers and their rivals (3 minutes on a CPU)
 	$(BIN)/python benchmarks/layer/run.py $(ARGS)
@@ -39,4 +42,4 @@ lint: .venv/ready  ## check the style
 	$(BIN)/python -m pip install --quiet --editable '.[peft,quant,demo,dev]'
 	touch $@
 
-.PHONY: help finetune test bench forgetting codegen gpu lint
+.PHONY: help finetune test peft-suite bench forgetting codegen gpu lint

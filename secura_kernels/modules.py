@@ -18,7 +18,8 @@ class CURLoRALinear(CURLinear, CURLoRAAdapter):
         cols, rows: (r,) int64, the columns and rows of W that C and R are.
         alpha: scale of the change.
         basis: ``"orthonormal"``: U lives between orthonormal bases of the columns and rows, which
-            conditions it well. ``"raw"``: C and R as they are, as published.
+            conditions it well. ``"whitened"``: measured by what general text needs of them, after
+            ``calibrate``. ``"raw"``: C and R as they are, as published.
         norm: S-MagNorm's settings, a preset's name, or None for no gate, as published.
         importance_decay: see ``ImportanceDecay``; needs a norm.
         impl: the backend, see ``functional.cur_linear``.

@@ -192,7 +192,7 @@ def test_loading_over_an_adapter_leaves_the_base(assign):
     values = base.weight.detach().clone()
     model = get_peft_model(nn.Sequential(base), SecuraConfig(r=N, target_modules=["0"]))
     saved = {k: v + 1 if k.endswith(".A") else v.clone()
-             for k, v in get_peft_model_state_dict(model).items()}
+             for k, v in get_peft_model_state_dict(model).items() if not k.endswith("checksum")}
     set_peft_model_state_dict(model, saved, low_cpu_mem_usage=assign)
     assert torch.equal(base.weight, values)
     check_apart(model.base_model.model[0], [base.weight, base.bias])

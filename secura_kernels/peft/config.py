@@ -48,7 +48,9 @@ class SecuraConfig(PeftConfig):
         seed: of ``"inverted"``, together with the layer's name: two adapters of one seed, rule and
             r share their indices.
         basis: ``"orthonormal"``: the core lives between orthonormal bases of the chosen columns and
-            rows; or ``"raw"`` as published, which is far worse conditioned.
+            rows; ``"whitened"``: measured by what general text needs of them, after
+            ``secura_kernels.calibrate(model)``; or ``"raw"`` as published, which is far worse
+            conditioned.
         norm: ``"auto"`` (SECURA ``"calibrated"``, CURLoRA none), a preset's name, a dict of
             ``SMagNorm``'s fields, or None for no gate.
         norm_domain: ``"output"`` or ``"weight"``; None: the one of ``norm``.
