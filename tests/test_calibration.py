@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from peft import PeftModel, get_peft_model
 from peft_models import layers, llama, logits, move, peft, tokens
+from quantised import dequantised, quantised
 from torch import nn
 
 from secura_kernels import (
@@ -15,6 +16,7 @@ from secura_kernels import (
     SECURALinear,
     calibrate,
     calibration,
+    cur_linear,
     load_adapter,
     save_adapter,
 )
@@ -215,6 +217,24 @@ def test_ways_to_run(how, monkeypatch):
         assert value.dtype == torch.float32 and difference < 0.3, (name, difference)
 
 
+@pytest.mark.parametrize("kind", ["nf4", "int8", "torchao int4"])
+def test_over_a_quantised_base(kind, monkeypatch):
+    """As over the same layer in full precision, with the weight that it dequantises to."""
+    likeliest(monkeypatch)
+    torch.manual_seed(0)
+    base, x = quantised(kind, torch.randn(64, 96)), torch.randn(200, 96)
+    plain = nn.Linear(96, 64, bias=False)
+    with torch.no_grad():
+        plain.weight.copy_(dequantised(base))
+    models = [peft(nn.Sequential(layer), target_modules=["0"], **VARIANTS[0])
+              for layer in (base, plain)]
+    for model in models:
+        calibrate(model, [x], progress=False)
+    first, second = map(folds, models)
+    for name, value in first.items():  # a quantised product is rounded otherwise
+        assert (value - second[name]).norm() < 0.02 * value.norm(), name
+
+
 @pytest.mark.parametrize("settings", VARIANTS, ids=str)
 @pytest.mark.parametrize("stage", [None, "stage_m1", "stage_m2"])
 def test_files_bring_the_basis_back_to_the_bit(settings, stage, tmp_path):
@@ -400,8 +420,6 @@ def test_folding_costs_little_precision(dtype, allowed):
         truth = x.double() @ (C @ A @ layer.U.double() @ B @ R).T
         stored = dict(C=(C @ A).to(dtype), R=(B @ R).to(dtype))
         zero = torch.zeros_like(layer.weight)
-        from secura_kernels import cur_linear
-
         errors = []
         for sides, core in ((dict(cols=None, rows=None, **stored), layer.U),
                             (dict(cols=None, rows=None, C=C.to(dtype), R=R.to(dtype)),

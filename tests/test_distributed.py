@@ -2,6 +2,7 @@
 
 import importlib.util
 
+import parallel_calibration
 import parallel_data
 import parallel_fsdp1
 import parallel_tensor
@@ -15,8 +16,8 @@ pytestmark = [
                        reason="torch has no gloo"),
 ]
 pytest.importorskip("peft", reason="peft is not installed")
-CHECKS = {check.__name__: check
-          for check in parallel_data.CHECKS + parallel_fsdp1.CHECKS + parallel_tensor.CHECKS}
+PARTS = (parallel_data, parallel_fsdp1, parallel_calibration, parallel_tensor)
+CHECKS = {check.__name__: check for part in PARTS for check in part.CHECKS}
 
 
 @pytest.fixture(scope="module")
