@@ -149,8 +149,8 @@ class SecuraModel(BaseTuner):
 def _check_rank_pattern(config: SecuraConfig, model: nn.Module, adapter_name: str) -> None:
     """Raises ValueError for a key of ``rank_pattern`` that is no adapted layer's."""
     names = [name for name, _, _ in file_format.adapters_of(model, adapter_name)]
-    used = {get_pattern_key(config.rank_pattern, name) for name in names}
-    unused = sorted(set(config.rank_pattern) - used)
+    unused = [key for key in config.rank_pattern
+              if not any(get_pattern_key([key], name) == key for name in names)]
     if unused:
         raise fail("rank_pattern", unused,
                    f"names of adapted layers, or regular expressions that match one: {names[:3]} "
