@@ -129,7 +129,9 @@ def similar_base(saved: Tensor, here: Tensor) -> bool:
 def checksum(found: dict[str, Tensor]) -> Tensor:
     """A digest (32,) uint8 of a layer's indices and cores, which belong together: a core trained
     between some columns and rows is noise between others. Independent of how wide a dtype holds
-    the values."""
+    the values. On the meta device, as they are, of tensors without values."""
+    if any(found[name].is_meta for name in INDICES_AND_CORES if name in found):
+        return torch.empty(32, dtype=torch.uint8, device="meta")
     digest = hashlib.sha256()
     for name in INDICES_AND_CORES:
         if name in found:

@@ -4,7 +4,13 @@ import functools
 
 import pytest
 import torch
-from peft import AutoPeftModelForCausalLM, PeftModel, get_peft_model, get_peft_model_state_dict
+from peft import (
+    AutoPeftModelForCausalLM,
+    PeftModel,
+    get_peft_model,
+    get_peft_model_state_dict,
+    inject_adapter_in_model,
+)
 from peft.utils import set_peft_model_state_dict
 from peft_models import (
     CURLORA,
@@ -355,6 +361,15 @@ def test_a_checksum_is_of_values_not_of_dtypes(tmp_path):
     # Where tensors are changed on purpose the checksum is left out.
     save_file({k: v for k, v in tensors.items() if not k.endswith("checksum")}, tmp_path / FILE)
     PeftModel.from_pretrained(llama(), tmp_path)
+
+
+def test_the_state_of_an_adapter_without_values_has_every_name():
+    """As PEFT's ``inject_adapter_in_model(..., low_cpu_mem_usage=True)`` makes it."""
+    filled, empty = (inject_adapter_in_model(SecuraConfig(target_modules=["q_proj"], **GATED),
+                                             llama(), low_cpu_mem_usage=low) for low in (0, 1))
+    expected, found = map(get_peft_model_state_dict, (filled, empty))
+    assert found.keys() == expected.keys()
+    assert all(found[k].shape == expected[k].shape for k in found)
 
 
 def test_embeddings_that_grew_travel_along(tmp_path):
