@@ -39,6 +39,8 @@ OTHER_INDICES = Reason("It expects the same adapter from the same seed over the 
 EVERY_TENSOR = Reason("It writes arbitrary numbers into every tensor of the file, in which ours "
                       "has indices and a checksum: they are refused.",
                       "cols=.* is not allowed|not implemented for 'Long'")
+BUFFERS = Reason("PEFT puts parameters on the meta device and leaves buffers, which our indices "
+                 "are, where they are.", "{'cpu', 'meta'} == {'meta'}")
 MIXED_MODEL = Reason("PeftMixedModel accepts a fixed list of PEFT's own methods.",
                      "not compatible with the `PeftMixedModel`")
 COUNTS = Reason("It expects the number of LoRA's parameters.", r"assert \d+ == ")
@@ -85,6 +87,7 @@ EXPECTED = {
     r"::test_inject_from_state_dict_(low_cpu_mem_usage_|model_)with_weight_conversion":
         EVERY_TENSOR,
     r"::test_prefix_removal_is_undone": EVERY_TENSOR,
+    r"::test_inject_from_state_dict_low_cpu_mem_usage$": BUFFERS,
     r"::test_inject_from_state_dict_stable_diffusion": NO_DIFFUSERS,
     r"::test_save_pretrained_warns_for_unsharded_state_dict": SHARDS,
     r"::test_custom_models_dont_have_transformers_tag": NO_TAGS,
