@@ -46,7 +46,8 @@ MIXED_MODEL = Reason("PeftMixedModel accepts a fixed list of PEFT's own methods.
 COUNTS = Reason("It expects the number of LoRA's parameters.", r"assert \d+ == ")
 LORAS_OWN = Reason("It puts LoRA's own parameters of an embedding into a layer.",
                    "no attribute 'lora_embedding_A'")
-NO_ADAPTER = Reason("It loads a LoRA adapter from the hub.", "LocalEntryNotFoundError")
+NO_ADAPTER = Reason("It loads a LoRA adapter from the hub.",
+                    "LocalEntryNotFoundError|couldn't connect to")
 NO_DIFFUSERS = Reason("It needs diffusers and its models.", "no attribute 'from_pretrained'")
 SHARDS = Reason("PEFT looks for parts of sharded tensors among LoRA's alone.", "DID NOT WARN")
 NO_TAGS = Reason("It expects that a model card has tags: PEFT gives one to LoRA alone.",
