@@ -14,7 +14,7 @@ test: .venv/ready  ## run the tests
 	$(BIN)/python -m pytest --numprocesses auto --maxprocesses 8 --dist loadfile \
 		--no-loadscope-reorder $(ARGS)
 
-peft-suite: .venv/ready  ## run PEFT's own tests on our method (half an hour)
+peft-suite: .venv/ready  ## run PEFT's own tests on our method (10 minutes)
 	$(BIN)/python tests/peft_suite/run.py $(ARGS)
 
 bench: .venv/ready  ## time the layers and their rivals (3 minutes on a CPU)
