@@ -9,7 +9,7 @@ from dataclasses import asdict
 import torch
 from torch import Tensor, nn
 
-from .bases import BASES, invert_triangular, orthonormal_basis
+from .bases import BASES, orthonormal_basis, orthonormal_folds
 from .checks import check_choice, check_number, fail
 from .functional import cur_linear_and_moved
 from .importance import ImportanceState
@@ -25,9 +25,6 @@ from .update import cur_update, cur_update_and_moved
 # what stored bases are (tests/test_modules.py).
 LARGEST_CONDITION = {torch.bfloat16: 2**5, torch.float16: 2**8}
 LARGEST_CONDITION_WIDE = 2**14
-
-
-FOLDS = ("fold_c", "fold_r")
 NOT_CALIBRATED = ("basis='whitened' knows nothing yet of what is to be kept: call "
                   "secura_kernels.calibrate(model) before training")
 
@@ -75,7 +72,7 @@ class Adapter(LateTensors, nn.Module):
             self.register_buffer(name, None)
         # The orthonormal basis's folds derive from W and are never saved; the whitened one's come
         # from text.
-        for name in (*FOLDS, "unit"):
+        for name in ("fold_c", "fold_r", "unit"):
             self.register_buffer(name, None, persistent=basis == "whitened")
         self.calibrated = basis != "whitened"
         self.register_parameter("adapter_bias", None)
@@ -226,11 +223,9 @@ class Adapter(LateTensors, nn.Module):
         worst = max(float(torch.linalg.cond(S)) for S in (S_c, S_r))
         if worst > LARGEST_CONDITION.get(weight.dtype, LARGEST_CONDITION_WIDE):
             self._store(Q_c, Q_r.T, weight.dtype)
-            self.fold_c = self.fold_r = None
             return
         wide = torch.promote_types(weight.dtype, torch.float32)
-        self.fold_c = invert_triangular(S_c).to(wide)
-        self.fold_r = invert_triangular(S_r).T.contiguous().to(wide)
+        self.fold_c, self.fold_r = (fold.to(wide) for fold in orthonormal_folds(S_c, S_r))
 
     def _store(self, C: Tensor, R: Tensor, dtype: torch.dtype) -> None:
         self.C, self.R = C.to(dtype).contiguous(), R.to(dtype).contiguous()

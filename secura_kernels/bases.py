@@ -45,16 +45,11 @@ def orthonormal_basis(C: Tensor, R: Tensor) -> tuple[Tensor, Tensor, Tensor, Ten
     return tuple(out)
 
 
-def orthonormal_folds(C: Tensor, R: Tensor) -> tuple[Tensor, Tensor]:
-    """S_c^-1 and S_r^-T (r, r), float64: the folds of the orthonormal basis."""
-    _, S_c, _, S_r = orthonormal_basis(C, R)
-    return invert_triangular(S_c), invert_triangular(S_r).T.contiguous()
-
-
-def invert_triangular(S: Tensor) -> Tensor:
-    """The inverse of an upper triangular matrix."""
-    unit = torch.eye(len(S), dtype=S.dtype, device=S.device)
-    return torch.linalg.solve_triangular(S, unit, upper=True)
+def orthonormal_folds(S_c: Tensor, S_r: Tensor) -> tuple[Tensor, Tensor]:
+    """S_c^-1 and S_r^-T (r, r) of ``orthonormal_basis``'s factors: the folds of that basis."""
+    unit = torch.eye(len(S_c), dtype=S_c.dtype, device=S_c.device)
+    fold_c, fold_r = (torch.linalg.solve_triangular(S, unit, upper=True) for S in (S_c, S_r))
+    return fold_c, fold_r.T.contiguous()
 
 
 def inverse_root(moment: Tensor, damping: float) -> Tensor:

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from .adapter import Adapter
-from .bases import inverse_root, orthonormal_folds
+from .bases import inverse_root, orthonormal_basis, orthonormal_folds
 from .checks import check_choice, check_int, check_number, fail
 from .own_text import own_text
 from .retention import evaluating
@@ -105,8 +105,8 @@ def calibrate(
         damping: what is added to a moment's diagonal, as a part of the mean diagonal, > 0: the
             less, the further a core may move what general text seems not to use.
         too_few: where a layer saw fewer tokens than its rank (an expert that general text never
-            reaches): ``"error"``, or ``"orthonormal"`` for that basis's coordinates there, with the
-            same size of a change, and a warning from the caller's ``left_out``.
+            reaches): ``"error"``, or ``"orthonormal"`` for that basis's coordinates there, with
+            the same size of a change; ``left_out`` of what is returned names such layers.
         restart: calibrate although training has begun; the cores are zero again.
         adapter_name: of a PEFT model; None: the active one.
         seed: of the text and of the drawn labels.
@@ -139,7 +139,9 @@ def calibrate(
     unit = math.exp(sum(math.log(size) for *_, size in folds.values()) / len(folds))
     whole = {name: (unit**0.5 * fold_c, unit**0.5 * fold_r, unit)
              for name, (fold_c, fold_r, _) in folds.items()}
-    whole |= {name: (*orthonormal_folds(*_sides(*layers[name])), math.nan) for name in few}
+    for name in few:
+        _, S_c, _, S_r = orthonormal_basis(*_sides(*layers[name]))
+        whole[name] = (*orthonormal_folds(S_c, S_r), math.nan)
     for name, (_, adapter) in layers.items():
         if restart:
             with torch.no_grad():

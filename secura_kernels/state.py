@@ -105,9 +105,9 @@ INDICES_AND_CORES = ("cols", "rows", "U", "U_long", "A", "B", "A_long", "B_long"
 
 def fingerprint(weight: Tensor) -> Tensor:
     """Some values of a base weight, evenly spread, (256,): enough to tell two bases apart."""
-    flat = weight.detach().reshape(-1)
-    steps = torch.linspace(0, flat.numel() - 1, FINGERPRINT_VALUES, dtype=torch.float64)
-    return flat[steps.round().long().to(flat.device)].cpu()
+    steps = torch.linspace(0, weight.numel() - 1, FINGERPRINT_VALUES, dtype=torch.float64)
+    at = torch.unravel_index(steps.round().long().to(weight.device), weight.shape)
+    return weight.detach()[at].cpu()  # no reshape, which copies a transposed W
 
 
 def same_base(saved: Tensor, here: Tensor) -> bool:

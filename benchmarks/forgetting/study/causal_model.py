@@ -1,11 +1,10 @@
 """The causal language model of two subjects: how it is read, and what it is not to lose."""
 
 import hashlib
-import os
 
 import torch
 from downloads import cache_folder
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from smollm2 import smollm2_folder
 from torch import nn
 from transformers import (
@@ -15,11 +14,11 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from secura_kernels.own_text import own_text
+from secura_kernels.own_text import ROWS, own_text
 
 from . import language_retention
 from .device import DEVICE, mixed_precision
-from .language_retention import weights_sha256
+from .language_retention import save_in_one_step, weights_sha256
 from .setup import Setup
 
 OWN = "SmolLM2"
@@ -49,10 +48,9 @@ def general_text(base: PreTrainedModel, tokenizer: PreTrainedTokenizerBase,
     path = cache_folder() / f"own-text-{key[:16]}.safetensors"
     if not path.exists():
         written = own_text(base, tokens, tokenizer=tokenizer, progress=False)
-        unfinished = path.with_name(f".{path.name}-{os.getpid()}")
-        save_file(dict(ids=torch.cat([batch["input_ids"].cpu() for batch in written])), unfinished)
-        os.replace(unfinished, path)
-    return [dict(input_ids=ids) for ids in load_file(path)["ids"].split(8)]
+        ids = torch.cat([batch["input_ids"].cpu() for batch in written])
+        save_in_one_step(dict(ids=ids), path)
+    return [dict(input_ids=ids) for ids in load_file(path)["ids"].split(ROWS)]
 
 
 class Speech:

@@ -107,9 +107,7 @@ class Reference:
         """As safetensors, in one step; ``key``: what it was made from."""
         tensors = {f"{kind}.{field}": getattr(kept, field).contiguous()
                    for kind, kept in self.kinds.items() for field in FIELDS}
-        unfinished = path.with_name(f".{path.name}-{os.getpid()}")
-        save_file(tensors, unfinished, {"key": key, "kinds": "\n".join(self.kinds)})
-        os.replace(unfinished, path)
+        save_in_one_step(tensors, path, {"key": key, "kinds": "\n".join(self.kinds)})
 
     @classmethod
     def load(cls, path: Path, key: str) -> "Reference":
@@ -120,6 +118,14 @@ class Reference:
                 raise fail("path", str(path), f"a reference made from {key}")
             return cls({kind: Kept(*(file.get_tensor(f"{kind}.{field}") for field in FIELDS))
                         for kind in found["kinds"].split("\n")})
+
+
+def save_in_one_step(tensors: dict[str, Tensor], path: Path,
+                     metadata: dict[str, str] | None = None) -> None:
+    """A safetensors file that is there whole or not at all, also where others write it too."""
+    unfinished = path.with_name(f".{path.name}-{os.getpid()}")
+    save_file(tensors, unfinished, metadata)
+    os.replace(unfinished, path)
 
 
 def base_reference(base: nn.Module, tokenizer, part: str = "test", *,
