@@ -14,6 +14,7 @@ from .checks import check_choice, check_number, fail
 from .functional import cur_linear_and_moved
 from .importance import ImportanceState
 from .late_tensors import LateTensors
+from .past import Past
 from .reference import delta_weight
 from .reference.weight_domain import effective_weight
 from .selection import check_indices, check_weight
@@ -25,11 +26,12 @@ from .update import cur_update, cur_update_and_moved
 # what stored bases are (tests/test_modules.py).
 LARGEST_CONDITION = {torch.bfloat16: 2**5, torch.float16: 2**8}
 LARGEST_CONDITION_WIDE = 2**14
-NOT_CALIBRATED = ("basis='whitened' knows nothing yet of what is to be kept: call "
-                  "secura_kernels.calibrate(model) before training")
+NOT_CALIBRATED = ("basis={!r} knows nothing yet of what is to be kept: call "
+                  "secura_kernels.calibrate(model{}) before training")
+CALIBRATED = {"whitened": "", "natural": ", task=batches"}  # bases that need it, and how
 
 
-class Adapter(LateTensors, nn.Module):
+class Adapter(LateTensors, Past, nn.Module):
     """What CURLoRA's and SECURA's changes share.
 
     Args:
@@ -68,13 +70,14 @@ class Adapter(LateTensors, nn.Module):
 
         self.register_buffer("cols", cols.to(weight.device, copy=True))
         self.register_buffer("rows", rows.to(weight.device, copy=True))
-        for name in ("C", "R"):  # only where they are not slices of W
+        # C and R only where they are not slices of W.
+        for name in ("C", "R", "C_past", "R_past", "unit"):
             self.register_buffer(name, None)
         # The orthonormal basis's folds derive from W and are never saved; the whitened one's come
         # from text.
-        for name in ("fold_c", "fold_r", "unit"):
+        for name in ("fold_c", "fold_r"):
             self.register_buffer(name, None, persistent=basis == "whitened")
-        self.calibrated = basis != "whitened"
+        self.calibrated = basis not in CALIBRATED
         self.register_parameter("adapter_bias", None)
         if basis == "orthonormal":
             self._set_basis(weight)
@@ -108,8 +111,8 @@ class Adapter(LateTensors, nn.Module):
         """``trained_core`` of several adapters of one shape, (A, r, r)."""
         raise NotImplementedError
 
-    def set_long_core(self, core: Tensor) -> None:
-        """Puts (r, r) in the place of ``long_core``."""
+    def set_long_core(self, core: Tensor | None) -> None:
+        """Puts (r, r), or none, in the place of ``long_core``."""
         raise NotImplementedError
 
     def accumulate(self, kind: str) -> None:
@@ -175,7 +178,7 @@ class Adapter(LateTensors, nn.Module):
     def core(self, trained: Tensor | None = None) -> Tensor:
         """The core (r, r) between C and R, differentiable: S_c^-1 V S_r^-T for a folded basis."""
         if not self.calibrated and self.training and torch.is_grad_enabled():
-            raise RuntimeError(NOT_CALIBRATED)
+            raise RuntimeError(NOT_CALIBRATED.format(self.basis, CALIBRATED[self.basis]))
         with torch.autocast(self.cols.device.type, enabled=False):
             core = self.trained_core() if trained is None else trained
             return self._folded(core)
@@ -196,6 +199,22 @@ class Adapter(LateTensors, nn.Module):
             return core
         wide = torch.promote_types(core.dtype, self.fold_c.dtype)
         return self.fold_c.to(wide) @ core.to(wide) @ self.fold_r.to(wide)
+
+    @torch.no_grad()
+    def core_size(self) -> Tensor:
+        """||V||_F^2 unit^2 / 2 of a calibrated basis's core, (): about the change of the base
+        model's predictions by this layer alone, in nats a token."""
+        core = self.trained_core()
+        if self.long_core() is not None:
+            core = core + self.long_core()
+        return (core * self.unit).square().sum() / 2
+
+    @torch.no_grad()
+    def shrink(self, factor: float) -> None:
+        """Multiplies what this adapter has learned, since the last stage, in front of a gate."""
+        self.core_parameter().mul_(factor)
+        if self.adapter_bias is not None:
+            self.adapter_bias.mul_(factor)
 
     # C and R.
 
@@ -248,8 +267,27 @@ class Adapter(LateTensors, nn.Module):
             self.set_long_core(earlier.to(self.core_parameter().dtype))
         wide = torch.promote_types(self.core_parameter().dtype, torch.float32)
         self.fold_c, self.fold_r = fold_c.to(wide), fold_r.to(wide)
-        self.unit = torch.tensor(unit, dtype=wide, device=fold_c.device)
+        self._set_unit(unit)
+
+    def _set_unit(self, unit: float) -> None:
+        wide = torch.promote_types(self.core_parameter().dtype, torch.float32)
+        self.unit = torch.tensor(unit, dtype=wide, device=self.cols.device)
         self.shared_key, self.calibrated = None, True
+
+    @torch.no_grad()
+    def choose(self, cols: Tensor, rows: Tensor, weight: Tensor) -> None:
+        """Other columns and rows of W, for a basis that is to be calibrated."""
+        stored = self.C is not None
+        self.cols, self.rows, self.C, self.R, self.stale = cols, rows, None, None, False
+        if stored:
+            self.untie(weight)
+
+    @torch.no_grad()
+    def begin_anew(self) -> None:
+        """The change is zero, as before training."""
+        self.core_parameter().zero_()
+        self.set_long_core(None)
+        self.forget_past()
 
     def untied_sides(self, weight: Tensor) -> tuple[Tensor, Tensor]:
         """C and R as ``untie`` would store them: orthonormal ones for that basis."""
@@ -274,7 +312,10 @@ class Adapter(LateTensors, nn.Module):
     def has_sides_of(self, weight: Tensor) -> bool:
         """Whether the stored C and R are what the columns and rows of W give: to the bit in the
         coarser dtype of the two; orthonormal ones to a rounding of each element, and where W is in
-        another dtype to a rounding of the whole, which quantising W exceeds."""
+        another dtype to a rounding of the whole, which quantising W exceeds. Those of a natural
+        basis are of no columns and rows."""
+        if self.basis == "natural" and self.calibrated:
+            return False
         for here, stored in zip(self._sides_of(weight), (self.C, self.R), strict=True):
             same = here.dtype == stored.dtype
             coarser = max(here.dtype, stored.dtype, key=lambda dtype: torch.finfo(dtype).eps)
@@ -294,8 +335,8 @@ class Adapter(LateTensors, nn.Module):
             self._store(self.C, self.R, weight.dtype)
         elif self.basis == "orthonormal":
             self._set_basis(weight)
-        if self.basis == "whitened":  # folds of zeros are places that no file has filled
-            self.calibrated = self.fold_c is not None and bool(self.fold_c.any())
+        if self.basis in CALIBRATED:  # a unit of zero is a place that no file has filled
+            self.calibrated = self.unit is not None and bool(self.unit)
         if self.importance is not None:
             self.importance.measure(weight)
             self._watch()  # loading may have replaced the parameter
@@ -322,12 +363,17 @@ class Adapter(LateTensors, nn.Module):
                                 norm=self.norm, **self.operands(weight.dtype, first))[0]
 
     def factors(self, weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """C (N, r), core (r, r), R (r, K) with delta_W = C core R, M2 stages included; detached."""
+        """C (N, q), core (q, q), R (q, K) with delta_W = C core R, M2 stages and the past included;
+        q = r without a past. Detached."""
         total = self.trained_core().detach()
         if self.long_core() is not None:
             total = total + self.long_core()
-        C, R = self.sides(weight)
-        return C, self.alpha * self.core(total), R
+        (C, R), core = self.sides(weight), self.alpha * self.core(total)
+        if self.C_past is None:
+            return C, core, R
+        unit = torch.eye(len(self.R_past), dtype=core.dtype, device=core.device)
+        return (torch.cat([self.C_past, C], 1), torch.block_diag(unit, core),
+                torch.cat([self.R_past, R]))
 
     # State.
 

@@ -19,7 +19,12 @@ class CURLinear(Mergeable, Adapter):
     Use ``CURLoRALinear.from_linear`` or ``SECURALinear.from_linear``. ``weight`` and ``bias`` are
     the very parameters of ``base``, frozen; ``weight`` keeps the layout of ``base``: (N, K) of
     ``nn.Linear``, (K, N) of transformers' ``Conv1D``.
+
+    Attributes:
+        disable_adapters: while True the layer is its base.
     """
+
+    disable_adapters = False
 
     def __init__(self, base: nn.Module, cols: Tensor, rows: Tensor, *, impl: str = "auto",
                  **settings) -> None:
@@ -38,9 +43,9 @@ class CURLinear(Mergeable, Adapter):
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., K) -> (..., N)."""
-        if self.merged:
+        if self.merged or self.disable_adapters:
             return F.linear(x, self.base_matrix(), self.bias)
-        return self.linear(x, self.stage_matrix(), self.bias, self.impl)
+        return self.add_past(self.linear(x, self.stage_matrix(), self.bias, self.impl), x)
 
     def base_matrix(self) -> Tensor:
         """W (N, K), whatever the layout of the base."""

@@ -5,15 +5,17 @@
 - ``"whitened"``: C and R measured by what is to be kept: a core of unit norm changes the base
   model's predictions on general text by about the same, in whatever direction. It needs
   ``calibrate``.
+- ``"natural"``: C and R of their own, in the same metric: the directions in which a task is learned
+  most for each nat of general change. It needs ``calibrate`` with batches of the task.
 
-All three are C A and B R with r x r factors A, B ("folds"), which are multiplied into the core: C
-and R stay exact slices of W.
+The first three are C A and B R with r x r factors A, B ("folds"), which are multiplied into the
+core: C and R stay exact slices of W. Those of the last are stored.
 """
 
 import torch
 from torch import Tensor
 
-BASES = ("raw", "orthonormal", "whitened")
+BASES = ("raw", "orthonormal", "whitened", "natural")
 
 
 def orthonormal_basis(C: Tensor, R: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:

@@ -15,6 +15,7 @@ from transformers import (
     TrainingArguments,
 )
 
+from .budget import Budget
 from .checks import check_choice, check_int, check_number, fail
 from .retention import base_loss, drift, gradient_norms
 
@@ -42,6 +43,11 @@ class RetentionCallback(TrainerCallback):
     ``gradient_norm``: of all trained parameters, as the optimiser gets it: averaged over the
         processes, unscaled and clipped. Missing before the first step, and where another
         callback stops training off schedule.
+    ``kl``, ``predicted_kl``: with ``budget``: how far the model's predictions on ``batches`` are
+        from its base's, in nats a token (``retention.base_kl``), measured and predicted. The
+        prediction costs no pass of the model, and is logged whenever the Trainer logs too: the size
+        of the cores (``retention.core_size``) times the ratio of both at the last measurement.
+        Cores that grew to twice their size since then are measured anew, so it is never far off.
     ``base_loss``, ``forgetting``: with ``batches``: the loss on them (``retention.base_loss``), and
         that less the loss before training. A resumed run finds the latter in the log history of
         its checkpoint, so it stays that of the first start.
@@ -54,6 +60,10 @@ class RetentionCallback(TrainerCallback):
         every: optimiser steps between measurements.
         drift_limit: training stops once ``drift_max`` is above it, or not a number.
         forgetting_limit: training stops once ``forgetting`` is above it, or not a number.
+        budget: nats a token, > 0, that ``kl`` may cost; for layers with ``basis="whitened"`` or
+            ``"natural"``. batches are then general text, and need no labels.
+        at_budget: ``"stop"``: training stops once ``kl`` is above the budget. ``"hold"``: it goes
+            on with the cores shrunk after each step to where ``predicted_kl`` is the budget.
 
     Raises:
         ValueError: an argument outside these; at the start of training a model without adapted
@@ -68,6 +78,8 @@ class RetentionCallback(TrainerCallback):
         every: int = 100,
         drift_limit: float | None = None,
         forgetting_limit: float | None = None,
+        budget: float | None = None,
+        at_budget: str = "stop",
     ) -> None:
         self.every = check_int("every", every, 1, sys.maxsize)
         self.limits = {}
@@ -80,6 +92,12 @@ class RetentionCallback(TrainerCallback):
             raise fail("batches", self.batches, "None or at least one batch")
         if self.batches is None and forgetting_limit is not None:
             raise fail("forgetting_limit", forgetting_limit, "None without batches")
+        check_choice("at_budget", at_budget, ("stop", "hold"))
+        if budget is not None:
+            check_number("budget", budget, "None or a number > 0", 0, open_low=True)
+            if self.batches is None:
+                raise fail("budget", budget, "None without batches, on which it is measured")
+        self.budget = None if budget is None else Budget(budget, at_budget == "hold", self.batches)
         self.trainer: Trainer | None = None
         self.stopped: str | None = None
 
@@ -99,6 +117,8 @@ class RetentionCallback(TrainerCallback):
         if self.trainer.is_fsdp_enabled or self.trainer.is_deepspeed_enabled:
             raise fail("trainer", "FSDP or DeepSpeed", "one whose processes hold whole parameters")
         self.stopped = self._gradient_norm = self._measured_at = None
+        if self.budget is not None:
+            self.budget.begin(model)
         # The history, for transformers restores callbacks' own states only when asked to, and then
         # by building them anew, which would lose the batches.
         key = PREFIX + "base_loss"
@@ -115,7 +135,12 @@ class RetentionCallback(TrainerCallback):
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl,
                     model: nn.Module = None, **_) -> None:
-        if state.global_step % self.every == 0 or control.should_training_stop:
+        if self.budget is not None:
+            self.budget.follow(model)
+            if control.should_log and state.global_step % self.every:
+                self._log(dict(predicted_kl=self.budget.predicted), control)
+        over = self.budget is not None and self.budget.stops()
+        if state.global_step % self.every == 0 or control.should_training_stop or over:
             self._check(self._measure(model, state), state, control)
 
     def on_epoch_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl,
@@ -136,7 +161,10 @@ class RetentionCallback(TrainerCallback):
                       spectral=float(spectral.mean()), singular_values=float(nuclear.mean()))
         if self._gradient_norm is not None:
             values["gradient_norm"] = self._gradient_norm
-        if self.batches is not None:
+        if self.budget is not None:
+            predicted = self.budget.predicted
+            values |= dict(kl=self.budget.measure(model), predicted_kl=predicted)
+        if self.batches is not None and (self.budget is None or "labels" in self.batches[0]):
             values["base_loss"] = base_loss(model, self.batches)
             if self._first_loss is None:
                 self._first_loss = values["base_loss"]
@@ -156,6 +184,9 @@ class RetentionCallback(TrainerCallback):
         self._log(values, control)
         passed = [f"{name} {values[name]:.6g} is not within its limit {limit:g}"
                   for name, limit in self.limits.items() if not values[name] <= limit]
+        if self.budget is not None and self.budget.stops():
+            passed.append(f"kl {values['kl']:.6g} nats is not within the budget "
+                          f"{self.budget.limit:g}")
         if passed:
             self.stopped = f"step {state.global_step}: " + ", ".join(passed)
             control.should_training_stop = True

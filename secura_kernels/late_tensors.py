@@ -8,15 +8,15 @@ class LateTensors:
     """The part of ``Adapter`` that makes room for them when a state is loaded, and notices that
     what derives from the indices is out of date (``stale``)."""
 
-    def late_groups(self) -> list[dict[str, tuple[int, ...]]]:
-        """Names and shapes of saved tensors that exist only once bases are stored, the whitened
-        basis is calibrated or a stage has been taken; those of a group exist together."""
-        square = (self.r, self.r)
-        folds = [{"fold_c": square, "fold_r": square, "unit": ()}]
-        return [{"C": (self.out_features, self.r), "R": (self.r, self.in_features)},
-                *(folds if self.basis == "whitened" else [])]
+    def late_groups(self) -> list[dict[str, tuple[int | None, ...]]]:
+        """Names and shapes of saved tensors that exist only once bases are stored or calibrated or
+        a stage has been taken; those of a group exist together. A size of None is any."""
+        square, (N, K) = (self.r, self.r), (self.out_features, self.in_features)
+        calibrated = {"whitened": [{"fold_c": square, "fold_r": square, "unit": ()}],
+                      "natural": [{"unit": ()}, {"C_past": (N, None), "R_past": (None, K)}]}
+        return [{"C": (N, self.r), "R": (self.r, K)}, *calibrated.get(self.basis, [])]
 
-    def late_shapes(self) -> dict[str, tuple[int, ...]]:
+    def late_shapes(self) -> dict[str, tuple[int | None, ...]]:
         return {name: shape for group in self.late_groups() for name, shape in group.items()}
 
     def __setattr__(self, name: str, value: object) -> None:
@@ -60,21 +60,35 @@ class LateTensors:
         """Gives late tensors values that change nothing, for those of a file to take their place.
 
         Args:
-            names: of ``late_shapes``; others are left out.
+            names: of ``late_shapes``, as ``late_name`` writes them; others are left out.
         """
+        sizes = dict(name.split("*") for name in names if "*" in name)
+        names = {name.split("*")[0] for name in names}
         for name, shape in self.late_shapes().items():
             if name in ("C", "R") and name in names:
                 self.untie(weight)
             elif name in names:
+                shape = [int(sizes.get(name, 1)) * self.r if n is None else n for n in shape]
                 setattr(self, name, torch.zeros(shape, dtype=self.core_parameter().dtype,
                                                 device=self.cols.device))
             self.stale = self.stale or name in names
+
+    def late_name(self, name: str) -> str:
+        """``name``, and how many times r the size is that its shape leaves open."""
+        shape = self.late_shapes().get(name, ())
+        if None not in shape:
+            return name
+        return f"{name}*{getattr(self, name).shape[shape.index(None)] // self.r}"
 
     def _make_room(self, found: dict[str, Tensor]) -> None:
         """For the tensors that only stored bases and stages bring."""
         trained = self.core_parameter()
         for name, shape in self.late_shapes().items():
+            if name not in found:
+                setattr(self, name, None)
+                continue
             # C and R are cast to the weight's dtype by ``derive``.
-            dtype = found[name].dtype if name in found and name in ("C", "R") else trained.dtype
-            room = torch.empty(shape, dtype=dtype, device=trained.device)
-            setattr(self, name, room if name in found else None)
+            dtype = found[name].dtype if name[0] in "CR" else trained.dtype
+            shape = [own if n is None else n for n, own in zip(shape, found[name].shape,
+                                                               strict=True)]
+            setattr(self, name, torch.empty(shape, dtype=dtype, device=trained.device))

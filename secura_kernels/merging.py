@@ -21,7 +21,7 @@ class Mergeable:
 
     def delta_weight(self) -> Tensor:
         """delta_W = alpha C core R (N, K), in float32 (float64 for a float64 weight); detached."""
-        return self.delta(self.base_matrix())
+        return self.delta(self.base_matrix()) + self.past_delta()
 
     def merge(self) -> None:
         """Folds the adapter into the weight and the bias, for inference; ``unmerge`` restores them
@@ -86,6 +86,7 @@ class Mergeable:
         self.untie(self.base_matrix())
         self.base_matrix().copy_(matrix)
         self.core_parameter().zero_()
+        self.forget_past()
         self.base_changed = True
         self.refresh()
 
@@ -123,5 +124,7 @@ class Mergeable:
         return (matrix.T if self.transposed else matrix).contiguous(), bias
 
     def _changed(self) -> Tensor:
-        """The stage's matrix + delta_W, rounded once."""
-        return self.changed(self.base_matrix(), self.stage_matrix(), self.trained_core())
+        """The stage's matrix + delta_W, rounded once; what was learned in earlier bases too."""
+        weight = self.base_matrix()
+        change = self.delta(weight, self.trained_core()) + self.past_delta()
+        return change.add_(self.stage_matrix()).to(weight.dtype)

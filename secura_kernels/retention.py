@@ -115,6 +115,96 @@ def base_loss(model: nn.Module, batches: Iterable[dict[str, Tensor]]) -> float:
     return float(total / labels)
 
 
+@torch.no_grad()
+def base_kl(model: nn.Module, batches: Iterable[dict[str, Tensor]]) -> float:
+    """The mean KL divergence, in nats a token, of ``model`` from itself without its adapters:
+    KL(base || model) of the next token's distributions, without dropout. Two forward passes.
+
+    It is of what adapters change: the base of plain layers is the W that they have now, which M1
+    stages move, and what is trained beside adapters is in both (but PEFT's ``modules_to_save``).
+
+    Args:
+        batches: what the model's forward takes, moved to its device; ``labels`` are left out, and
+            tokens that ``attention_mask`` leaves out do not count.
+
+    Raises:
+        ValueError: no tokens; a model without logits. RuntimeError: a merged layer.
+    """
+    device = next(model.parameters()).device
+    total, tokens = torch.zeros((), dtype=torch.float64, device=device), 0
+    with evaluating(model):
+        for batch in batches:
+            inputs = {key: value.to(device) if isinstance(value, Tensor) else value
+                      for key, value in batch.items() if key != "labels"}
+            with without_adapters(model):
+                base = _log_probabilities(model, inputs)
+            moved = _log_probabilities(model, inputs)
+            total += (base.exp() * (base - moved)).sum(dtype=torch.float64)
+            tokens += len(base)
+    if not tokens:
+        raise fail("batches", tokens, "at least one token")
+    return float(total / tokens)
+
+
+def _log_probabilities(model: nn.Module, inputs: dict) -> Tensor:
+    """(tokens, classes), float32, of the tokens that are no padding."""
+    logits = getattr(model(**inputs), "logits", None)
+    if logits is None:
+        raise fail("model", type(model).__name__, "one whose output has logits")
+    mask = inputs.get("attention_mask")
+    if mask is not None and mask.shape == logits.shape[:-1]:
+        logits = logits[mask.bool()]
+    return logits.reshape(-1, logits.shape[-1]).float().log_softmax(-1)
+
+
+@contextmanager
+def without_adapters(model: nn.Module) -> Iterator[None]:
+    """The base model: adapted layers, of this package and of PEFT, are their bases.
+
+    Raises:
+        RuntimeError: a merged layer, which has no base.
+    """
+    found = []
+    for name, module in model.named_modules():
+        flag = "_disable_adapters" if hasattr(module, "_disable_adapters") else "disable_adapters"
+        if not hasattr(module, flag):
+            continue
+        if getattr(module, "merged", False):
+            raise RuntimeError(f"{name} is merged: unmerge the model first")
+        found.append((module, flag, getattr(module, flag)))
+    try:
+        for module, flag, _ in found:
+            setattr(module, flag, True)
+        yield
+    finally:
+        for module, flag, before in found:
+            setattr(module, flag, before)
+
+
+@torch.no_grad()
+def core_size(model: nn.Module) -> float:
+    """||V||^2 unit^2 / 2, summed over the calibrated layers of ``model``: the change of its
+    predictions on general text, in nats a token, if the layers' changes did not add up. They do:
+    the KL divergence that is measured is some times as much (see ``RetentionCallback``), but grows
+    in proportion while training goes on. It costs no pass of the model.
+
+    Of a natural basis it is what was trained since the last ``calibrate``. 0 without such layers;
+    layers that calibration left out are not in it.
+    """
+    sizes = [adapter.core_size() for adapter in calibrated_adapters(model)]
+    return float(torch.stack(sizes).nansum()) if sizes else 0.0
+
+
+def calibrated_adapters(model: nn.Module) -> list[nn.Module]:
+    """Those in use whose core is measured in nats."""
+    found = []
+    for _, module, adapters in _changed_layers(model):
+        if hasattr(module, "change_factors"):
+            held = [module] if adapters is None else [module.secura_adapter[a] for a in adapters]
+            found += [adapter for adapter in held if adapter.unit is not None]
+    return found
+
+
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
     """Evaluation mode; each module's own mode comes back, whatever happens."""

@@ -66,7 +66,7 @@ def check_state(layer: nn.Module, found: dict[str, Tensor], strict: bool = True)
         if name not in found:
             if strict and name not in late:
                 raise ValueError(f"the state has no {name}")
-        elif tuple(found[name].shape) != shape:
+        elif not fits(found[name], shape):
             raise fail(f"{name}.shape", tuple(found[name].shape), f"{shape} for this layer")
         elif found[name].is_floating_point() != _floating(name, own):
             raise fail(f"{name}.dtype", found[name].dtype, "the kind of number the layer holds")
@@ -78,6 +78,12 @@ def check_state(layer: nn.Module, found: dict[str, Tensor], strict: bool = True)
         if name in found:
             check_indices(name, found[name], size)
     return content
+
+
+def fits(found: Tensor, shape: tuple[int | None, ...]) -> bool:
+    """Whether a tensor has that shape, in which None is any size."""
+    return found.ndim == len(shape) and all(
+        n is None or n == own for n, own in zip(shape, found.shape, strict=True))
 
 
 def _floating(name: str, own: dict[str, Tensor]) -> bool:

@@ -34,7 +34,7 @@ class CURLoRAAdapter(Adapter):
     def long_core(self) -> Tensor | None:
         return self.U_long
 
-    def set_long_core(self, core: Tensor) -> None:
+    def set_long_core(self, core: Tensor | None) -> None:
         self.U_long = core
 
     def late_groups(self) -> list[dict[str, tuple[int, ...]]]:
@@ -110,7 +110,7 @@ class SECURAAdapter(Adapter):
             return self.core_long
         return None if self.B_long is None else cabr_core(self.A_long, self.B_long)
 
-    def set_long_core(self, core: Tensor) -> None:
+    def set_long_core(self, core: Tensor | None) -> None:
         self.core_long, self.A_long, self.B_long = core, None, None
 
     def late_groups(self) -> list[dict[str, tuple[int, ...]]]:

@@ -21,6 +21,7 @@ from secura_kernels import (
     save_adapter,
 )
 from secura_kernels.bases import inverse_root
+from secura_kernels.calibration import measuring
 from secura_kernels.own_text import own_text
 from secura_kernels.peft import SecuraConfig, save_as_lora
 
@@ -60,7 +61,7 @@ def likeliest(monkeypatch):
 
 def folds(model):
     return {f"{name}.{key}": getattr(adapter, key)
-            for name, (_, adapter) in calibration._whitened(model, None)
+            for name, (_, adapter) in calibration._layers(model, None)
             for key in ("fold_c", "fold_r", "unit")}
 
 
@@ -77,13 +78,13 @@ def test_the_norm_of_the_core_is_the_second_order_kl(monkeypatch):
     model, x = Softmax(scale=1e-7), torch.randn(400, 6, dtype=torch.float64)
     N, drawn = 5, iter(range(5))
 
-    def every_label(logits, mask, generator):
+    def every_label(logits, generator):
         label, p = next(drawn), logits.detach().softmax(-1)
         target = torch.full((len(logits),), label)
         losses = F.cross_entropy(logits, target, reduction="none")
         return ((N * p[:, label]).sqrt() * losses).sum()
 
-    monkeypatch.setattr(calibration, "_own_loss", every_label)
+    monkeypatch.setattr(measuring, "loss_of_drawn_labels", every_label)
     found = calibrate(model, [x] * N, damping=1e-13, progress=False)
     with torch.no_grad():
         model.layer.U.normal_()
@@ -341,7 +342,7 @@ def test_a_layer_that_general_text_never_reaches():
     batches = [torch.randn(20, 10)]
     with pytest.raises(ValueError, match=r"experts.1' saw 0 tokens.*too_few='orthonormal'"):
         calibrate(model, batches, progress=False)
-    assert not any(a.calibrated for _, (_, a) in calibration._whitened(model, None))
+    assert not any(a.calibrated for _, (_, a) in calibration._layers(model, None))
     found = calibrate(model, batches, too_few="orthonormal", progress=False)
     assert found.left_out == ("base_model.model.experts.1",)
     left = layers(model)[found.left_out[0]]

@@ -13,8 +13,8 @@ LAYERS = [
     ["checks"], ["smagnorm", "selection", "bases"], ["gate_code"], ["kernel_host"],
     ["reference", "kernels", "cuda"], ["ops"],
     ["functional"], ["update"],
-    ["importance", "late_tensors", "merging", "state"], ["adapter"], ["variants"], ["base"],
-    ["modules"], ["adapter_file"], ["peft"], ["retention", "own_text"],
+    ["importance", "late_tensors", "merging", "past", "state"], ["adapter"], ["variants"], ["base"],
+    ["modules"], ["adapter_file"], ["peft"], ["retention", "own_text"], ["budget"],
     ["callbacks", "calibration"], ["__init__"],
     ["selfcheck"], ["__main__"],
 ]

@@ -31,7 +31,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from study import report, subjects
 from study.classifier_subjects import TASKS
-from study.device import DEVICE
+from study.device import DEVICE, PRECISIONS
 from study.hub_texts import HUB_TEXTS
 from study.language import DOMAINS
 from study.methods import METHODS
@@ -102,6 +102,7 @@ def arguments() -> argparse.Namespace:
     add("--batch-size", type=int)
     add("--length", type=int, help="tokens of a text, at most")
     add("--dtype", choices=("float32", "bfloat16"), default="float32", help="of the base weights")
+    add("--precision", choices=PRECISIONS, default=PRECISIONS[0], help="of all products")
     add("--general", choices=("wikipedia", *HUB_TEXTS), default="wikipedia",
         help="text whose predictions a language model is not to lose")
     add("--method", nargs="+", choices=METHODS, metavar="NAME", help="; ".join(METHODS))
@@ -133,7 +134,7 @@ def arguments() -> argparse.Namespace:
 def setup_of(options: argparse.Namespace) -> Setup:
     return Setup(quick=options.quick, model=options.model, tasks=options.task,
                  targets=options.target, batch_size=options.batch_size, length=options.length,
-                 dtype=options.dtype, general=options.general)
+                 dtype=options.dtype, general=options.general, precision=options.precision)
 
 
 if __name__ == "__main__":

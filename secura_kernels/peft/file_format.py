@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from ..adapter import Adapter
 from ..checks import fail
 from ..selection import check_indices
-from ..state import CHECKSUM, FINGERPRINT, check_finite, check_sum, checksum, fingerprint
+from ..state import CHECKSUM, FINGERPRINT, check_finite, check_sum, checksum, fingerprint, fits
 from . import base_weight, places, sharding
 from .config import SecuraConfig
 from .layer import SecuraLinear
@@ -56,7 +56,8 @@ def completed(found: dict[str, Tensor], model: nn.Module, config: SecuraConfig, 
                 found[start + key] = value
         found[start + FINGERPRINT] = layer.fingerprint() if weight is None else fingerprint(weight)
         found[start + CHECKSUM] = checksum(_part(found, start))
-        late |= {key for key in (*adapter.late_shapes(), *places.NAMES) if start + key in found}
+        late |= {adapter.late_name(key) for key in (*adapter.late_shapes(), *places.NAMES)
+                 if start + key in found}
     config.late_tensors = sorted(late)
     return found
 
@@ -170,7 +171,7 @@ def _checked(part: dict[str, Tensor], layer: SecuraLinear, adapter: Adapter,
     for name, value in part.items():
         if name not in shapes:
             raise ValueError(f"it holds an unknown tensor {name!r}")
-        if tuple(value.shape) != shapes[name]:
+        if not fits(value, shapes[name]):
             raise fail(f"{name}.shape", tuple(value.shape), f"{shapes[name]} for this layer")
         if value.is_floating_point() != (name not in own or own[name].is_floating_point()):
             raise fail(f"{name}.dtype", value.dtype, "the kind of number the layer holds")

@@ -121,7 +121,8 @@ class SecuraLinear(nn.Module, Mergeable, BaseTunerLayer):
             y = adapter.linear(x.to(weight.dtype), weight, bias, impl, first=first)
             return y if torch.is_autocast_enabled(x.device.type) else y.to(x.dtype)
         if fused and (gate is None or long_core is None):
-            return adapter.linear(x, self.base_matrix(), base.bias, impl, adapter.stage_core())
+            y = adapter.linear(x, self.base_matrix(), base.bias, impl, adapter.stage_core())
+            return adapter.add_past(y, x)
         return self._over(self.base_layer(x, *args, **kwargs), x, name)
 
     def _over(self, y0: Tensor, x: Tensor, name: str) -> Tensor:
@@ -133,7 +134,7 @@ class SecuraLinear(nn.Module, Mergeable, BaseTunerLayer):
         t, C, long_core = F.linear(x, R.to(x.dtype)), C.to(y0.dtype), adapter.long_core()
         if long_core is not None and adapter.norm is not None:
             y0 = adapter.without_gate(y0, t, C, long_core, impl)
-        return adapter.update(y0, t, C, impl, adapter.stage_core())
+        return adapter.add_past(adapter.update(y0, t, C, impl, adapter.stage_core()), x)
 
     def sides(self, adapter: Adapter) -> tuple[Tensor, Tensor]:
         """An adapter's C (N, r) and R (r, K); W is asked only where they are its slices."""

@@ -43,7 +43,7 @@ def save_as_lora(model: PeftModel, path: str | os.PathLike,
     for name, layer in layers.items():
         adapter = layer.secura_adapter[adapter_name]
         lora_A, lora_B = _factors(layer, adapter_name)
-        start, ranks[name] = f"{PREFIX}{name}.", adapter.r
+        start, ranks[name] = f"{PREFIX}{name}.", len(lora_A)
         tensors |= {f"{start}lora_A.weight": lora_A, f"{start}lora_B.weight": lora_B}
         if adapter.adapter_bias is not None:
             biased = True

@@ -124,7 +124,7 @@ class Mergeable:
         if adapter.long_core() is not None:
             change = adapter.delta(weight, adapter.long_core())
         if adapter.norm is None or adapter.norm.domain == "output":  # then the core is zero
-            return adapter.delta(weight) + change
+            return adapter.delta(weight) + change + adapter.past_delta()
         stage = (weight.to(wide) + change).to(weight.dtype)
         return adapter.effective(stage, weight).to(wide) - weight.to(wide)
 

@@ -72,7 +72,7 @@ def _gathers(adapter: Adapter) -> bool:
     """Whether ``cur_mixed`` can run the adapter: not S-MagNorm of the weight, which is a matrix of
     its own for each adapter; nor what only the layer's own path has."""
     norm = adapter.norm
-    return adapter.importance is None and (
+    return adapter.importance is None and adapter.C_past is None and (
         norm is None or (norm.domain == "output" and adapter.long_core() is None))
 
 

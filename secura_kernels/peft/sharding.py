@@ -88,6 +88,9 @@ def prepare(layer: nn.Module, adapter: Adapter) -> None:
     if adapter.norm is not None and adapter.norm.domain == "weight":
         raise ValueError("a gate on the weight (norm_domain='weight') is not possible over a "
                          "weight that tensor parallelism has sharded: use norm_domain='output'")
+    if adapter.C_past is not None:
+        raise ValueError("an adapter that was calibrated for more than one task is not possible "
+                         "over a weight that tensor parallelism has sharded: merge it first")
     if adapter.importance is not None:
         raise ValueError("importance decay is not possible over a weight that tensor parallelism "
                          "has sharded: its count and its channels would differ between ranks")

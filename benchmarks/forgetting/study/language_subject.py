@@ -7,6 +7,7 @@ from strategies import transformers_forward
 from torch import Tensor, nn
 
 from secura_kernels import calibrate
+from secura_kernels.calibration import Calibration
 from secura_kernels.retention import evaluating
 
 from . import hub_texts, language
@@ -16,6 +17,8 @@ from .language_retention import weights_sha256
 from .methods import Method
 from .protocol import Batch
 from .setup import Setup, digest, title
+
+GRADIENT_BATCHES = 8  # of a task, whose gradient gives the natural basis
 
 
 class Language:
@@ -39,6 +42,7 @@ class Language:
         self.data = {task.name: task for task in found}
         self.tasks = tuple(self.data)
         self.title = title(setup.model or OWN, self.tasks)
+        self.of_general_text: dict[tuple, Calibration] = {}
         self.tokens = dict(validation=1024, test=1024 if setup.quick else 2048)
         self.speech = Speech(self.base, tokenizer, setup.general)
         self.shown, self.before = self.speech.shown, self.speech.measure(self.base)
@@ -47,10 +51,23 @@ class Language:
                                weights_sha256(self.base), *setup.choices())
 
     def model(self, method: Method, seed: int) -> nn.Module:
-        model = method.attach(copy.deepcopy(self.base), self.targets, LAYERS, seed)
-        if method.calibrated:
-            calibrate(model, general_text(self.base, self.tokenizer), progress=False)
-        return model
+        return method.attach(copy.deepcopy(self.base), self.targets, LAYERS, seed)
+
+    def calibrate(self, model: nn.Module, method: Method, batches: list[Batch],
+                  before: Calibration | None) -> Calibration:
+        if method.basis == "whitened":
+            return before or calibrate(model, self.general_text(), progress=False, **method.metric)
+        # What general text says of the base is the same in every run with the same layers.
+        layers, settings = LAYERS if method.every_layer else self.targets, dict(method.metric)
+        key = (*layers, settings.get("rank"))
+        keep = before or self.of_general_text.get(key)
+        general = None if keep else self.general_text()
+        found = calibrate(model, general, batches[:GRADIENT_BATCHES], keep=keep, progress=False,
+                          **settings)
+        return self.of_general_text.setdefault(key, found)
+
+    def general_text(self) -> list[Batch]:
+        return [on_device(batch) for batch in general_text(self.base, self.tokenizer)]
 
     def heads(self, model: nn.Module) -> list[nn.Parameter]:
         return []

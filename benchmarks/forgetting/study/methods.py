@@ -19,17 +19,18 @@ class Method:
     Attributes:
         name: as the tables have it. kind: what is trained beside a task's head: adapters, the whole
         model, nothing.
-        settings: of ``SecuraConfig``, or with ``lora`` of ``LoraConfig``. stage: ``"m1"`` or
-        ``"m2"`` between tasks. rates: the learning rates that are tried, as many for each method;
-        heads have their own. family: whose curves are drawn in one panel. every_layer: adapters go
-        to all linear layers of a block, not to queries, keys and values alone; and of the whole
-        model these layers alone are trained, not embeddings and norms.
+        settings: of ``SecuraConfig``, or with ``lora`` of ``LoraConfig``. metric: of ``calibrate``.
+        stage: ``"m1"`` or ``"m2"`` between tasks. rates: the learning rates that are tried, as many
+        for each method; heads have their own. family: whose curves are drawn in one panel.
+        every_layer: adapters go to all linear layers of a block, not to queries, keys and values
+        alone; and of the whole model these layers alone are trained, not embeddings and norms.
     """
 
     name: str
     kind: str
     rates: tuple[float, ...]
     settings: dict = field(default_factory=dict)
+    metric: dict = field(default_factory=dict)
     lora: bool = False
     stage: str | None = None
     family: str = "methods"
@@ -38,7 +39,11 @@ class Method:
     @property
     def calibrated(self) -> bool:
         """Whether it measures on general text, before it trains, what the model is to keep."""
-        return self.settings.get("basis") == "whitened"
+        return self.basis in ("whitened", "natural")
+
+    @property
+    def basis(self) -> str | None:
+        return self.settings.get("basis")
 
     def attach(self, model: nn.Module, targets: Sequence[str], layers: Sequence[str],
                seed: int) -> nn.Module:
@@ -78,9 +83,9 @@ def lora(name: str, family: str = "methods", rate: float = 3e-3, every_layer: bo
 
 
 def secura(name: str, family: str = "methods", rate: float = 6e-3, stage: str | None = None,
-           every_layer: bool = False, **settings) -> Method:
+           every_layer: bool = False, metric: dict | None = None, **settings) -> Method:
     return Method(name, ADAPTER, up_to(rate), dict(r=64, basis="orthonormal") | settings,
-                  stage=stage, family=family, every_layer=every_layer)
+                  metric or {}, stage=stage, family=family, every_layer=every_layer)
 
 
 def curlora(name: str, family: str = "methods", rate: float = 2e-2, **settings) -> Method:
@@ -122,6 +127,7 @@ METHODS = {method.name: method for method in (
     lora("LoRA, every layer", LAYERS, 1e-3, every_layer=True),
     curlora("CURLoRA, every layer", LAYERS, 7e-3, every_layer=True),
     curlora("CURLoRA, every layer, whitened", LAYERS, 7e-3, every_layer=True, basis="whitened"),
+    curlora("CURLoRA, every layer, natural", LAYERS, 7e-3, every_layer=True, basis="natural"),
     curlora("CURLoRA, every layer, r = 128", LAYERS, 2.3e-3, r=128, every_layer=True),
     secura("CABR, every layer", LAYERS, 2e-3, every_layer=True, norm=None),
     secura("SECURA, every layer", LAYERS, 2e-3, every_layer=True),

@@ -13,6 +13,7 @@ import torch
 from strategies import STRATEGIES
 from torch import Tensor, nn
 
+from secura_kernels.calibration import Calibration
 from secura_kernels.callbacks import take_stage
 
 from .methods import METHODS, Method
@@ -39,6 +40,11 @@ class Subject(Protocol):
 
     def model(self, method: Method, seed: int) -> nn.Module:
         """A fresh model that ``method`` trains; heads and adapters follow from the seed."""
+
+    def calibrate(self, model: nn.Module, method: Method, batches: list[Batch],
+                  before: Calibration | None) -> Calibration:
+        """Gives a ``calibrated`` method's bases their metric, before a task whose ``batches`` these
+        are. before: what was measured at the task before."""
 
     def heads(self, model: nn.Module) -> list[nn.Parameter]:
         """The parameters that only one task has."""
@@ -101,10 +107,13 @@ def perform(run: Run, subject: Subject, tick: Tick) -> dict:
     retention = {"before": subject.before}
     result = dict(trained=trained, diverged=None, validation=validation, learned=learned,
                   retention=retention)
+    calibration = None
     for i, task in enumerate(subject.tasks):
         if i and method.stage:
             take_stage(model, method.stage)
         batches = subject.batches(task, run.steps, 1000 * run.seed + i)
+        if method.calibrated:
+            calibration = subject.calibrate(model, method, batches, calibration)
         if not train(model, subject, strategy, batches, run.rate, tick):
             result["diverged"] = task
             return result

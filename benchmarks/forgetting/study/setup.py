@@ -16,6 +16,7 @@ class Setup:
         batch_size: rows, or windows of text. length: tokens of one, at most.
         dtype: of the base model's weights, "float32" or "bfloat16"; full fine-tuning trains in it.
         general: the text of which a language model is not to lose its predictions.
+        precision: of all products, "bfloat16" or "float32".
     """
 
     quick: bool = False
@@ -26,11 +27,13 @@ class Setup:
     length: int | None = None
     dtype: str = "float32"
     general: str = "wikipedia"
+    precision: str = "bfloat16"
 
     def choices(self) -> list[tuple[str, object]]:
-        """What was chosen of ``targets`` and ``general``, which no value of a subject holds."""
+        """What was chosen that no value of a subject holds."""
         return [(name, value) for name, value, own in (
-            ("targets", self.targets, None), ("general", self.general, "wikipedia"))
+            ("targets", self.targets, None), ("general", self.general, "wikipedia"),
+            ("precision", self.precision, "bfloat16"))
             if value != own]
 
 

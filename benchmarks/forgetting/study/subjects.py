@@ -3,6 +3,7 @@
 from secura_kernels.checks import check_choice
 
 from .classifier_subjects import Decoder, Encoder
+from .device import set_precision
 from .language_subject import Language
 from .protocol import Subject
 from .setup import Setup
@@ -15,4 +16,5 @@ STEPS = {"encoder": 120, "language": 24, "decoder": 24}  # of each task; hours o
 def load(name: str, setup: Setup) -> Subject:
     """The subject of this name, with everything it needs fetched and read."""
     check_choice("subject", name, NAMES)
+    set_precision(setup.precision)
     return KINDS[name](setup)
