@@ -142,7 +142,7 @@ def test_bad_arguments(change, message):
 
 def test_a_budget_needs_a_calibrated_model(tmp_path):
     model, _ = adapted("orthonormal")
-    with pytest.raises(ValueError, match="budget=1.0 is not allowed: .* calibrate"):
+    with pytest.raises(ValueError, match=r"budget=1.0 is not allowed: .* calibrate"):
         trained(model, tmp_path, RetentionCallback(TEXT, budget=1.0))
 
 

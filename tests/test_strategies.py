@@ -12,9 +12,12 @@ from torch import nn
 peft = pytest.importorskip("peft", reason="the strategies are tested with PEFT's LoRA")
 transformers = pytest.importorskip("transformers", reason="StrategyTrainer needs transformers")
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks/forgetting"))
+from forgetting_models import tiny_language_model  # noqa: E402
 from strategies import (  # noqa: E402
     EWC,
     STRATEGIES,
+    BaseKL,
+    GeneralReplay,
     ILoRA,
     Replay,
     Strategy,
@@ -541,3 +544,47 @@ def test_hidden_states_leave_out_padding():
     torch.testing.assert_close((loss, *states), (other, *more))
     with pytest.raises(ValueError, match=r"forward='transformers_forward'.*no loss"):
         transformers_forward(model, dict(input_ids=row["input_ids"][None]))
+
+
+def speaking(seed: int = 0) -> tuple[nn.Module, torch.Tensor, torch.Tensor]:
+    """A tiny language model, rows of general text, and what it says of them."""
+    model = tiny_language_model()
+    ids = torch.randint(3, 40, (10, 8), generator=torch.Generator().manual_seed(seed))
+    with torch.no_grad():
+        return model, ids, model(input_ids=ids).logits.float().log_softmax(-1)
+
+
+def test_base_kl_is_the_divergence_from_the_base_on_drawn_rows():
+    model, ids, logs = speaking()
+    strategy = BaseKL(ids, logs, weight=2.0, rows=3)
+    loss = torch.tensor(1.0, requires_grad=True)
+    assert float(strategy.loss(model, {}, loss)) == pytest.approx(1, abs=1e-6)
+    with torch.no_grad():
+        model.model.layers[0].mlp.up_proj.weight.mul_(1.3)
+    kept = strategy.state_dict()
+    found = [float(strategy.loss(model, {}, loss)) for _ in range(3)]
+    again = BaseKL(ids, logs, weight=2.0, rows=3, seed=5)
+    again.load_state_dict(model, kept)
+    assert found == [float(again.loss(model, {}, loss)) for _ in range(3)]
+    assert len(set(found)) == 3  # other rows each time
+    whole = BaseKL(ids, logs, rows=10)
+    moved = model(input_ids=ids).logits.float().log_softmax(-1)
+    expected = (logs.exp() * (logs - moved)).sum(-1).mean()
+    assert float(whole.loss(model, {}, loss)) - 1 == pytest.approx(float(expected), rel=1e-4)
+    whole.loss(model, {}, loss).backward()
+    assert model.model.layers[0].mlp.up_proj.weight.grad.any()
+    with pytest.raises(ValueError, match="rows=11 is not allowed"):
+        BaseKL(ids, logs, rows=11)
+
+
+def test_general_replay_appends_general_rows_and_keeps_no_task():
+    _, ids, _ = speaking()
+    strategy = GeneralReplay(ids)
+    task = torch.full((4, 8), 39)
+    batch = strategy.batch(dict(input_ids=task, labels=task))
+    assert torch.equal(batch["input_ids"][:4], task) and len(batch["input_ids"]) == 8
+    general = {tuple(row) for row in ids.tolist()}
+    assert {tuple(row) for row in batch["input_ids"][4:].tolist()} <= general
+    assert torch.equal(batch["labels"], batch["input_ids"])
+    strategy.after_task(None, [dict(input_ids=task, labels=task)])
+    assert len(strategy.memory) == 10

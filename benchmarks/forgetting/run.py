@@ -35,7 +35,7 @@ from study.device import DEVICE, PRECISIONS
 from study.hub_texts import HUB_TEXTS
 from study.language import DOMAINS
 from study.methods import METHODS
-from study.protocol import STRATEGIES, Run, Subject, run_once
+from study.protocol import ON_GENERAL_TEXT, STRATEGIES, Run, Subject, run_once
 from study.records import Records
 from study.search import SEQUENTIAL, grid, repeats
 from study.setup import Setup
@@ -106,7 +106,7 @@ def arguments() -> argparse.Namespace:
     add("--general", choices=("wikipedia", *HUB_TEXTS), default="wikipedia",
         help="text whose predictions a language model is not to lose")
     add("--method", nargs="+", choices=METHODS, metavar="NAME", help="; ".join(METHODS))
-    add("--strategy", nargs="+", choices=STRATEGIES, default=[SEQUENTIAL])
+    add("--strategy", nargs="+", choices=[*STRATEGIES, *ON_GENERAL_TEXT], default=[SEQUENTIAL])
     add("--seeds", type=int, help="quick: 1, else 3")
     add("--search-seeds", type=int, metavar="N",
         help="seeds at every learning rate; those after them run at each row's best (default: all)")
@@ -116,9 +116,10 @@ def arguments() -> argparse.Namespace:
     options = parser.parse_args()
     if options.subject != WRITES:
         unable = [name for name in options.method or () if METHODS[name].calibrated]
+        unable += [name for name in options.strategy if name in ON_GENERAL_TEXT]
         if unable:
-            parser.error(f"argument --method: {unable[0]!r} is calibrated on text that the model "
-                         f"writes itself: --subject {WRITES} alone does")
+            parser.error(f"{unable[0]!r} needs text that the model writes itself: --subject "
+                         f"{WRITES} alone does")
     options.method = options.method or (QUICK if options.quick else tuple(
         name for name, method in METHODS.items()
         if options.subject == WRITES or not method.calibrated))

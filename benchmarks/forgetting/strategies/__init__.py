@@ -21,9 +21,12 @@ their number, and ``after_step`` follows the optimiser's step alone.
 
 from .base import Strategy, transformers_forward
 from .ewc import EWC
+from .general_text import BaseKL, GeneralReplay
 from .ilora import ILoRA
 from .replay import Replay
 
 STRATEGIES = {"sequential": Strategy, "replay": Replay, "ewc": EWC, "ilora": ILoRA}
+ON_GENERAL_TEXT = {"base kl": BaseKL, "general replay": GeneralReplay}
 
-__all__ = ["EWC", "STRATEGIES", "ILoRA", "Replay", "Strategy", "transformers_forward"]
+__all__ = ["EWC", "ON_GENERAL_TEXT", "STRATEGIES", "BaseKL", "GeneralReplay", "ILoRA", "Replay",
+           "Strategy", "transformers_forward"]

@@ -42,6 +42,7 @@ class Language:
         self.data = {task.name: task for task in found}
         self.tasks = tuple(self.data)
         self.title = title(setup.model or OWN, self.tasks)
+        self.base_logs: Tensor | None = None
         self.of_general_text: dict[tuple, Calibration] = {}
         self.tokens = dict(validation=1024, test=1024 if setup.quick else 2048)
         self.speech = Speech(self.base, tokenizer, setup.general)
@@ -65,6 +66,18 @@ class Language:
         found = calibrate(model, general, batches[:GRADIENT_BATCHES], keep=keep, progress=False,
                           **settings)
         return self.of_general_text.setdefault(key, found)
+
+    @torch.no_grad()
+    @mixed_precision()
+    def general_rows(self, predictions: bool) -> dict[str, Tensor]:
+        ids = torch.cat([batch["input_ids"] for batch in self.general_text()])
+        ids = ids[:, :ids.shape[1] // self.length * self.length].reshape(-1, self.length)
+        if not predictions:
+            return dict(ids=ids)
+        if self.base_logs is None:
+            self.base_logs = torch.cat([self.base(input_ids=part).logits.float().log_softmax(-1)
+                                        .bfloat16().cpu() for part in ids.split(8)])
+        return dict(ids=ids, logs=self.base_logs)
 
     def general_text(self) -> list[Batch]:
         return [on_device(batch) for batch in general_text(self.base, self.tokenizer)]

@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass
 from typing import Protocol
 
 import torch
-from strategies import STRATEGIES
+from strategies import ON_GENERAL_TEXT, STRATEGIES
 from torch import Tensor, nn
 
 from secura_kernels.calibration import Calibration
@@ -45,6 +45,10 @@ class Subject(Protocol):
                   before: Calibration | None) -> Calibration:
         """Gives a ``calibrated`` method's bases their metric, before a task whose ``batches`` these
         are. before: what was measured at the task before."""
+
+    def general_rows(self, predictions: bool) -> dict[str, Tensor]:
+        """``ids`` (n, length) of general text, and with ``predictions`` the base's ``logs`` of the
+        next token's probabilities (n, length, vocabulary)."""
 
     def heads(self, model: nn.Module) -> list[nn.Parameter]:
         """The parameters that only one task has."""
@@ -172,6 +176,8 @@ def make_strategy(name: str, subject: Subject, steps: int):
     settings = {"sequential": {}, "replay": dict(budget=200, ratio=0.5),
                 "ewc": dict(lam=100.0 * subject.labels, samples=128, forward=subject.forward),
                 "ilora": dict(ema=max(0.0, 1 - 2.4 / steps), budget=200, forward=subject.forward)}
+    if name in ON_GENERAL_TEXT:
+        return ON_GENERAL_TEXT[name](**subject.general_rows(name == "base kl"))
     return STRATEGIES[name](**settings[name])
 
 
