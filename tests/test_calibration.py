@@ -385,6 +385,9 @@ class Chat:
 
     chat_template = "yes"
 
+    def get_vocab(self):
+        return {"<|endoftext|>": 9}
+
     def apply_chat_template(self, messages, tokenize):
         return f"<user>{messages[0]['content']}</user>"
 
@@ -400,8 +403,13 @@ def test_own_text():
     again = list(own_text(model, 100, length=9, batch_size=8, seed=1, progress=False))
     assert all(torch.equal(a["input_ids"], b["input_ids"])
                for a, b in zip(rows, again, strict=True))
-    (batch,) = own_text(model, 9, tokenizer=Chat(), length=9, progress=False)
-    assert batch["input_ids"][0, :2].tolist() == [len("<user>"), 5]
+    # Of a chat model as many documents as chats; one row more of these where they are odd.
+    (batch,) = own_text(model, 5 * 9, tokenizer=Chat(), length=9, progress=False)
+    starts = [tuple(row) for row in batch["input_ids"][:, :2].tolist()]
+    assert starts.count((len("<user>"), 5)) == 3
+    assert [start[0] for start in starts].count(9) == 2
+    (short,) = own_text(model, 2, tokenizer=Chat(), length=2, progress=False)
+    assert short["input_ids"].tolist() == [[len("<user>"), 5]]
 
 
 @pytest.mark.parametrize("dtype, allowed", [(torch.bfloat16, 3), (torch.float32, 3)])

@@ -65,16 +65,17 @@ class Moment:
         values, vectors = torch.linalg.eigh(low_rank.T @ low_rank)
         known = values > torch.finfo(values.dtype).eps * len(scale)
         values, vectors = values[known], vectors[:, known]
-        return InverseRoot(scale, low_rank @ (vectors * values.rsqrt()),
+        return InverseRoot(scale, (low_rank @ (vectors * values.rsqrt())).float(),
                            (1 + values).rsqrt() - 1)
 
 
 @dataclass(frozen=True)
 class InverseRoot:
-    """A = D (I + V diag(shrink) V^T) with a diagonal D and orthonormal V; float64.
+    """A = D (I + V diag(shrink) V^T) with a diagonal D and orthonormal V.
 
     Attributes:
-        scale: the diagonal of D, (size,). vectors: V (size, k). shrink: (k,), from -1 to 0.
+        scale: the diagonal of D, (size,), float64. vectors: V (size, k), float32, the largest part.
+        shrink: (k,), float64, from -1 to 0.
     """
 
     scale: Tensor
@@ -90,7 +91,8 @@ class InverseRoot:
         return self._shrunk(self.scale[:, None] * X.double())
 
     def _shrunk(self, X: Tensor) -> Tensor:
-        return X + self.vectors @ (self.shrink[:, None] * (self.vectors.T @ X))
+        vectors = self.vectors.double()
+        return X + vectors @ (self.shrink[:, None] * (vectors.T @ X))
 
 
 def random_test_matrix(size: int, rank: int, device: torch.device, seed: int) -> Tensor:

@@ -43,7 +43,7 @@ def general_text(base: PreTrainedModel, tokenizer: PreTrainedTokenizerBase,
                  tokens: int = 4096) -> list[dict]:
     """What the base model writes itself, to calibrate by: no text of anybody else. Written once; it
     is kept in the cache."""
-    made_from = f"{weights_sha256(base)} {tokens} {tokenizer.chat_template}"
+    made_from = f"chats and documents {weights_sha256(base)} {tokens} {tokenizer.chat_template}"
     key = hashlib.sha256(made_from.encode()).hexdigest()
     path = cache_folder() / f"own-text-{key[:16]}.safetensors"
     if not path.exists():
