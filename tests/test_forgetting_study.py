@@ -53,12 +53,15 @@ class Subject:
         model.body = method.attach(model.body, ["layer"], ["layer"], seed)
         return model
 
-    def calibrate(self, model, method, batches, before):
+    def calibrate(self, model, method, batches, before, finished):
         generator = torch.Generator().manual_seed(8)
         general = [torch.randn(64, 12, generator=generator)]
         if method.basis == "whitened":
             return before or calibrate(model.body.layer, general, progress=False)
-        return calibrate(model.body.layer, general, batches, progress=False,
+        assert len(finished) == (len(batches) if before else 0)
+        if before and method.keeps_tasks:
+            general = [batch["x"] for batch in finished]
+        return calibrate(model.body.layer, general, batches, progress=False, keep=before,
                          loss=lambda _, batch: self.forward(model, batch)[0])
 
     def heads(self, model):

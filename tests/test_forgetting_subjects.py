@@ -1,6 +1,7 @@
 """benchmarks/forgetting/study: the three kinds of subjects, on small random models and made-up
 tasks, through whole runs."""
 
+import json
 import math
 import sys
 from dataclasses import replace
@@ -20,6 +21,7 @@ from forgetting_models import (  # noqa: E402
     write_encoder,
 )
 from study import (  # noqa: E402
+    causal_model,
     classifier_subjects,
     embedding_retention,
     language,
@@ -30,6 +32,8 @@ from study import (  # noqa: E402
 )
 from study.classification import make_task  # noqa: E402
 from study.setup import Setup  # noqa: E402
+
+CALIBRATED = [name for name, method in methods.METHODS.items() if method.calibrated]
 
 
 def rows(kind: str, count: int = 120) -> list[tuple[str, str]]:
@@ -194,6 +198,69 @@ def test_language_models_learn_domains(language_folder, monkeypatch):
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
         loss = model(input_ids=windows, labels=windows).loss
     assert math.isclose(subject.learned(model, "one", "test"), -float(loss), rel_tol=1e-2)
+
+
+@pytest.fixture
+def two_domains(language_folder, monkeypatch):
+    monkeypatch.setattr(language, "DOMAINS", {
+        "one": lambda: {part: "abc abd " * 80 for part in language.PARTS},
+        "two": lambda: {part: "xyz. xyy. " * 80 for part in language.PARTS}})
+    for name in CALIBRATED:
+        method = methods.METHODS[name]
+        monkeypatch.setitem(methods.METHODS, name,
+                            replace(method, settings=method.settings | dict(r=4)))
+    monkeypatch.setattr(causal_model, "TOKENS", 2000)
+    return language_folder
+
+
+def setup_of(folder, **settings) -> Setup:
+    return Setup(model=str(folder), length=16, precision="float32", **settings)
+
+
+@pytest.mark.parametrize("name", CALIBRATED)
+def test_calibrated_methods_run_and_repeat(name, two_domains):
+    """The text that the model writes is written once; a natural basis is one of each task's."""
+    subject = subjects.load("language", setup_of(two_domains))
+    bfloat16 = subjects.load("language", replace(setup_of(two_domains), precision="bfloat16"))
+    assert subject.identity != bfloat16.identity  # beside which its figures do not belong
+    subject = subjects.load("language", setup_of(two_domains))
+    assert subject.before["agreement"] == 1
+    record = protocol.perform(protocol.Run(name, "sequential", 3e-2, 0, 8), subject, lambda: None)
+    assert record["diverged"] is None and 0 < record["retention"]["end"]["wikipedia kl"] < 1
+    files = list((two_domains / "cache").glob("own-text-*"))
+    assert len(files) == 1
+    again = protocol.perform(protocol.Run(name, "sequential", 3e-2, 0, 8), subject, lambda: None)
+    assert again == record  # from the statistics that the first run left
+
+
+@pytest.mark.parametrize("strategy", protocol.ON_GENERAL_TEXT)
+def test_strategies_on_general_text(strategy, two_domains):
+    subject = subjects.load("language", setup_of(two_domains))
+    kept = {}
+    for name in ("sequential", strategy):
+        record = protocol.perform(protocol.Run("LoRA", name, 3e-2, 0, 8), subject, lambda: None)
+        kept[name] = record["retention"]["end"]["wikipedia kl"]
+    assert kept[strategy] != kept["sequential"]
+
+
+def test_prediction_and_measurement_are_drawn(two_domains, monkeypatch, capsys):
+    sys.path.insert(0, str(Path(causal_model.__file__).parents[1]))
+    import prediction
+
+    monkeypatch.setattr(prediction, "RUNS", {
+        basis: methods.METHODS[f"CURLoRA, every layer, {basis}"]
+        for basis in ("whitened", "natural")})
+    monkeypatch.setattr(prediction, "HELD_BACK", 1)
+    out = two_domains / "out"
+    monkeypatch.setattr(sys, "argv", ["prediction.py", "--model", str(two_domains), "--steps", "6",
+                                      "--out", str(out)])
+    prediction.main()
+    printed = capsys.readouterr().out
+    assert "| natural | 6 |" in printed and "layers' changes, each alone" in printed
+    assert (out / "prediction.md").read_text().strip() == printed.strip()
+    assert (out / "prediction.png").stat().st_size > 5000
+    rows = json.loads((out / "prediction.json").read_text())["natural"]["rows"]
+    assert [row["step"] for row in rows] == [3, 6] and rows[0]["size"] < rows[1]["size"]
 
 
 def test_unknown_names_are_named(language_folder, encoder_folder):

@@ -22,6 +22,7 @@ from .language_retention import save_in_one_step, weights_sha256
 from .setup import Setup
 
 OWN = "SmolLM2"
+TOKENS = 4096  # of general text
 TARGETS = ("q_proj", "k_proj", "v_proj")
 # Every linear layer of a block, as Llama and its like name them.
 LAYERS = (*TARGETS, "o_proj", "gate_proj", "up_proj", "down_proj")
@@ -39,15 +40,14 @@ def load_causal_model(setup: Setup) -> tuple[PreTrainedModel, PreTrainedTokenize
 
 
 @mixed_precision()
-def general_text(base: PreTrainedModel, tokenizer: PreTrainedTokenizerBase,
-                 tokens: int = 4096) -> list[dict]:
+def general_text(base: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[dict]:
     """What the base model writes itself, to calibrate by: no text of anybody else. Written once; it
     is kept in the cache."""
-    made_from = f"chats and documents {weights_sha256(base)} {tokens} {tokenizer.chat_template}"
+    made_from = f"chats and documents {weights_sha256(base)} {TOKENS} {tokenizer.chat_template}"
     key = hashlib.sha256(made_from.encode()).hexdigest()
     path = cache_folder() / f"own-text-{key[:16]}.safetensors"
     if not path.exists():
-        written = own_text(base, tokens, tokenizer=tokenizer, progress=False)
+        written = own_text(base, TOKENS, tokenizer=tokenizer, progress=False)
         ids = torch.cat([batch["input_ids"].cpu() for batch in written])
         save_in_one_step(dict(ids=ids), path)
     return [dict(input_ids=ids) for ids in load_file(path)["ids"].split(ROWS)]

@@ -55,7 +55,7 @@ class Language:
         return method.attach(copy.deepcopy(self.base), self.targets, LAYERS, seed)
 
     def calibrate(self, model: nn.Module, method: Method, batches: list[Batch],
-                  before: Calibration | None) -> Calibration:
+                  before: Calibration | None, finished: list[Batch]) -> Calibration:
         if method.basis == "whitened":
             return before or calibrate(model, self.general_text(), progress=False, **method.metric)
         # What general text says of the base is the same in every run with the same layers.
@@ -63,9 +63,13 @@ class Language:
         key = (*layers, settings.get("rank"))
         keep = before or self.of_general_text.get(key)
         general = None if keep else self.general_text()
+        if before and method.keeps_tasks:
+            general = finished
         found = calibrate(model, general, batches[:GRADIENT_BATCHES], keep=keep, progress=False,
                           **settings)
-        return self.of_general_text.setdefault(key, found)
+        if keep is None:
+            self.of_general_text[key] = found
+        return found
 
     @torch.no_grad()
     @mixed_precision()

@@ -20,6 +20,7 @@ class Method:
         name: as the tables have it. kind: what is trained beside a task's head: adapters, the whole
         model, nothing.
         settings: of ``SecuraConfig``, or with ``lora`` of ``LoraConfig``. metric: of ``calibrate``.
+        keeps_tasks: of a natural basis: the statistics of each task that is done join it.
         stage: ``"m1"`` or ``"m2"`` between tasks. rates: the learning rates that are tried, as many
         for each method; heads have their own. family: whose curves are drawn in one panel.
         every_layer: adapters go to all linear layers of a block, not to queries, keys and values
@@ -31,6 +32,7 @@ class Method:
     rates: tuple[float, ...]
     settings: dict = field(default_factory=dict)
     metric: dict = field(default_factory=dict)
+    keeps_tasks: bool = False
     lora: bool = False
     stage: str | None = None
     family: str = "methods"
@@ -83,9 +85,11 @@ def lora(name: str, family: str = "methods", rate: float = 3e-3, every_layer: bo
 
 
 def secura(name: str, family: str = "methods", rate: float = 6e-3, stage: str | None = None,
-           every_layer: bool = False, metric: dict | None = None, **settings) -> Method:
+           every_layer: bool = False, metric: dict | None = None, keeps_tasks: bool = False,
+           **settings) -> Method:
     return Method(name, ADAPTER, up_to(rate), dict(r=64, basis="orthonormal") | settings,
-                  metric or {}, stage=stage, family=family, every_layer=every_layer)
+                  metric=metric or {}, keeps_tasks=keeps_tasks, stage=stage, family=family,
+                  every_layer=every_layer)
 
 
 def curlora(name: str, family: str = "methods", rate: float = 2e-2, **settings) -> Method:
@@ -128,6 +132,8 @@ METHODS = {method.name: method for method in (
     curlora("CURLoRA, every layer", LAYERS, 7e-3, every_layer=True),
     curlora("CURLoRA, every layer, whitened", LAYERS, 7e-3, every_layer=True, basis="whitened"),
     curlora("CURLoRA, every layer, natural", LAYERS, 7e-3, every_layer=True, basis="natural"),
+    curlora("CURLoRA, every layer, natural, tasks kept", LAYERS, 7e-3, every_layer=True,
+            basis="natural", keeps_tasks=True),
     curlora("CURLoRA, every layer, r = 128", LAYERS, 2.3e-3, r=128, every_layer=True),
     secura("CABR, every layer", LAYERS, 2e-3, every_layer=True, norm=None),
     secura("SECURA, every layer", LAYERS, 2e-3, every_layer=True),

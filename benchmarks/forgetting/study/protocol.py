@@ -42,9 +42,9 @@ class Subject(Protocol):
         """A fresh model that ``method`` trains; heads and adapters follow from the seed."""
 
     def calibrate(self, model: nn.Module, method: Method, batches: list[Batch],
-                  before: Calibration | None) -> Calibration:
+                  before: Calibration | None, finished: list[Batch]) -> Calibration:
         """Gives a ``calibrated`` method's bases their metric, before a task whose ``batches`` these
-        are. before: what was measured at the task before."""
+        are. before: what was measured at the task before, whose batches are ``finished``."""
 
     def general_rows(self, predictions: bool) -> dict[str, Tensor]:
         """``ids`` (n, length) of general text, and with ``predictions`` the base's ``logs`` of the
@@ -111,13 +111,13 @@ def perform(run: Run, subject: Subject, tick: Tick) -> dict:
     retention = {"before": subject.before}
     result = dict(trained=trained, diverged=None, validation=validation, learned=learned,
                   retention=retention)
-    calibration = None
+    calibration, batches = None, []
     for i, task in enumerate(subject.tasks):
         if i and method.stage:
             take_stage(model, method.stage)
-        batches = subject.batches(task, run.steps, 1000 * run.seed + i)
+        finished, batches = batches, subject.batches(task, run.steps, 1000 * run.seed + i)
         if method.calibrated:
-            calibration = subject.calibrate(model, method, batches, calibration)
+            calibration = subject.calibrate(model, method, batches, calibration, finished)
         if not train(model, subject, strategy, batches, run.rate, tick):
             result["diverged"] = task
             return result
