@@ -8,13 +8,17 @@ from parallel_data import layers_of
 from torch import nn
 
 
-def adapted() -> nn.Module:
+def adapted(basis: str) -> nn.Module:
     from peft import get_peft_model
 
     from secura_kernels.peft import SecuraConfig
 
     return get_peft_model(llama(), SecuraConfig(
-        variant="curlora", r=4, basis="whitened", target_modules=["q_proj", "v_proj", "down_proj"]))
+        variant="curlora", r=4, basis=basis, target_modules=["q_proj", "v_proj", "down_proj"]))
+
+
+def task(ids: torch.Tensor) -> list[dict]:
+    return [dict(input_ids=ids, labels=ids)]
 
 
 def calibrated(rank: int, folder: Path) -> None:
@@ -24,24 +28,39 @@ def calibrated(rank: int, folder: Path) -> None:
     first = torch.multinomial
     torch.multinomial = lambda p, n, **_: p.topk(n).indices  # draws would depend on the batches
     try:
-        one, two, sharded = adapted(), adapted(), adapted()
-        alone = torch.distributed.is_initialized
-        torch.distributed.is_initialized = lambda: False
-        try:
-            found = calibrate(one, [tokens()], progress=False)
-        finally:
-            torch.distributed.is_initialized = alone
-        fully_sharded(sharded, layers_of(sharded))
-        for model in (two, sharded):
-            mine = calibrate(model, [share(tokens(), rank)], progress=False)
-            assert mine.tokens == found.tokens, (mine, found)
-            expected = dict(one.named_buffers())
-            folds = {n: b for n, b in model.named_buffers() if "fold" in n or n.endswith("unit")}
-            assert len(folds) == 3 * 2 * 3
-            for name, value in folds.items():
-                torch.testing.assert_close(value, expected[name], rtol=1e-9, atol=1e-9)
+        for basis in ("whitened", "natural"):
+            learn = basis == "natural"
+            one, two, sharded = adapted(basis), adapted(basis), adapted(basis)
+            alone = torch.distributed.is_initialized
+            torch.distributed.is_initialized = lambda: False
+            try:
+                found = calibrate(one, [tokens()], task(tokens()) if learn else None,
+                                  progress=False)
+            finally:
+                torch.distributed.is_initialized = alone
+            fully_sharded(sharded, layers_of(sharded))
+            for model in (two, sharded):
+                mine = calibrate(model, [share(tokens(), rank)],
+                                 task(share(tokens(), rank)) if learn else None, progress=False)
+                assert mine.tokens == found.tokens, (mine, found)
+                compare(one, model, basis)
     finally:
         torch.multinomial = first
+
+
+def compare(one: nn.Module, other: nn.Module, basis: str) -> None:
+    expected, found = dict(one.named_buffers()), dict(other.named_buffers())
+    if basis == "natural":  # of singular vectors the sign is chance
+        sides = [name.removesuffix(".C") for name in found if name.endswith(".C")]
+        assert len(sides) == 2 * 3
+        for name in sides:
+            a, b = (b[f"{name}.C"] @ b[f"{name}.R"] for b in (expected, found))
+            assert (a - b).norm() < 1e-3 * b.norm(), (name, (a - b).norm() / b.norm())
+        return
+    folds = [name for name in found if "fold" in name or name.endswith("unit")]
+    assert len(folds) == 3 * 2 * 3
+    for name in folds:
+        torch.testing.assert_close(found[name], expected[name], rtol=1e-9, atol=1e-9)
 
 
 CHECKS = [calibrated]
