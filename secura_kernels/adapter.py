@@ -212,9 +212,8 @@ class Adapter(LateTensors, Past, nn.Module):
     @torch.no_grad()
     def shrink(self, factor: float) -> None:
         """Multiplies what this adapter has learned, since the last stage, in front of a gate."""
-        self.core_parameter().mul_(factor)
-        if self.adapter_bias is not None:
-            self.adapter_bias.mul_(factor)
+        for parameter in self.learned_parameters():
+            parameter.mul_(factor)
 
     # C and R.
 
@@ -282,10 +281,15 @@ class Adapter(LateTensors, Past, nn.Module):
         if stored:
             self.untie(weight)
 
+    def learned_parameters(self) -> list[nn.Parameter]:
+        """Those that are zero at the start."""
+        return [p for p in (self.core_parameter(), self.adapter_bias) if p is not None]
+
     @torch.no_grad()
     def begin_anew(self) -> None:
         """The change is zero, as before training."""
-        self.core_parameter().zero_()
+        for parameter in self.learned_parameters():
+            parameter.zero_()
         self.set_long_core(None)
         self.forget_past()
 

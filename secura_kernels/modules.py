@@ -19,7 +19,8 @@ class CURLoRALinear(CURLinear, CURLoRAAdapter):
         alpha: scale of the change.
         basis: ``"orthonormal"``: U lives between orthonormal bases of the columns and rows, which
             conditions it well. ``"whitened"``: measured by what general text needs of them, after
-            ``calibrate``. ``"raw"``: C and R as they are, as published.
+            ``calibrate``. ``"natural"``: between directions of its own, see ``calibrate``.
+            ``"raw"``: C and R as they are, as published.
         norm: S-MagNorm's settings, a preset's name, or None for no gate, as published.
         importance_decay: see ``ImportanceDecay``; needs a norm.
         impl: the backend, see ``functional.cur_linear``.

@@ -20,9 +20,9 @@ def own_text(model: nn.Module, tokens: int = 4096, *, tokenizer=None, length: in
     """Samples text from ``model``, at temperature 1 and from all of its vocabulary.
 
     A chat model is given its template up to where a user's message starts, and writes the message,
-    the answer and what follows; of every other row the start of a document, as in its pretraining,
-    so that what it knows beside chat is in the text too. A base model has such starts alone. It does
-    not stop at the end of a text.
+    the answer and what follows; in half of the rows the start of a document, as in its pretraining,
+    so that what it knows beside chat is in the text too. A base model writes documents alone. It
+    does not stop at the end of a text.
 
     Args:
         model: with ``generate`` of transformers. tokens: how many in all, rounded up to rows.

@@ -317,13 +317,17 @@ def test_a_second_call_between_tasks_leaves_the_outputs(settings, stage):
     torch.testing.assert_close(logits(model, tokens()), expected, rtol=1e-4, atol=1e-4)
 
 
-def test_restart_begins_anew():
-    model, fresh = (peft(llama(), **VARIANTS[0]) for _ in range(2))
-    calibrate(fresh, GENERAL, progress=False)
+@pytest.mark.parametrize("settings", VARIANTS[:3], ids=str)
+@pytest.mark.parametrize("general", [GENERAL, None], ids=["given", "own"])
+def test_restart_begins_anew(settings, general):
+    """As if nothing had been learned, the text that the model writes included."""
+    model, fresh = (peft(llama(), **settings) for _ in range(2))
+    calibrate(fresh, general, tokens=256, progress=False)
     calibrate(model, GENERAL[:1], progress=False)
     move(model)
-    calibrate(model, GENERAL, restart=True, progress=False)
-    assert not any(p.any() for p in model.parameters() if p.requires_grad)
+    calibrate(model, general, tokens=256, restart=True, progress=False)
+    assert torch.equal(logits(model, tokens()), logits(llama(), tokens()))
+    assert_same_folds(model, fresh, 1e-5)
 
 
 class Experts(nn.Module):

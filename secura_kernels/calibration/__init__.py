@@ -134,13 +134,9 @@ def calibrate(
                                            "rows of W")
     else:
         task = _listed(task)
-    if general is None and keep is None:
-        general = own_text(model, tokens, tokenizer=tokenizer, seed=seed, progress=progress)
-    if selection == "quiet":
-        if general is None or keep is not None:
-            raise fail("keep", type(keep).__name__, "None with selection='quiet', which changes "
-                                                    "what is measured")
-        general = list(general)
+    if selection == "quiet" and keep is not None:
+        raise fail("keep", type(keep).__name__, "None with selection='quiet', which changes what "
+                                                "is measured")
     damping = DAMPING[basis] if damping is None else damping
     device = next(iter(layers.values()))[1].cols.device
 
@@ -153,8 +149,12 @@ def calibrate(
                 task_loss(model, loss), "task", progress, labels=True)
 
     with _from_the_start(layers) if restart else nullcontext():
+        if general is None and keep is None:
+            general = list(own_text(model, tokens, tokenizer=tokenizer, seed=seed,
+                                    progress=progress))
         chosen = {}
         if selection == "quiet":
+            general = list(general)
             energies = {name: quiet.Energies(*layer) for name, layer in layers.items()}
             over_general(energies)
             chosen = {name: energies[name].quietest(adapter.r, name)
@@ -177,16 +177,11 @@ def calibrate(
             found = natural.natural_sides(known, moments, damping, over_task, seed)
             few += _unreached(found, too_few)
             found = {name: sides for name, sides in found.items() if sides is not None}
-        # One unit for all layers, so that a step of the same length costs the same in each; so
-        # large that a core changes W by about as much as one between orthonormal bases does, which
-        # leaves learning rates what they are.
-        unit = math.exp(sum(math.log(size) for *_, size in found.values()) / len(found))
-        whole = {name: (unit**0.5 * left, unit**0.5 * right, unit)
-                 for name, (left, right, _) in found.items()}
+        whole, unit = _in_one_unit(found)
         for name in few:
-            left = moments[name].folds_without_metric() if basis == "whitened" \
+            orthonormal = moments[name].folds_without_metric() if basis == "whitened" \
                 else natural.sides_without_metric(*layers[name])
-            whole[name] = (*left, math.nan)
+            whole[name] = (*orthonormal, math.nan)
         learned = any(_has_learned(adapter) for _, adapter in layers.values())
     for name, (module, adapter) in layers.items():
         if basis == "natural":
@@ -202,17 +197,18 @@ def calibrate(
 @contextmanager
 def _from_the_start(layers: Layers) -> Iterator[None]:
     """Nothing has been learned; after an error all of it comes back."""
-    before = [(adapter, adapter.core_parameter().detach().clone(), dict(adapter._buffers))
-              for _, adapter in layers.values()]
+    before = [(adapter, [p.detach().clone() for p in adapter.learned_parameters()],
+               dict(adapter._buffers)) for _, adapter in layers.values()]
     for module, adapter in layers.values():
         adapter.begin_anew()
         _refresh(module)
     try:
         yield
     except BaseException:
-        for adapter, core, buffers in before:
+        for adapter, values, buffers in before:
             with torch.no_grad():
-                adapter.core_parameter().copy_(core)
+                for parameter, value in zip(adapter.learned_parameters(), values, strict=True):
+                    parameter.copy_(value)
             adapter._buffers |= buffers
         raise
 
@@ -300,6 +296,15 @@ def _joined(keep: Calibration, moments: dict[str, Moments], weight: float,
                        "has none in it, or others")
     return {name: keep.moments[name].joined(moments[name], weight) if moments
             else keep.moments[name] for name in layers}
+
+
+def _in_one_unit(found: dict[str, tuple]) -> tuple[dict[str, tuple], float]:
+    """Both sides of each layer, in a unit that is the same for all, so that a step of the same
+    length costs the same in each; and so large that a core changes W by about as much as one
+    between orthonormal bases does, which leaves learning rates what they are."""
+    unit = math.exp(sum(math.log(size) for *_, size in found.values()) / len(found))
+    return {name: (unit**0.5 * left, unit**0.5 * right, unit)
+            for name, (left, right, _) in found.items()}, unit
 
 
 def _too_few(layers: Layers, moments: dict[str, Moments], seen: dict[str, int],

@@ -49,7 +49,9 @@ class SecuraConfig(PeftConfig):
             r share their indices.
         basis: ``"orthonormal"``: the core lives between orthonormal bases of the chosen columns and
             rows; ``"whitened"``: measured by what general text needs of them, after
-            ``secura_kernels.calibrate(model)``; or ``"raw"`` as published, which is far worse
+            ``secura_kernels.calibrate(model)``; ``"natural"``: between directions of their own, in
+            which a task is learned most for what general text needs, after
+            ``calibrate(model, task=batches)``; or ``"raw"`` as published, which is far worse
             conditioned.
         norm: ``"auto"`` (SECURA ``"calibrated"``, CURLoRA none), a preset's name, a dict of
             ``SMagNorm``'s fields, or None for no gate.
