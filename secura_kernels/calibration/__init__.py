@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from ..adapter import Adapter
 from ..checks import check_choice, check_int, check_number, fail
 from ..own_text import own_text
+from ..retention import without_adapters
 from . import natural, quiet, whitened
 from .measuring import Layers, measure, own_loss, task_loss
 
@@ -79,8 +80,8 @@ def calibrate(
     Args:
         general: batches of general text: dicts of what the model's forward takes (``input_ids``,
             ``attention_mask``; ``labels`` are left out), or tensors, its one argument. None, and
-            no ``keep``: the model writes its own, from its own start of a chat or of a text; see
-            ``own_text``.
+            no ``keep``: the model without its adapters writes its own, from its own starts of
+            chats and documents; see ``own_text``.
         task: with ``"natural"``: some 8 training batches, as the model takes them, with
             ``labels``; gone through twice, so that their gradient gives the basis.
         loss: of the model and a batch of ``task``, on the model's device: its mean loss. None: the
@@ -150,8 +151,9 @@ def calibrate(
 
     with _from_the_start(layers) if restart else nullcontext():
         if general is None and keep is None:
-            general = list(own_text(model, tokens, tokenizer=tokenizer, seed=seed,
-                                    progress=progress))
+            with without_adapters(model):  # what the base would say, and sooner
+                general = list(own_text(model, tokens, tokenizer=tokenizer, seed=seed,
+                                        progress=progress))
         chosen = {}
         if selection == "quiet":
             general = list(general)
