@@ -33,7 +33,8 @@ from study import (  # noqa: E402
 from study.classification import make_task  # noqa: E402
 from study.setup import Setup  # noqa: E402
 
-CALIBRATED = [name for name, method in methods.METHODS.items() if method.calibrated]
+CALIBRATED = [name for name, method in methods.METHODS.items()
+              if method.calibrated and not method.metric]
 
 
 def rows(kind: str, count: int = 120) -> list[tuple[str, str]]:

@@ -92,12 +92,18 @@ def secura(name: str, family: str = "methods", rate: float = 6e-3, stage: str | 
                   every_layer=every_layer)
 
 
+def natural(name: str, **metric) -> Method:
+    return curlora(f"CURLoRA, every layer, natural, {name}", METRIC, 7e-3, every_layer=True,
+                   basis="natural", metric=metric)
+
+
 def curlora(name: str, family: str = "methods", rate: float = 2e-2, **settings) -> Method:
     return secura(name, family, rate, variant="curlora", **settings)
 
 
 SELECTION, GATE = "CURLoRA: basis, rank, selection", "SECURA: gate"
 STAGES, LAYERS = "SECURA: decay and stages", "every linear layer"
+METRIC = "every linear layer: the natural basis's metric"
 
 
 METHODS = {method.name: method for method in (
@@ -134,6 +140,11 @@ METHODS = {method.name: method for method in (
     curlora("CURLoRA, every layer, natural", LAYERS, 7e-3, every_layer=True, basis="natural"),
     curlora("CURLoRA, every layer, natural, tasks kept", LAYERS, 7e-3, every_layer=True,
             basis="natural", keeps_tasks=True),
+    natural("diagonal", rank=0),
+    natural("rank 64", rank=64),
+    natural("rank 512", rank=512),
+    natural("damping 0.01", damping=0.01),
+    natural("damping 1", damping=1.0),
     curlora("CURLoRA, every layer, r = 128", LAYERS, 2.3e-3, r=128, every_layer=True),
     secura("CABR, every layer", LAYERS, 2e-3, every_layer=True, norm=None),
     secura("SECURA, every layer", LAYERS, 2e-3, every_layer=True),
