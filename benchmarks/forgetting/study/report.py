@@ -14,6 +14,7 @@ PEER = "LoRA", SEQUENTIAL  # at its levels of learning the others are compared
 RIVALS = [(method, SEQUENTIAL) for method in (
     "LoRA", "LoRA, every layer", "CURLoRA", "CURLoRA, every layer", "CABR", "SECURA")]
 UNTRAINED = "head only"
+ONE_PANEL = 10  # rows at most that are drawn in one
 Measure = Callable[[dict], float]
 
 
@@ -193,9 +194,10 @@ def value_at(curve: Sequence[tuple[float, float]], level: float, better: Callabl
 
 
 def draw(records: Sequence[dict], subject: Subject, path: Path) -> None:
-    """Retention against learning, a line a row over its rates, a panel a family of methods: upper
-    right is better. A line is of the seeds that were run at all of its rates. What learned far less
-    than the untrained body lies outside; the legend names rows of which nothing is seen."""
+    """Retention against learning, a line a row over its rates: upper right is better. A panel a
+    family of methods, or one for all where they are few. A line is of the seeds that were run at
+    all of its rates; a cross spans the standard deviations of a best rate's seeds. What learned far
+    less than the untrained body lies outside; the legend names rows of which nothing is seen."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -205,13 +207,17 @@ def draw(records: Sequence[dict], subject: Subject, path: Path) -> None:
     unit = "mean log-likelihood" if subject.log_likelihood else "accuracy"
     rows = grouped(whole(complete(records)), row_of)
     curves = {row: curve_of(own, retained(measure)) for row, own in rows.items()}
+    seeds = {row: spans(own, retained(measure))
+             for row, own in grouped(whole(at_best(records)), row_of).items() if len(own) > 1}
     panels: dict[str, list[Row]] = {}
+    few = len(rows) <= ONE_PANEL
     for row in rows:
-        panels.setdefault(METHODS[row[0]].family if row[1] == SEQUENTIAL else "strategies",
-                          []).append(row)
+        family = METHODS[row[0]].family if row[1] == SEQUENTIAL else "strategies"
+        panels.setdefault("all methods" if few else family, []).append(row)
     columns = min(3, len(panels))
     lines = math.ceil(len(panels) / columns)
-    figure, grid = plt.subplots(lines, columns, figsize=(6 * columns, 5 * lines), sharex=True,
+    size = (9, 6) if few else (6 * columns, 5 * lines)
+    figure, grid = plt.subplots(lines, columns, figsize=size, sharex=True,
                                 sharey=True, squeeze=False)
     least = least_shown(curves)
     heights = [y for curve in curves.values() for x, y in curve if x >= least]
@@ -220,8 +226,10 @@ def draw(records: Sequence[dict], subject: Subject, path: Path) -> None:
         for row in own:
             points = curves[row]
             shown = any(x >= least for x, _ in points)
-            panel.plot(*zip(*points, strict=True), marker="o",
-                       label=label(row) if shown else f"{label(row)}: left of the plot")
+            (line,) = panel.plot(*zip(*points, strict=True), marker="o",
+                                 label=label(row) if shown else f"{label(row)}: left of the plot")
+            if row in seeds:
+                panel.errorbar(*seeds[row], color=line.get_color(), capsize=3)
         if PEER in curves and PEER not in own:
             panel.plot(*zip(*curves[PEER], strict=True), marker=".", color="gray",
                        linestyle="--", label=label(PEER))
@@ -239,6 +247,13 @@ def draw(records: Sequence[dict], subject: Subject, path: Path) -> None:
     figure.tight_layout()
     figure.savefig(path, dpi=90)
     plt.close(figure)
+
+
+def spans(records: Sequence[dict], measure: Measure) -> tuple[float, float, float, float]:
+    """Means of what was learned and of the measure, then the standard deviations: of the measure,
+    and of what was learned."""
+    xs, ys = list(map(learned, records)), list(map(measure, records))
+    return statistics.mean(xs), statistics.mean(ys), statistics.stdev(ys), statistics.stdev(xs)
 
 
 def least_shown(curves: dict[Row, list[tuple[float, float]]]) -> float:
