@@ -27,7 +27,7 @@ def parse(description: str) -> tuple[argparse.Namespace, Parser]:
     )
     what = parser.add_argument_group("what to run").add_mutually_exclusive_group()
     what.add_argument("--method", choices=METHODS, help="fine-tune by this method alone")
-    what.add_argument("--compare", action="store_true", help="all of them, on the same batches")
+    what.add_argument("--compare", action="store_true", help="all four, on the same batches")
     add = parser.add_argument
     add("--quick", action="store_true", help="small sizes: minutes on two cores "
         "(also the default without --method or --compare)")

@@ -25,23 +25,6 @@ def perplexity(model: nn.Module, windows: Tensor, batch_size: int) -> float:
     return math.exp(total / len(windows))
 
 
-@torch.no_grad()
-def agreement(model: nn.Module, windows: Tensor, batch_size: int) -> float:
-    """How often the likeliest next token is still the one of the model without its adapters."""
-    from secura_kernels.retention import without_adapters
-
-    was_training = model.training
-    model.eval()
-    same = 0
-    for batch in windows.split(batch_size):
-        batch = batch.to(next(model.parameters()).device)
-        with without_adapters(model):
-            before = model(input_ids=batch, use_cache=False).logits.argmax(-1)
-        same += (model(input_ids=batch, use_cache=False).logits.argmax(-1) == before).sum().item()
-    model.train(was_training)
-    return same / windows.numel()
-
-
 @contextmanager
 def saved_for_backward(model: nn.Module) -> Iterator[dict[str, int]]:
     """Count into {"bytes"} what autograd saves inside the block, each storage once.

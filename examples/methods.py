@@ -1,13 +1,10 @@
-"""The methods: attach one to a model, save what it trained, load that into a fresh model."""
+"""The four methods: attach one to a model, save what it trained, load that into a fresh model."""
 
 from pathlib import Path
 
 import torch
 from settings import METHODS, Job
 from torch import nn
-
-OWN_TOKENS = 2048  # that the model writes to say what it is to keep
-TASK_BATCHES = 8  # that say in which directions the task is learned
 
 
 def attach(model: nn.Module, job: Job) -> nn.Module:
@@ -21,26 +18,10 @@ def attach(model: nn.Module, job: Job) -> nn.Module:
 
     from secura_kernels import CURLoRALinear, SECURALinear
 
-    layer = SECURALinear if job.method == "secura" else CURLoRALinear
+    layer = {"secura": SECURALinear, "curlora": CURLoRALinear}[job.method]
     generator = torch.Generator().manual_seed(job.seed)
     for name, linear in target_layers(model, job.targets).items():
         model.set_submodule(name, layer.from_linear(linear, generator=generator, **job.options))
-    return model
-
-
-def calibrate(model: nn.Module, job: Job, batches: list[torch.Tensor]) -> nn.Module:
-    """Measures what `model` is to keep, on text that it writes itself, and what it is to learn.
-
-    Only the method "natural" needs it; nothing but the adapters' bases changes.
-    """
-    if job.options.get("basis") == "natural":
-        from transformers import AutoTokenizer
-
-        from secura_kernels import calibrate
-
-        calibrate(model, tokenizer=AutoTokenizer.from_pretrained(job.model), tokens=OWN_TOKENS,
-                  task=[{"input_ids": ids, "labels": ids} for ids in batches[:TASK_BATCHES]],
-                  seed=job.seed)
     return model
 
 

@@ -13,7 +13,6 @@ from settings import BASE, METHODS
 # Okabe and Ito's colours, distinct for colour-blind readers; the marker says the same again, and
 # DoRA's is hollow because it often lies on LoRA's.
 STYLES = {
-    "natural": {"color": "#E69F00", "marker": "*", "linestyle": "-"},
     "secura": {"color": "#D55E00", "marker": "o", "linestyle": "-"},
     "curlora": {"color": "#009E73", "marker": "s", "linestyle": "-"},
     "lora": {"color": "#0072B2", "marker": "^", "linestyle": "--"},
@@ -67,11 +66,11 @@ def running_mean(values: list[float], keep: float) -> list[float]:
 
 
 def draw_retention(axes: Axes, results: Results) -> None:
-    """What was learned of the task against what the model still says of general text."""
-    before = results[BASE]["task_perplexity"], 1.0
+    """Held-out perplexities, task against general: each method's way from the untrained model."""
+    before = results[BASE]["task_perplexity"], results[BASE]["general_perplexity"]
     for name, result in trained(results).items():
         style = STYLES[name] | {"linestyle": "none"}
-        after = result["task_perplexity"], result["agreement"]
+        after = result["task_perplexity"], result["general_perplexity"]
         axes.annotate("", after, before, arrowprops={"arrowstyle": "-", "linewidth": 1.2,
                                                      "color": style["color"], "alpha": 0.35})
         axes.plot(*after, **style, markersize=9, label=METHODS[name].label)
@@ -79,7 +78,7 @@ def draw_retention(axes: Axes, results: Results) -> None:
     axes.axhline(before[1], color=GREY, linewidth=0.8, linestyle=(0, (4, 4)), zorder=0)
     axes.margins(0.15)
     axes.set(xlabel="perplexity on held-out task text  (← learned more)",
-             ylabel="next tokens of general text as before  (kept more →)")
-    axes.set_title("Learning against forgetting: high and left is good", loc="left", fontsize=10)
+             ylabel="perplexity on general text  (forgot more →)")
+    axes.set_title("Learning against forgetting: low and left is good", loc="left", fontsize=10)
     axes.grid(color="#E6E6E6", linewidth=0.8)
     axes.legend(frameon=False)

@@ -20,21 +20,19 @@ def print_table(results: Results, console: Console) -> None:
         "trained\nparameters",
         "task\nperplexity",
         "general\nperplexity",
-        "agreement\nwith before",
         "train\ntokens/s",
         "saved for\nbackward",
         "peak\nmemory",
     ):
         table.add_column(heading, justify="right")
     table.add_row("before", "0", f"{base['task_perplexity']:.2f}",
-                  f"{base['general_perplexity']:.2f}", "1.000", "", "", "", style="dim")
+                  f"{base['general_perplexity']:.2f}", "", "", "", style="dim")
     for name, result in trained(results).items():
         table.add_row(
             METHODS[name].label,
             f"{result['trained_parameters']:,}",
             f"{result['task_perplexity']:.2f}",
             f"{result['general_perplexity']:.2f}",
-            f"{result['agreement']:.3f}",
             f"{result['tokens_per_second']:,.0f}",
             megabytes(result["saved_for_backward_bytes"]),
             megabytes(result["peak_memory_bytes"]),

@@ -28,12 +28,6 @@ class Method:
 
 
 METHODS = {
-    "natural": Method(
-        "CURLoRA, natural",
-        "secura_kernels",
-        4e-3,
-        {"r": 64, "basis": "natural"},
-    ),
     "secura": Method(
         "SECURA",
         "secura_kernels",

@@ -11,15 +11,8 @@ from typing import Any
 
 import torch
 from corpus import Corpus
-from measure import (
-    agreement,
-    machine,
-    peak_memory,
-    perplexity,
-    reset_peak_memory,
-    saved_for_backward,
-)
-from methods import attach, calibrate, load, save
+from measure import machine, peak_memory, perplexity, reset_peak_memory, saved_for_backward
+from methods import attach, load, save
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from settings import BASE, Job, versions, write_json
@@ -47,17 +40,12 @@ def run(job: Job) -> None:
     (job.folder / "result.json").unlink(missing_ok=True)  # it must not outlive its adapter
     if job.method != BASE:
         model = attach(model, job)
-        start = time.perf_counter()
-        calibrate(model, job, list(corpus.batches(job.steps, job.batch_size, job.seq_len,
-                                                  job.seed)))
-        result["calibration_seconds"] = time.perf_counter() - start
         result |= train(model, job, corpus)
     with Console().status(f"{job.method}: measuring perplexity"):
         for kind in ("task", "general"):
             windows = corpus.held_out(kind, job.seq_len, job.eval_tokens)
             result[f"{kind}_perplexity"] = perplexity(model, windows, job.batch_size)
     if job.method != BASE:
-        result["agreement"] = agreement(model, windows, job.batch_size)
         folder = save_adapter_folder(model, job)
         result["adapter"] = str(folder.relative_to(job.out))
         result["adapter_bytes"] = sum(f.stat().st_size for f in folder.rglob("*") if f.is_file())
