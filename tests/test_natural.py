@@ -338,6 +338,8 @@ def test_a_layer_that_the_task_never_reaches():
      "batches whose loss is one finite number"),
     (dict(task=[dict(input_ids=tokens(), labels=torch.full_like(tokens(), -100))]),
      "batches whose loss is one finite number"),
+    (dict(task=TASK, loss=lambda model, batch: (model(**batch).loss * 0).abs().sqrt()),
+     "gradients on the task's batches are not finite"),
     (dict(general=[]), "at least one batch"),
     (dict(rank=-1), "rank=-1 is not allowed"),
     (dict(weight=-1.0), "weight=-1.0 is not allowed"),

@@ -105,7 +105,7 @@ def natural_sides(layers: dict[str, tuple[nn.Module, Adapter]], moments: dict[st
                   damping: float, run: Run, seed: int) -> dict[str, Sides | None]:
     """C (N, r), R (r, K) of each layer, float64, and what to multiply their product with so that a
     core changes W by as much as between orthonormal bases. None for a layer that the task does not
-    reach.
+    reach. ValueError where the task's gradients are not finite.
 
     Args:
         run: a pass of the task's batches, which fills the collectors that it is given.
@@ -120,11 +120,13 @@ def natural_sides(layers: dict[str, tuple[nn.Module, Adapter]], moments: dict[st
         times = {name: GradientTimes(roots[name][0] @ wide[name], adapter.out_features)
                  for name, (_, adapter) in layers.items()}
         run(times)
+        _check_finite(times)
         tall = {name: _orthonormal(roots[name][1].transposed(times[name].product))
                 for name in layers}
         found = {name: TimesGradient(roots[name][1] @ tall[name], adapter.in_features)
                  for name, (_, adapter) in layers.items()}
         run(found)
+        _check_finite(found)
         wide = {name: _orthonormal(roots[name][0].transposed(found[name].product.T))
                 for name in layers}
     return {name: _sides(adapter.r, *roots[name], tall[name], found[name].product)
@@ -136,6 +138,13 @@ def sides_without_metric(module: nn.Module, adapter: Adapter) -> tuple[Tensor, T
     weight = module.base_matrix().detach()
     C, _, R, _ = orthonormal_basis(weight[:, adapter.cols], weight[adapter.rows])
     return C, R.T
+
+
+def _check_finite(products: dict[str, GradientTimes | TimesGradient]) -> None:
+    for name, each in products.items():
+        if not each.product.isfinite().all():
+            raise ValueError(f"layer {name!r}: its inputs or gradients on the task's batches are "
+                             "not finite")
 
 
 def _orthonormal(X: Tensor) -> Tensor:
