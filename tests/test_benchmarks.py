@@ -281,3 +281,15 @@ def test_without_a_gpu_the_gpu_run_says_so():
     done = subprocess.run([sys.executable, LAYER.parent / "sanitize.py"], capture_output=True,
                           text=True)
     assert done.returncode == 1 and done.stderr.startswith("sanitize: ")
+
+
+def test_what_calibration_costs(tmp_path):
+    done = subprocess.run(
+        [sys.executable, LAYER.parent / "calibration" / "run.py", "--quick", "--tokens", "256",
+         "--out", tmp_path], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    found = json.loads((tmp_path / "calibration.json").read_text())
+    memory = {(row["basis"], row["rank"]): row["GiB_8b"] for row in found["rows"]}
+    assert memory["whitened", None] < memory["natural", 0] < memory["natural", 256] < 10
+    assert all(row["calibrate_s"] > 0 for row in found["rows"])
+    assert (tmp_path / "calibration.md").read_text() in done.stdout
