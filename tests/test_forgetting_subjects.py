@@ -251,7 +251,6 @@ def test_prediction_and_measurement_are_drawn(two_domains, monkeypatch, capsys):
     monkeypatch.setattr(prediction, "RUNS", {
         basis: methods.METHODS[f"CURLoRA, every layer, {basis}"]
         for basis in ("whitened", "natural")})
-    monkeypatch.setattr(prediction, "HELD_BACK", 1)
     out = two_domains / "out"
     monkeypatch.setattr(sys, "argv", ["prediction.py", "--model", str(two_domains), "--steps", "6",
                                       "--out", str(out)])

@@ -28,7 +28,7 @@ from secura_kernels.retention import base_kl, core_size
 
 RESULTS = Path(__file__).parents[1] / "results" / "forgetting"
 RUNS = {basis: METHODS[f"CURLoRA, every layer, {basis}"] for basis in ("whitened", "natural")}
-HELD_BACK = 4  # batches of own text that calibration does not see
+HELD_BACK = 1  # batch of own text, a quarter, that calibration does not see
 EVERY = 3  # steps
 ALONE = 24  # layers that are measured alone
 
