@@ -10,6 +10,7 @@ to say whether one layer's prediction holds and what the layers' adding up makes
 
 import argparse
 import json
+import math
 import random
 from pathlib import Path
 
@@ -78,7 +79,7 @@ def run(subject: Language, method: Method, options: argparse.Namespace) -> dict:
     watch = Watch(texts)
     train(model, subject, watch, batches, options.rate, lambda: None)
     return dict(rows=watch.rows, alone=alone(model, texts["own text"][:1]),
-                perplexity=2.718281828459045 ** -subject.learned(model, task, "validation"))
+                perplexity=math.exp(-subject.learned(model, task, "validation")))
 
 
 @torch.no_grad()

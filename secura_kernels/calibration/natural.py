@@ -17,7 +17,6 @@ from ..bases import orthonormal_basis
 from .metric import InverseRoot, Moment, random_test_matrix
 
 OVERSAMPLING = 32  # directions more than r that the range finder takes
-ROUNDS = 1  # of two passes over the task's batches
 
 
 class Moments:
@@ -112,23 +111,19 @@ def natural_sides(layers: dict[str, tuple[nn.Module, Adapter]], moments: dict[st
     """
     roots = {name: tuple(m.inverse_root(damping) for m in (moments[name].x, moments[name].g))
              for name in layers}
-    wide = {}  # (K, q): in whitened inputs, whose span is to hold the largest singular vectors
+    times = {}
     for name, (_, adapter) in layers.items():
         q = min(adapter.r + OVERSAMPLING, adapter.in_features, adapter.out_features)
-        wide[name] = random_test_matrix(adapter.in_features, q, adapter.cols.device, seed).double()
-    for _ in range(ROUNDS):
-        times = {name: GradientTimes(roots[name][0] @ wide[name], adapter.out_features)
-                 for name, (_, adapter) in layers.items()}
-        run(times)
-        _check_finite(times)
-        tall = {name: _orthonormal(roots[name][1].transposed(times[name].product))
-                for name in layers}
-        found = {name: TimesGradient(roots[name][1] @ tall[name], adapter.in_features)
-                 for name, (_, adapter) in layers.items()}
-        run(found)
-        _check_finite(found)
-        wide = {name: _orthonormal(roots[name][0].transposed(found[name].product.T))
-                for name in layers}
+        wide = random_test_matrix(adapter.in_features, q, adapter.cols.device, seed)
+        times[name] = GradientTimes(roots[name][0] @ wide, adapter.out_features)
+    run(times)
+    _check_finite(times)
+    tall = {name: torch.linalg.qr(roots[name][1].transposed(times[name].product)).Q
+            for name in layers}
+    found = {name: TimesGradient(roots[name][1] @ tall[name], adapter.in_features)
+             for name, (_, adapter) in layers.items()}
+    run(found)
+    _check_finite(found)
     return {name: _sides(adapter.r, *roots[name], tall[name], found[name].product)
             for name, (_, adapter) in layers.items()}
 
@@ -145,10 +140,6 @@ def _check_finite(products: dict[str, GradientTimes | TimesGradient]) -> None:
         if not each.product.isfinite().all():
             raise ValueError(f"layer {name!r}: its inputs or gradients on the task's batches are "
                              "not finite")
-
-
-def _orthonormal(X: Tensor) -> Tensor:
-    return torch.linalg.qr(X).Q
 
 
 def _sides(r: int, root_x: InverseRoot, root_g: InverseRoot, tall: Tensor,
