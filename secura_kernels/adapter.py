@@ -200,14 +200,16 @@ class Adapter(LateTensors, Past, nn.Module):
         wide = torch.promote_types(core.dtype, self.fold_c.dtype)
         return self.fold_c.to(wide) @ core.to(wide) @ self.fold_r.to(wide)
 
+    def _whole_core(self) -> Tensor:
+        """What is trained and what M2 stages have left, as one; detached."""
+        trained, earlier = self.trained_core().detach(), self.long_core()
+        return trained if earlier is None else trained + earlier
+
     @torch.no_grad()
     def core_size(self) -> Tensor:
         """||V||_F^2 unit^2 / 2 of a calibrated basis's core, (): about the change of the base
         model's predictions by this layer alone, in nats a token."""
-        core = self.trained_core()
-        if self.long_core() is not None:
-            core = core + self.long_core()
-        return (core * self.unit).square().sum() / 2
+        return (self._whole_core() * self.unit).square().sum() / 2
 
     @torch.no_grad()
     def shrink(self, factor: float) -> None:
@@ -369,10 +371,7 @@ class Adapter(LateTensors, Past, nn.Module):
     def factors(self, weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """C (N, q), core (q, q), R (q, K) with delta_W = C core R, M2 stages and the past included;
         q = r without a past. Detached."""
-        total = self.trained_core().detach()
-        if self.long_core() is not None:
-            total = total + self.long_core()
-        (C, R), core = self.sides(weight), self.alpha * self.core(total)
+        (C, R), core = self.sides(weight), self.alpha * self.core(self._whole_core())
         if self.C_past is None:
             return C, core, R
         unit = torch.eye(len(self.R_past), dtype=core.dtype, device=core.device)
