@@ -1,4 +1,4 @@
-"""SECURA in TRL's SFTTrainer: ``peft_config=SecuraConfig(...)`` is all that changes.
+"""CURLoRA in TRL's SFTTrainer: ``peft_config=SecuraConfig(...)`` is all that changes.
 
     python examples/sft.py                  # SmolLM2 learns to go on with a play, 100 steps
 
@@ -31,7 +31,7 @@ def main() -> None:
         processing_class=AutoTokenizer.from_pretrained(folder),
         args=SFTConfig(
             output_dir=str(options.out), max_steps=options.steps, per_device_train_batch_size=4,
-            learning_rate=1.5e-3, lr_scheduler_type="cosine", logging_steps=1, max_length=256,
+            learning_rate=2e-3, lr_scheduler_type="cosine", logging_steps=1, max_length=256,
             save_strategy="no", report_to=[], use_cpu=options.cpu),
         train_dataset=Dataset.from_list(pairs(text, 4 * options.steps)),
         peft_config=config())

@@ -1,4 +1,4 @@
-"""SECURA through PEFT and transformers' Trainer, watching what the model forgets.
+"""CURLoRA through PEFT and transformers' Trainer, watching what the model forgets.
 
     python examples/trainer.py                    # SmolLM2 learns Shakespeare, 100 steps
     python examples/trainer.py --steps 3 --resume
@@ -38,7 +38,7 @@ def main() -> None:
         model=model,
         args=TrainingArguments(
             output_dir=str(options.out), max_steps=options.steps, save_steps=options.save_every,
-            per_device_train_batch_size=BATCH_SIZE, learning_rate=1.5e-3,
+            per_device_train_batch_size=BATCH_SIZE, learning_rate=2e-3,
             lr_scheduler_type="cosine", warmup_steps=options.steps // 10, logging_steps=10,
             report_to=["tensorboard"], use_cpu=options.cpu),
         train_dataset=examples(corpus, options.steps))
@@ -51,8 +51,8 @@ def main() -> None:
 
 
 def config() -> SecuraConfig:
-    return SecuraConfig(task_type="CAUSAL_LM", r=64, m=128,
-                        target_modules=["q_proj", "k_proj", "v_proj"])
+    """CURLoRA on every linear layer. A natural basis forgets far less: docs/keeping.md."""
+    return SecuraConfig(task_type="CAUSAL_LM", r=64)
 
 
 def examples(corpus: Corpus, steps: int) -> list[dict]:

@@ -57,14 +57,15 @@ class CURLoRALinear(CURLinear, CURLoRAAdapter):
 
 
 class SECURALinear(CURLinear, SECURAAdapter):
-    """SECURA (arXiv 2502.18168): core = A^T B^T with A (m, r), B (r, m), m > r, under S-MagNorm.
+    """SECURA (arXiv 2502.18168): core = A^T B^T with A (m, r), B (r, m), m > r.
 
     B and the adapter bias (N,) are zero at the start, so the layer starts as the base layer.
 
     Args:
         m: the inner size, r < m <= K; None: a third more than r (published: r = 150, m = 200).
-        norm: default ``"calibrated"``; ``"published"`` multiplies outputs by about 4/3 at the
-            first step. None: no gate.
+        norm: None for no gate, which forgets less than one (docs/choosing-settings.md).
+            ``"published"``: S-MagNorm as published, which multiplies outputs by about 4/3 at the
+            first step; ``"calibrated"``: without that jump.
         a_init: A's start. ``"published"``: W[:r, :m]^T (the published SVD is exactly that slice).
             ``"truncated_svd"``: the same expression with a rank-r SVD of W.
         adapter_bias: train a bias that is part of the gated change, as published.

@@ -6,7 +6,6 @@ from torch import Tensor, nn
 from .adapter import Adapter
 from .checks import check_choice, check_int, fail
 from .reference import cabr_core
-from .smagnorm import SMagNorm
 
 A_INITS = ("published", "truncated_svd")
 
@@ -54,12 +53,11 @@ class SECURAAdapter(Adapter):
         rows: Tensor,
         *,
         m: int | None = None,
-        norm: SMagNorm | str | dict | None = "calibrated",
         a_init: str = "published",
         adapter_bias: bool = True,
         **settings,
     ) -> None:
-        super().__init__(weight, cols, rows, norm=norm, **settings)
+        super().__init__(weight, cols, rows, **settings)
         if self.r >= self.in_features:
             raise fail("r", self.r, f"less than K={self.in_features}: SECURA's m is above r and at "
                                     "most K (CURLoRA takes r up to min(N, K))")

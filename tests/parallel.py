@@ -16,6 +16,8 @@ from torch import Tensor, nn
 
 RANKS = 2
 TARGETS = ["q_proj", "v_proj", "o_proj", "up_proj", "down_proj"]
+GATED = dict(norm="calibrated")
+CURLORA = dict(variant="curlora", norm=None)
 
 
 # Processes.
@@ -91,12 +93,12 @@ def llama(dtype: torch.dtype = torch.float64) -> nn.Module:
 
 
 def with_peft(model: nn.Module, **settings) -> nn.Module:
-    """A PEFT model whose adapters have moved from their start."""
+    """A PEFT model, of SECURA with a gate by default, whose adapters have left their start."""
     from peft import get_peft_model
 
     from secura_kernels.peft import SecuraConfig
 
-    settings = dict(r=4, target_modules=TARGETS) | settings
+    settings = dict(variant="secura", r=4, target_modules=TARGETS) | GATED | settings
     return _moved(get_peft_model(model, SecuraConfig(**settings)))
 
 
@@ -106,7 +108,7 @@ def with_modules(model: nn.Module, **settings) -> nn.Module:
     model.requires_grad_(False)
     for name, layer in list(model.named_modules()):
         if name.endswith(("q_proj", "v_proj", "down_proj")):
-            model.set_submodule(name, SECURALinear.from_linear(layer, r=4, **settings))
+            model.set_submodule(name, SECURALinear.from_linear(layer, r=4, **GATED | settings))
     return _moved(model)
 
 

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import torch
 from parallel import (
+    CURLORA,
     RANKS,
     check_equal,
     full,
@@ -23,7 +24,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 KINDS = [(with_modules, {}), (with_modules, dict(norm="figure")),
          (with_modules, dict(basis="orthonormal")),
-         (with_peft, {}), (with_peft, dict(variant="curlora")),
+         (with_peft, {}), (with_peft, CURLORA),
          (with_peft, dict(norm_domain="weight")), (with_peft, dict(basis="orthonormal"))]
 
 
@@ -77,8 +78,7 @@ def fsdp_bfloat16(rank: int, folder: Path) -> None:
     from torch.distributed.fsdp import MixedPrecisionPolicy
 
     policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
-    for settings in (dict(), dict(norm_domain="weight"), dict(basis="orthonormal"),
-                     dict(variant="curlora")):
+    for settings in (dict(), dict(norm_domain="weight"), dict(basis="orthonormal"), CURLORA):
         model = with_peft(llama(torch.float32), **settings)
         for m in model.modules():  # as a file brings them, in the dtype of the parameters
             if settings.get("variant") and hasattr(m, "secura_adapter"):

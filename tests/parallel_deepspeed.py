@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 
 import torch
-from parallel import llama, loss, share, tokens, with_modules, with_peft
+from parallel import CURLORA, llama, loss, share, tokens, with_modules, with_peft
 
 STEPS, RATE = 3, 10.0
 
@@ -23,7 +23,7 @@ def zero3(rank: int, folder: Path) -> None:
                   zero_optimization=dict(stage=3, stage3_param_persistence_threshold=0))
     for early, build, settings in (
             (False, with_modules, {}), (False, with_peft, {}), (True, with_peft, {}),
-            (True, with_peft, dict(variant="curlora"))):
+            (True, with_peft, CURLORA)):
         one, base = build(llama(torch.float32), **settings), llama(torch.float32)
         start, exact = copy.deepcopy(one), copy.deepcopy(one).double()
         if early:

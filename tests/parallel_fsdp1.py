@@ -5,7 +5,7 @@ import warnings
 from pathlib import Path
 
 import torch
-from parallel import check_equal, llama, loss, share, tokens, with_peft
+from parallel import CURLORA, check_equal, llama, loss, share, tokens, with_peft
 from parallel_data import KINDS, refused
 from torch import nn
 
@@ -57,7 +57,7 @@ def fsdp1_files(rank: int, folder: Path) -> None:
     from torch.distributed.fsdp import FullyShardedDataParallel as FSDP
     from torch.distributed.fsdp import StateDictType
 
-    for settings in (dict(), dict(save_projection=False), dict(variant="curlora", basis="raw")):
+    for settings in (dict(), dict(save_projection=False), CURLORA | dict(basis="raw")):
         expected = get_peft_model_state_dict(with_peft(llama(), **settings))
         model = wrapped(with_peft(llama(), **settings))
         with FSDP.state_dict_type(model, StateDictType.FULL_STATE_DICT):

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from parallel import RANKS, check_equal, full, gradients, llama, loss, tokens, with_peft
+from parallel import CURLORA, RANKS, check_equal, full, gradients, llama, loss, tokens, with_peft
 from parallel_data import refused
 from torch import Tensor, nn
 
@@ -148,7 +148,7 @@ def tp_torch(rank: int, folder: Path) -> None:
     from torch.distributed.tensor.parallel import parallelize_module
 
     x, = _random((2, 5, 10))
-    for settings in (dict(), dict(variant="curlora"), dict(basis="orthonormal"),
+    for settings in (dict(), CURLORA, dict(basis="orthonormal"),
                      dict(norm=dict(detach_gate=False)), dict(norm="published")):
         settings = dict(r=3, target_modules=["0", "2", "3"]) | settings
         for name, (hidden, plan) in _plans().items():
@@ -201,7 +201,7 @@ def tp_transformers(rank: int, folder: Path) -> None:
     dist.barrier()
     load = functools.partial(LlamaForCausalLM.from_pretrained, folder / "llama",
                              dtype=torch.float64, attn_implementation="eager")
-    for settings in (dict(), dict(variant="curlora", basis="orthonormal")):
+    for settings in (dict(), CURLORA | dict(basis="orthonormal")):
         one = with_peft(load(), **settings)
         model = with_peft(load(distributed_config=DistributedConfig(tp_plan="auto")), **settings)
         for each in (one, model):

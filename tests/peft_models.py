@@ -19,8 +19,9 @@ from transformers import (
 from secura_kernels.peft import SecuraConfig, SecuraLinear
 
 QV = ["q_proj", "v_proj"]
-GATED = dict(r=4, m=6)
-GATE_FREE = dict(r=4, m=6, norm=None)
+SECURA = dict(r=4, variant="secura")
+GATE_FREE = SECURA | dict(m=6)
+GATED = GATE_FREE | dict(norm="calibrated")
 CURLORA = dict(r=4, variant="curlora")
 
 

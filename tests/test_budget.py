@@ -25,9 +25,10 @@ def adapted(basis="whitened", how="peft", **settings):
     """A calibrated model, and the loss and outputs of its base."""
     model = llama(initializer_range=0.3).eval()
     base = model(TOKENS).logits.detach()
-    settings = dict(r=4, basis=basis, norm=None) | settings
+    settings = dict(r=4, basis=basis) | settings
     if how == "peft":
-        model = get_peft_model(model, SecuraConfig(target_modules=TARGETS, **settings)).eval()
+        settings = dict(variant="secura", target_modules=TARGETS) | settings
+        model = get_peft_model(model, SecuraConfig(**settings)).eval()
     else:
         model.requires_grad_(False)
         for name, linear in list(model.named_modules()):

@@ -26,8 +26,10 @@ from secura_kernels.own_text import own_text
 from secura_kernels.peft import SecuraConfig, save_as_lora
 
 WHITENED = dict(r=4, basis="whitened")
-VARIANTS = [WHITENED | dict(variant="curlora"), WHITENED, WHITENED | dict(norm=None),
-            WHITENED | dict(norm_domain="weight")]
+GATE_FREE = WHITENED | dict(variant="secura")
+GATED = GATE_FREE | dict(norm="calibrated")
+VARIANTS = [WHITENED | dict(variant="curlora"), GATED, GATE_FREE,
+            GATED | dict(norm_domain="weight")]
 GENERAL = [dict(input_ids=tokens(4, 12, seed)) for seed in range(3)]
 
 
@@ -50,7 +52,7 @@ def two_layers(dtype=torch.float64, **settings):
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(10, 12), nn.Tanh(), nn.Linear(12, 7)).to(dtype)
     for i in (0, 2):
-        model[i] = SECURALinear.from_linear(model[i], 4, basis="whitened", norm=None, **settings)
+        model[i] = SECURALinear.from_linear(model[i], 4, basis="whitened", **settings)
     return model.eval()
 
 
@@ -269,12 +271,12 @@ def with_transformers(folder):
     return model
 
 
-@pytest.mark.parametrize("kind", [CURLoRALinear, SECURALinear])
-def test_own_files(kind, tmp_path):
+@pytest.mark.parametrize("kind, norm", [(CURLoRALinear, None), (SECURALinear, "calibrated")])
+def test_own_files(kind, norm, tmp_path):
     torch.manual_seed(0)
     base = nn.Sequential(nn.Linear(10, 12), nn.Tanh(), nn.Linear(12, 7)).eval()
     model = copy.deepcopy(base)
-    model[0] = kind.from_linear(model[0], 4, basis="whitened")
+    model[0] = kind.from_linear(model[0], 4, basis="whitened", norm=norm)
     save_adapter(model, tmp_path / "before.safetensors")  # without folds
     x = torch.randn(40, 10)
     calibrate(model, [x], progress=False)

@@ -39,7 +39,7 @@ def curve(history, name):
 def test_retention_logs_to_the_history_and_to_tensorboard(tmp_path):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    model = adapted(SECURALinear)
+    model = adapted(SECURALinear, norm="calibrated")
     start = base_loss(model, HELD_OUT)
     trainer = trainer_of(model, tmp_path, max_grad_norm=0.01)
     callback = RetentionCallback(iter(HELD_OUT), every=2).attach(trainer)
@@ -233,7 +233,7 @@ def test_stages_of_peft_layers_keep_their_drift(tmp_path):
     from secura_kernels.peft import SecuraConfig
 
     model = peft.get_peft_model(llama(), SecuraConfig(
-        r=4, variant="curlora", norm=None, target_modules=["q_proj", "v_proj"]))
+        r=4, variant="curlora", target_modules=["q_proj", "v_proj"]))
     trainer = trainer_of(model, tmp_path, StageCallback("m1", 1), max_steps=3)
     RetentionCallback(HELD_OUT, every=1).attach(trainer)
     trainer.train()

@@ -18,16 +18,18 @@ DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 # What W looks like in memory decides what a slice of it shares with it.
 LAYOUTS = ["rows", "columns", "part of a larger tensor", "Conv1D", "Conv1D, columns"]
 RANKS = [1, 5, N]
+GATE_FREE = dict(variant="secura")
+GATED = GATE_FREE | dict(norm="calibrated")
 VARIANTS = {
     "CURLoRA": dict(variant="curlora"),
     "CURLoRA, raw": dict(variant="curlora", basis="raw"),
-    "SECURA": dict(),
-    "SECURA, raw": dict(basis="raw"),
-    "SECURA, no gate": dict(norm=None),
-    "SECURA, on the weight": dict(norm=dict(domain="weight")),
-    "SECURA, m = K": dict(m=K),
-    "SECURA, truncated SVD": dict(a_init="truncated_svd"),
-    "SECURA, importance decay": dict(importance_decay={}),
+    "SECURA": GATED,
+    "SECURA, raw": GATED | dict(basis="raw"),
+    "SECURA, no gate": GATE_FREE,
+    "SECURA, on the weight": GATE_FREE | dict(norm=dict(domain="weight")),
+    "SECURA, m = K": GATED | dict(m=K),
+    "SECURA, truncated SVD": GATED | dict(a_init="truncated_svd"),
+    "SECURA, importance decay": GATED | dict(importance_decay={}),
 }
 OPTIMISERS = {
     "SGD": lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.9, weight_decay=0.1),
@@ -61,7 +63,7 @@ def base_layer(layout: str, dtype: torch.dtype) -> nn.Module:
     return layer
 
 
-def own_layer(base: nn.Module, r: int, variant: str = "secura", **settings) -> nn.Module:
+def own_layer(base: nn.Module, r: int, variant: str, **settings) -> nn.Module:
     """The layer of this package without PEFT."""
     kind = CURLoRALinear if variant == "curlora" else SECURALinear
     if isinstance(settings.get("norm"), dict):
@@ -146,7 +148,7 @@ def test_the_base_is_what_it_was(kind, layout, dtype):
             check(layer)
             train(layer, OPTIMISERS["SGD"])
             check(layer)
-            if settings.get("norm", "calibrated") is None or "variant" in settings:
+            if settings.get("norm") is None:
                 layer.merge()
                 check_apart(layer, frozen)
                 holder = getattr(layer, "base_layer", layer)
@@ -179,7 +181,7 @@ def test_a_disabled_adapter_is_the_base_after_training():
     base = base_layer("rows", torch.float32)
     x = torch.randn(5, K)
     expected = base(x).detach()
-    model = get_peft_model(nn.Sequential(base), SecuraConfig(r=1, target_modules=["0"]))
+    model = get_peft_model(nn.Sequential(base), SecuraConfig(r=1, target_modules=["0"], **GATED))
     train(model.base_model.model[0], OPTIMISERS["AdamW"], steps=20)
     with model.disable_adapter():
         assert torch.equal(model(x), expected)
@@ -190,7 +192,7 @@ def test_loading_over_an_adapter_leaves_the_base(assign):
     """A's start is a slice of W, which a loaded A must not be written into."""
     base = base_layer("Conv1D", torch.float64)
     values = base.weight.detach().clone()
-    model = get_peft_model(nn.Sequential(base), SecuraConfig(r=N, target_modules=["0"]))
+    model = get_peft_model(nn.Sequential(base), SecuraConfig(r=N, target_modules=["0"], **GATED))
     saved = {k: v + 1 if k.endswith(".A") else v.clone()
              for k, v in get_peft_model_state_dict(model).items() if not k.endswith("checksum")}
     set_peft_model_state_dict(model, saved, low_cpu_mem_usage=assign)

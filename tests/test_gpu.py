@@ -105,7 +105,7 @@ def test_the_device_of_the_tensors_counts(norm, impl):
 
 def test_a_cuda_graph_replays_a_training_step(impl):
     layer = SECURALinear.from_linear(torch.nn.Linear(256, 256, device="cuda").bfloat16(), 16, m=32,
-                                     impl=impl)
+                                     norm="calibrated", impl=impl)
     x = torch.randn(128, 256, device="cuda").bfloat16()
 
     def step():

@@ -18,7 +18,8 @@ from secura_kernels import (
 )
 from secura_kernels.bases import orthonormal_basis
 
-KINDS = [CURLoRALinear, SECURALinear]
+GATED = dict(norm="calibrated")
+KINDS = [(CURLoRALinear, {}), (SECURALinear, {}), (SECURALinear, GATED)]
 BASES = ["raw", "orthonormal"]
 WEIGHT = SMagNorm(domain="weight")
 MERGEABLE = [
@@ -44,14 +45,14 @@ def make(kind, N=20, K=24, bias=True, dtype=torch.float64, r=4, **settings):
     return kind.from_linear(nn.Linear(K, N, bias, dtype=dtype), r, **settings)
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(("kind", "settings"), KINDS)
 @pytest.mark.parametrize("basis", BASES)
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("shape", [(24,), (5, 24), (2, 3, 24), (0, 24), (2, 1, 3, 24)], ids=str)
 @pytest.mark.parametrize("bias", [True, False])
-def test_starts_as_the_base_layer_to_the_bit(kind, basis, dtype, shape, bias):
+def test_starts_as_the_base_layer_to_the_bit(kind, settings, basis, dtype, shape, bias):
     linear = nn.Linear(24, 20, bias, dtype=dtype)
-    layer = kind.from_linear(linear, 4, basis=basis)
+    layer = kind.from_linear(linear, 4, basis=basis, **settings)
     x = torch.randn(shape).to(dtype)
     assert torch.equal(layer(x), F.linear(x, linear.weight, linear.bias))
     assert layer.weight is linear.weight and layer.bias is linear.bias
@@ -79,11 +80,11 @@ def test_known_defect_of_the_published_preset():
         assert low < (layer(x) / base).median().item() < high
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(("kind", "settings"), KINDS)
 @pytest.mark.parametrize("basis", BASES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_trains(kind, basis, dtype):
-    layer = make(kind, dtype=dtype, basis=basis, r=8)
+def test_trains(kind, settings, basis, dtype):
+    layer = make(kind, dtype=dtype, basis=basis, r=8, **settings)
     weight, x = layer.weight.clone(), torch.randn(64, 24).to(dtype)
     C, R = layer.weight[:, layer.cols], layer.weight[layer.rows]
     target = (layer(x) + 0.2 * x @ R.T @ torch.randn(8, 8).to(dtype) @ C.T).detach().float()
@@ -175,7 +176,7 @@ def test_merge_and_unmerge(kind, settings, bias):
 
 
 def test_an_output_gate_refuses_to_merge_and_says_what_can_be_done():
-    layer = train(make(SECURALinear))
+    layer = train(make(SECURALinear, **GATED))
     weight = layer.weight.clone()
     for call in (layer.merge, layer.to_linear):
         with pytest.raises(RuntimeError, match=r"not a linear map.*stage_m1\(\).*weight domain"):
@@ -289,8 +290,8 @@ def test_conv1d():
 
 
 class TestImportanceDecay:
-    def layer(self, ratio=0.5, edge=1.9, **settings):
-        return make(SECURALinear, importance_decay=ImportanceDecay(ratio, edge, 0.9), **settings)
+    def layer(self, ratio=0.5, edge=1.9, norm="calibrated"):
+        return make(SECURALinear, norm=norm, importance_decay=ImportanceDecay(ratio, edge, 0.9))
 
     def test_waits_for_the_gate_and_decays_the_next_step(self):
         layer = self.layer()
@@ -374,7 +375,8 @@ class TestImportanceDecay:
     (CURLoRALinear, dict(r=4, impl="fast"), ValueError, "impl='fast' is not allowed"),
     (CURLoRALinear, dict(r=4, impl="cuda"), RuntimeError, "impl='cuda' cannot run here"),
     (CURLoRALinear, dict(r=4, importance_decay=ImportanceDecay()), ValueError, "importance_decay="),
-    (SECURALinear, dict(r=4, importance_decay=True), ValueError, "importance_decay=True"),
+    (SECURALinear, dict(r=4, importance_decay=ImportanceDecay()), ValueError, "importance_decay="),
+    (SECURALinear, GATED | dict(r=4, importance_decay=True), ValueError, "importance_decay=True"),
 ])
 def test_bad_settings_change_nothing(kind, settings, error, message, monkeypatch):
     monkeypatch.setattr("secura_kernels.cuda.why_unavailable", lambda *_: "not built")
@@ -387,7 +389,7 @@ def test_bad_settings_change_nothing(kind, settings, error, message, monkeypatch
 
 
 def test_bad_bases():
-    for kind in KINDS:
+    for kind in (CURLoRALinear, SECURALinear):
         with pytest.raises(TypeError, match=r"linear is a Conv2d: it must be an nn.Linear"):
             kind.from_linear(nn.Conv2d(1, 1, 1), 1)
         with pytest.raises(ValueError, match="meta"):

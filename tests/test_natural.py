@@ -17,6 +17,8 @@ from secura_kernels.peft import SecuraConfig, save_as_lora
 from secura_kernels.retention import drift
 
 NATURAL = dict(r=4, basis="natural", variant="curlora")
+GATE_FREE = NATURAL | dict(variant="secura")
+GATED = GATE_FREE | dict(norm="calibrated")
 GENERAL = [dict(input_ids=tokens(4, 12, seed)) for seed in range(3)]
 TASK = [dict(input_ids=ids, labels=ids) for ids in (tokens(3, 10, seed) for seed in (5, 6))]
 NEXT = [dict(input_ids=ids, labels=ids) for ids in (tokens(3, 10, seed) for seed in (7, 8))]
@@ -150,8 +152,7 @@ def test_what_an_earlier_call_measured_is_joined():
     torch.testing.assert_close(direction(alone[0]), direction(apart[0]), rtol=1e-3, atol=1e-5)
 
 
-@pytest.mark.parametrize("settings", [NATURAL, NATURAL | dict(variant="secura", norm=None),
-                                      NATURAL | dict(variant="secura")], ids=str)
+@pytest.mark.parametrize("settings", [NATURAL, GATE_FREE, GATED], ids=str)
 def test_the_model_is_what_it_was_and_trains(settings):
     model = peft(llama(), **settings).train()
     with pytest.raises(RuntimeError, match=r"calibrate\(model, task=batches\)"):
@@ -185,12 +186,9 @@ def two_tasks(model):
     return move(model, seed=3)
 
 
-@pytest.mark.parametrize("variant", ["curlora", "secura"])
-def test_tasks_in_turn(variant, tmp_path):
+@pytest.mark.parametrize("settings", [NATURAL, GATE_FREE | dict(adapter_bias=False)], ids=str)
+def test_tasks_in_turn(settings, tmp_path):
     """The next basis leaves the outputs; files, merging, LoRA and drift know what came before."""
-    settings = NATURAL | dict(variant=variant, norm=None)
-    if variant == "secura":
-        settings |= dict(adapter_bias=False)
     model = two_tasks(peft(llama(), **settings))
     expected = logits(model, tokens())
     assert not torch.allclose(expected, logits(llama(), tokens()), atol=1e-2)
@@ -369,7 +367,7 @@ def test_statistics_of_another_model_are_refused():
 
 
 def test_a_gate_takes_one_task():
-    model = peft(llama(), **NATURAL | dict(variant="secura"))
+    model = peft(llama(), **GATED)
     calibrate(model, GENERAL, TASK, progress=False)
     move(model)
     with pytest.raises(RuntimeError, match="trained with a gate"):
@@ -378,7 +376,7 @@ def test_a_gate_takes_one_task():
 
 @pytest.mark.parametrize("argument", ["task", "loss"])
 def test_a_whitened_basis_has_no_task(argument):
-    model = peft(llama(), r=4, basis="whitened")
+    model = peft(llama(), **GATED | dict(basis="whitened"))
     value = TASK if argument == "task" else cross_entropy
     with pytest.raises(ValueError, match=f"{argument}=.*no layer has basis='natural'"):
         calibrate(model, GENERAL, progress=False, **{argument: value})

@@ -12,6 +12,7 @@ from peft_models import (
     CURLORA,
     GATE_FREE,
     GATED,
+    SECURA,
     assert_same_state,
     bert,
     gpt2,
@@ -36,16 +37,17 @@ from secura_kernels.peft import SecuraConfig
 @pytest.mark.parametrize("name, value, others", [
     ("variant", "lora", {}), ("variant", None, {}),
     ("r", 0, {}), ("r", 4.0, {}), ("r", True, {}),
-    ("m", 4, dict(r=4)), ("m", 6, dict(variant="curlora", r=4)),
+    ("m", 4, SECURA), ("m", 6, dict(variant="curlora", r=4)),
     ("alpha", float("nan"), {}), ("alpha", "1", {}),
     ("rank_pattern", ["q_proj"], {}), ("rank_pattern['q_proj']", -1, {}),
     ("selection", "random", {}), ("seed", -1, {}), ("basis", "qr", {}),
-    ("norm", "calibrate", {}), ("norm", dict(steep=1), {}), ("scale", 0, {}),
-    ("norm_domain", "input", {}), ("norm_domain", "weight", dict(norm=None)),
-    ("a_init", "svd", {}), ("adapter_bias", "no", {}), ("adapter_bias", True, CURLORA),
-    ("importance_decay", 0.9, {}), ("importance_decay", dict(ration=0.9), {}), ("decay", 2, {}),
-    ("importance_decay", {}, CURLORA), ("impl", "numpy", {}), ("save_projection", "no", {}),
-    ("layers_pattern", "layers", {}), ("layers_to_transform", 1, dict(target_modules=".*q_proj")),
+    ("norm", "calibrate", {}), ("norm", "auto", {}), ("norm", dict(steep=1), {}), ("scale", 0, {}),
+    ("norm_domain", "input", GATED), ("norm_domain", "weight", GATE_FREE),
+    ("a_init", "svd", SECURA), ("adapter_bias", "no", SECURA), ("adapter_bias", True, CURLORA),
+    ("importance_decay", 0.9, GATED), ("importance_decay", dict(ration=0.9), GATED),
+    ("decay", 2, GATED), ("importance_decay", {}, CURLORA), ("importance_decay", {}, GATE_FREE),
+    ("impl", "numpy", {}), ("save_projection", "no", {}), ("layers_pattern", "layers", {}),
+    ("layers_to_transform", 1, {}), ("layers_to_transform", 1, dict(target_modules=".*q_proj")),
 ], ids=lambda v: str(v)[:24])
 def test_a_bad_setting_gives_one_error_that_names_it(name, value, others):
     given = {name: value}
@@ -60,21 +62,30 @@ def test_a_bad_setting_gives_one_error_that_names_it(name, value, others):
     assert str(error.value).startswith(f"{name}=")
 
 
-def test_defaults_are_the_published_ones_of_each_variant():
-    secura, curlora = SecuraConfig(), SecuraConfig(variant="curlora")
-    assert (secura.selection, secura.norm, secura.adapter_bias) == ("lowest", "calibrated", True)
-    assert (curlora.selection, curlora.norm, curlora.adapter_bias) == ("inverted", None, False)
+def test_the_default_is_curlora_without_a_gate_on_all_linear_layers():
+    config = SecuraConfig()
+    assert (config.variant, config.norm, config.target_modules) == ("curlora", None, "all-linear")
+    assert SecuraConfig(variant="secura").norm is None
+    for kind in (CURLoRALinear, SECURALinear):
+        assert kind.from_linear(nn.Linear(8, 8), 2).norm is None
+
+
+def test_selection_and_bias_are_by_default_the_published_ones_of_each_variant():
+    secura, curlora = SecuraConfig(variant="secura"), SecuraConfig(variant="curlora")
+    assert (secura.selection, secura.adapter_bias) == ("lowest", True)
+    assert (curlora.selection, curlora.adapter_bias) == ("inverted", False)
     assert secura.peft_type == PeftType.SECURA == "SECURA"
     assert copy.deepcopy(PeftType.SECURA) is pickle.loads(pickle.dumps(PeftType.SECURA))
 
 
 @pytest.mark.parametrize("settings", [
-    {}, CURLORA, GATE_FREE,
-    dict(norm=SMagNorm(ref="max", domain="weight", detach_gate=False), m=80, alpha=0.5),
-    dict(norm="published", importance_decay=True, basis="orthonormal", seed=3),
-    dict(importance_decay=dict(ratio=0.5, edge=1.9, decay=0.5), norm_domain="weight"),
-    dict(target_modules=["a", "b"], exclude_modules="c.*", rank_pattern={"a": 3}, r=8,
-         modules_to_save=["d"], layers_to_transform=[1], layers_pattern="layers"),
+    {}, CURLORA, GATE_FREE, GATED,
+    dict(variant="secura", norm=SMagNorm(ref="max", domain="weight", detach_gate=False), m=80,
+         alpha=0.5),
+    SECURA | dict(norm="published", importance_decay=True, basis="orthonormal", seed=3),
+    GATED | dict(importance_decay=dict(ratio=0.5, edge=1.9, decay=0.5), norm_domain="weight"),
+    SECURA | dict(target_modules=["a", "b"], exclude_modules="c.*", rank_pattern={"a": 3}, r=8,
+                  modules_to_save=["d"], layers_to_transform=[1], layers_pattern="layers"),
 ], ids=lambda s: ",".join(s))
 def test_settings_pass_through_json(settings, tmp_path):
     config = SecuraConfig(**settings)
@@ -86,17 +97,24 @@ def test_settings_pass_through_json(settings, tmp_path):
 
 # Which layers.
 
+LLAMA_LINEAR = {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}
+USUAL = dict(target_modules=None)  # the model type's usual ones
+
 
 @pytest.mark.parametrize("build, settings, wanted", [
-    (llama, {}, {"q_proj", "v_proj"}),
+    (llama, {}, LLAMA_LINEAR),
+    (llama, dict(target_modules="all-linear"), LLAMA_LINEAR),
+    (llama, dict(exclude_modules=["v_proj"]), LLAMA_LINEAR - {"v_proj"}),
+    (llama, USUAL, {"q_proj", "v_proj"}),
     (llama, dict(target_modules=["k_proj"]), {"k_proj"}),
     (llama, dict(target_modules=r".*\.1\..*up_proj"), {"layers.1.mlp.up_proj"}),
-    (llama, dict(target_modules="all-linear"),
-     {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}),
-    (llama, dict(exclude_modules=["v_proj"]), {"q_proj"}),
-    (llama, dict(layers_to_transform=1, layers_pattern="layers"),
+    (llama, USUAL | dict(exclude_modules=["v_proj"]), {"q_proj"}),
+    (llama, USUAL | dict(layers_to_transform=1, layers_pattern="layers"),
      {"layers.1.self_attn.q_proj", "layers.1.self_attn.v_proj"}),
-    (gpt2, {}, {"c_attn"}), (t5, {}, {"q", "v"}), (bert, {}, {"query", "value"}),
+    (gpt2, {}, {"c_attn", "c_proj", "c_fc"}), (gpt2, USUAL, {"c_attn"}),
+    (t5, {}, {"q", "k", "v", "o", "wi", "wo"}), (t5, USUAL, {"q", "v"}),
+    (bert, dict(task_type="SEQ_CLS"), {"query", "key", "value", "dense"}),
+    (bert, USUAL, {"query", "value"}),
 ], ids=lambda v: getattr(v, "__name__", None))
 def test_which_layers_are_adapted(build, settings, wanted):
     model = get_peft_model(build(), SecuraConfig(r=4, **settings))
@@ -107,7 +125,8 @@ def test_which_layers_are_adapted(build, settings, wanted):
 
 
 def test_rank_pattern():
-    model = peft(llama(), r=4, rank_pattern={"v_proj": 2, r"layers\.1\..*q_proj": 6}, m=7)
+    pattern = {"v_proj": 2, r"layers\.1\..*q_proj": 6}
+    model = peft(llama(), rank_pattern=pattern, **GATED | dict(m=7))
     ranks = {n.split("layers.")[1]: m.secura_adapter["default"].r for n, m in layers(model).items()}
     assert ranks == {"0.self_attn.q_proj": 4, "0.self_attn.v_proj": 2, "1.self_attn.q_proj": 6,
                      "1.self_attn.v_proj": 2}
@@ -115,16 +134,17 @@ def test_rank_pattern():
 
 def test_what_cannot_be_adapted_is_refused_by_name():
     with pytest.raises(TypeError, match="target_modules matches a Embedding"):
-        peft(llama(), r=4, target_modules=["embed_tokens"])
+        peft(llama(), target_modules=["embed_tokens"], **GATED)
     with pytest.raises(ValueError, match=r"layer 'model.layers.0.self_attn.v_proj': r=20 is not"):
-        peft(llama(), r=20)  # v_proj has 16 rows
+        peft(llama(), **GATED | dict(r=20, m=None))  # v_proj has 16 rows
     with pytest.raises(ValueError, match=r"layer '0': m=30 is not allowed.*K=24"):
-        peft(mlp(), r=4, m=30)
+        peft(mlp(), **GATED | dict(m=30))
 
 
 @pytest.mark.parametrize("settings", [
-    GATED, GATE_FREE, CURLORA, dict(r=4, basis="orthonormal"), dict(r=4, norm="published"),
-    dict(r=4, norm="figure"), dict(r=4, importance_decay=True), CURLORA | dict(norm="calibrated"),
+    GATED, GATE_FREE, CURLORA, GATED | dict(m=None), SECURA | dict(norm="published"),
+    SECURA | dict(norm="figure"), GATED | dict(importance_decay=True),
+    CURLORA | dict(norm="calibrated"),
 ], ids=str)
 @pytest.mark.parametrize("build, dtype", [
     (llama, torch.float32), (llama, torch.bfloat16), (gpt2, torch.float32), (mlp, torch.float64)])
@@ -137,11 +157,11 @@ def test_an_untrained_adapter_is_the_base_to_the_bit(settings, build, dtype):
 
 
 @pytest.mark.parametrize("settings", [
-    GATED, GATE_FREE, CURLORA, dict(r=4, basis="orthonormal"), dict(r=4, norm="published"),
-    dict(r=4, norm="figure"), dict(r=4, norm_domain="weight", basis="orthonormal"),
-    dict(r=4, adapter_bias=False, a_init="truncated_svd"), dict(r=4, m=9, alpha=0.7),
-    dict(r=4, norm=dict(detach_gate=False)), CURLORA | dict(basis="orthonormal"),
-    dict(r=4, importance_decay=dict(ratio=0.0, edge=1.99, decay=0.5)),
+    GATED, GATE_FREE, CURLORA, GATED | dict(m=None), SECURA | dict(norm="published"),
+    SECURA | dict(norm="figure"), GATED | dict(norm_domain="weight"),
+    GATED | dict(adapter_bias=False, a_init="truncated_svd"), GATED | dict(m=9, alpha=0.7),
+    SECURA | dict(norm=dict(detach_gate=False)), CURLORA | dict(basis="orthonormal"),
+    GATED | dict(importance_decay=dict(ratio=0.0, edge=1.99, decay=0.5)),
 ], ids=str)
 @pytest.mark.parametrize("conv1d", [False, True], ids=["Linear", "Conv1D"])
 def test_a_layer_is_the_packages_own_layer_to_the_bit(settings, conv1d):
@@ -261,7 +281,7 @@ def test_seed_rule_and_rank_decide_the_indices():
 @pytest.mark.parametrize("copied", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))],
                          ids=["deepcopy", "pickle"])
 def test_a_copy_is_equal_and_independent(copied):
-    model = move(peft(mlp(), r=4, basis="orthonormal", importance_decay=True))
+    model = move(peft(mlp(), importance_decay=True, **GATED))
     x = torch.randn(3, 24)
     model(x).sum().backward()
     twin, expected = copied(model), logits(model, x)

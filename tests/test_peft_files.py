@@ -16,6 +16,7 @@ from peft_models import (
     CURLORA,
     GATE_FREE,
     GATED,
+    SECURA,
     assert_same_state,
     bert,
     gpt2,
@@ -35,10 +36,11 @@ from secura_kernels.peft import SecuraConfig, hotswap_adapter
 
 FILE = "adapter_model.safetensors"
 Q0 = "base_model.model.model.layers.0.self_attn.q_proj.secura_adapter."
+ORTHONORMAL = GATED | dict(basis="orthonormal")
 FORMS = [
-    GATED, GATE_FREE, CURLORA, dict(r=4, basis="orthonormal"), dict(r=4, norm="figure"),
-    dict(r=4, importance_decay=True), GATED | dict(save_projection=False),
-    dict(r=4, basis="orthonormal", save_projection=False), CURLORA | dict(basis="orthonormal"),
+    GATED, GATE_FREE, CURLORA, ORTHONORMAL, SECURA | dict(norm="figure"),
+    GATED | dict(importance_decay=True), GATED | dict(save_projection=False),
+    ORTHONORMAL | dict(save_projection=False), CURLORA | dict(basis="orthonormal"),
 ]
 
 
@@ -87,7 +89,7 @@ def test_auto_class(tmp_path):
     assert torch.equal(logits(read, tokens()), expected)
 
 
-@pytest.mark.parametrize("settings", [GATED, CURLORA, dict(r=4, basis="orthonormal"),
+@pytest.mark.parametrize("settings", [GATED, CURLORA, ORTHONORMAL,
                                       GATED | dict(importance_decay=True)], ids=str)
 def test_transformers_own_methods(settings, tmp_path):
     x, model = tokens(), llama()
@@ -137,7 +139,7 @@ def test_transformers_loading_of_stages_and_of_another_base(settings, kind, tmp_
 
 def test_transformers_loading_derives_from_the_files_indices(tmp_path):
     """A file's columns may be others than the settings choose on this base."""
-    x, model = tokens(), move(peft(llama(), r=4, basis="orthonormal"))
+    x, model = tokens(), move(peft(llama(), **ORTHONORMAL))
     for layer in layers(model).values():
         adapter = layer.secura_adapter["default"]
         adapter.cols = adapter.cols.flip(0)

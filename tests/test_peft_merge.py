@@ -11,6 +11,7 @@ from peft_models import (
     CURLORA,
     GATE_FREE,
     GATED,
+    SECURA,
     assert_same_state,
     bert,
     gpt2,
@@ -30,8 +31,8 @@ from secura_kernels.bases import BASES
 from secura_kernels.peft import SecuraConfig, save_as_lora
 
 MERGEABLE = [
-    GATE_FREE, CURLORA, dict(r=4, norm="figure"), CURLORA | dict(basis="orthonormal"),
-    dict(r=4, norm_domain="weight", basis="orthonormal", importance_decay=True),
+    GATE_FREE, CURLORA, SECURA | dict(norm="figure"), CURLORA | dict(basis="orthonormal"),
+    GATED | dict(norm_domain="weight", importance_decay=True),
 ]
 X = torch.linspace(-1, 1, 7 * 24, dtype=torch.float64).sin().view(7, 24)
 NO_BIAS = dict(adapter_bias=False)
@@ -71,7 +72,7 @@ def test_merging_in_float32_is_as_near_to_float64_as_the_layer(build, targets):
     rounding."""
     x, results = tokens(), {}
     for dtype in (torch.float32, torch.float64):
-        model = move(peft(build(dtype=dtype), target_modules=targets, norm="figure", r=4))
+        model = move(peft(build(dtype=dtype), target_modules=targets, norm="figure", **SECURA))
         results[dtype] = logits(model, x).double(), logits(model.merge_and_unload(), x).double()
     truth = results[torch.float64][0]
     unmerged, merged = ((y - truth).norm() for y in results[torch.float32])
@@ -160,8 +161,8 @@ def test_unload_gives_the_base_back():
 
 
 @pytest.mark.parametrize("settings", [
-    GATED, GATE_FREE, CURLORA, dict(r=4, basis="orthonormal"), dict(r=4, norm="published"),
-    dict(r=4, norm="figure"), dict(r=4, norm_domain="weight", basis="orthonormal"),
+    GATED, GATE_FREE, CURLORA, GATED | dict(m=None), SECURA | dict(norm="published"),
+    SECURA | dict(norm="figure"), GATED | dict(norm_domain="weight"),
     GATED | NO_BIAS, CURLORA | dict(basis="orthonormal"),
 ], ids=str)
 @pytest.mark.parametrize("kind", ["stage_m1", "stage_m2"])
@@ -269,7 +270,7 @@ def test_models_saved_as_lora(build, settings, tmp_path):
 
 
 def test_what_no_lora_equals_is_refused(tmp_path):
-    for settings in (GATED, dict(r=4, norm="figure")):
+    for settings in (GATED, SECURA | dict(norm="figure")):
         with pytest.raises(ValueError, match="cannot be saved as a LoRA: has a gate"):
             save_as_lora(move(peft(mlp(), **settings)), tmp_path / "x")
     with pytest.raises(ValueError, match="adapter_name='other' is not allowed"):

@@ -6,6 +6,7 @@ from peft_models import (
     CURLORA,
     GATE_FREE,
     GATED,
+    SECURA,
     bert,
     gpt2,
     layers,
@@ -65,9 +66,9 @@ def check(model, inputs, names):
 
 @pytest.mark.parametrize("settings", [
     (GATED,) * 3, (GATE_FREE,) * 3, (CURLORA,) * 3, (CURLORA, CURLORA | dict(seed=1), CURLORA),
-    (GATED, CURLORA, GATE_FREE), (dict(r=4, norm="published"),) * 3,
-    (dict(r=4, norm=dict(ref="max")),) * 3, (dict(r=4, norm="figure"),) * 3,
-    (dict(r=4, basis="orthonormal"),) * 3, (GATED | dict(importance_decay=True),) * 3,
+    (GATED, CURLORA, GATE_FREE), (SECURA | dict(norm="published"),) * 3,
+    (SECURA | dict(norm=dict(ref="max")),) * 3, (SECURA | dict(norm="figure"),) * 3,
+    (GATED | dict(m=None),) * 3, (GATED | dict(importance_decay=True),) * 3,
     (GATED, GATED | dict(alpha=0.5), GATED | dict(adapter_bias=False)),
     (GATED, GATED | dict(target_modules=["0"]), GATE_FREE | dict(target_modules=["2"])),
 ], ids=lambda s: "+".join(map(str, s)) if len(set(map(str, s))) > 1 else f"3 {s[0]}")
@@ -80,8 +81,8 @@ def test_each_sample_equals_its_single_run(settings):
     check(model, torch.randn(4, 24, dtype=DOUBLE), ["third", BASE, "second", "third"])
 
 
-@pytest.mark.parametrize("settings", [GATED, GATE_FREE, CURLORA, dict(r=4, norm_domain="weight")],
-                         ids=str)
+@pytest.mark.parametrize("settings", [GATED, GATE_FREE, CURLORA,
+                                      GATED | dict(norm_domain="weight")], ids=str)
 @pytest.mark.parametrize("stage", ["stage_m1", "stage_m2"])
 def test_after_stages(settings, stage):
     if "norm_domain" in settings and stage == "stage_m1":
@@ -185,7 +186,7 @@ def test_gradients_after_inference_mode():
     model(x, adapter_names=["default", "second"]).sum().backward()
 
 
-@pytest.mark.parametrize("settings", [(GATED, CURLORA), (dict(r=4, norm="figure"), GATED)])
+@pytest.mark.parametrize("settings", [(GATED, CURLORA), (SECURA | dict(norm="figure"), GATED)])
 def test_autocast(settings):
     model, x = several(mlp(), *settings), torch.randn(4, 24)
     with torch.autocast("cpu", torch.bfloat16):

@@ -19,11 +19,12 @@ from quantised import KINDS, TORCHAO, bnb_layer, dequantised, quantised, torchao
 from secura_kernels import reference
 from secura_kernels.reference.gate import decode, encode, inverse_gate
 
-FORMS = {"curlora": dict(variant="curlora"),
-         "secura": dict(m=12),
-         "orthonormal": dict(m=12, norm=None, basis="orthonormal"),
-         "weight": dict(m=12, norm_domain="weight")}
-MERGEABLE = dict(m=12, norm_domain="weight", adapter_bias=True)
+GATE_FREE = dict(variant="secura", m=12)
+GATED = GATE_FREE | dict(norm="calibrated")
+WEIGHT = GATED | dict(norm_domain="weight")
+FORMS = {"curlora": dict(variant="curlora"), "secura": GATED,
+         "orthonormal": GATE_FREE | dict(basis="orthonormal"), "weight": WEIGHT}
+MERGEABLE = WEIGHT | dict(adapter_bias=True)
 
 
 def weight_and_bias(N=64, K=96, dtype=torch.float32, seed=0):
@@ -231,7 +232,7 @@ def test_evaluation_on_a_cpu_leaves_the_weight_as_it_was(kind):
     base, _, _ = base_model(kind)
     base[0].weight.quant_state.packing_format_for_cpu = True
     with pytest.raises(TypeError, match="freshly loaded"):
-        peft(base, target_modules=["0"], r=8, m=12)
+        peft(base, target_modules=["0"], r=8, **GATED)
 
 
 def float8_weight():
@@ -276,7 +277,7 @@ REFUSED = {
 @pytest.mark.parametrize(("make", "words"), REFUSED.values(), ids=REFUSED)
 def test_refused_with_the_reason(make, words):
     with pytest.raises(TypeError, match=words):
-        peft(nn.Sequential(make()), target_modules=["0"], r=4, m=6)
+        peft(nn.Sequential(make()), target_modules=["0"], r=8, **GATED)
 
 
 @pytest.mark.parametrize("name", ["gptq", "awq", "hqq"])
@@ -288,4 +289,4 @@ def test_other_backends_of_peft_are_refused(name, monkeypatch):
     backend = HqqBackend() if name == "hqq" else ForwardOnlyQuantizationBackend(name)
     monkeypatch.setattr(ours, "resolve_quantization_backend", lambda *_, **__: backend)
     with pytest.raises(TypeError, match=f"{name}, which .* bitsandbytes"):
-        peft(nn.Sequential(nn.Linear(8, 8)), target_modules=["0"], r=4, m=6)
+        peft(nn.Sequential(nn.Linear(16, 16)), target_modules=["0"], r=8, **GATED)

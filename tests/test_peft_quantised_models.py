@@ -11,7 +11,7 @@ pytest.importorskip("transformers")
 
 from forms import relative_error
 from peft import PeftModel, prepare_model_for_kbit_training
-from peft_models import layers, logits, move, peft, tokens
+from peft_models import GATE_FREE, GATED, layers, logits, move, peft, tokens
 from quantised import KINDS, quantised, torchao_config
 from transformers import (
     AutoModelForCausalLM,
@@ -22,9 +22,7 @@ from transformers import (
 )
 
 LOADED = ("nf4", "int8", "torchao int8", "torchao float8")
-WEIGHT = dict(r=4, m=6, norm_domain="weight", adapter_bias=False)
-OUTPUT = dict(r=4, m=6)
-FREE = dict(r=4, m=6, norm=None)
+WEIGHT = GATED | dict(norm_domain="weight", adapter_bias=False)
 
 
 def quantisation(kind: str):
@@ -66,7 +64,7 @@ def test_training_with_gradient_checkpointing(kind, reentrant, folder):
     model = load(folder, kind)
     ids = tokens(4, 12)
     model = peft(prepare_model_for_kbit_training(
-        model, gradient_checkpointing_kwargs=dict(use_reentrant=reentrant)), **OUTPUT)
+        model, gradient_checkpointing_kwargs=dict(use_reentrant=reentrant)), **GATED)
     base = logits(model, ids, attention_mask=torch.ones_like(ids))
     trained = [p for p in model.parameters() if p.requires_grad]
     assert trained and all(p.dtype == torch.float32 for p in trained)
@@ -92,7 +90,7 @@ def test_checkpointing_changes_no_gradient(kind, folder):
     ids, found = tokens(3, 8), []
     for checkpointing in (False, True):
         model = move(peft(prepare_model_for_kbit_training(
-            load(folder, kind), use_gradient_checkpointing=checkpointing), **OUTPUT)).train()
+            load(folder, kind), use_gradient_checkpointing=checkpointing), **GATED)).train()
         model(ids, labels=ids).loss.backward()
         found.append({n: p.grad for n, p in model.named_parameters() if p.requires_grad})
     assert all(torch.equal(found[0][n], g) for n, g in found[1].items()) and found[1]
@@ -120,7 +118,7 @@ def test_merge_and_unload(kind, folder):
 @pytest.mark.parametrize("kind", LOADED)
 def test_file_on_the_same_base(kind, save_projection, low_cpu_mem_usage, folder, tmp_path):
     model = move(peft(load(folder, kind), save_projection=save_projection, basis="orthonormal",
-                      **OUTPUT))
+                      **GATED))
     model.save_pretrained(tmp_path)
     again = PeftModel.from_pretrained(load(folder, kind), tmp_path,
                                       low_cpu_mem_usage=low_cpu_mem_usage).eval()
@@ -132,7 +130,7 @@ def test_file_on_the_same_base(kind, save_projection, low_cpu_mem_usage, folder,
                                                ("torchao int8", None)])
 def test_file_on_another_base(first, second, folder, tmp_path):
     """With its C and R an adapter changes every base by the same delta_W; without, none."""
-    model = move(peft(load(folder, first), **FREE))
+    model = move(peft(load(folder, first), **GATE_FREE))
     model.save_pretrained(tmp_path / "with")
     again = PeftModel.from_pretrained(load(folder, second), tmp_path / "with").eval()
     for name, layer in layers(again).items():
@@ -144,13 +142,13 @@ def test_file_on_another_base(first, second, folder, tmp_path):
         assert not torch.equal(adapter.C, layer.base_matrix()[:, adapter.cols])
         assert relative_error(layer.get_delta_weight("default"),
                               before.get_delta_weight("default")) < 5e-3
-    model = peft(load(folder, first), save_projection=False, **FREE)
+    model = peft(load(folder, first), save_projection=False, **GATE_FREE)
     model.save_pretrained(tmp_path / "without")
     with pytest.raises(ValueError, match="another base"):
         PeftModel.from_pretrained(load(folder, second), tmp_path / "without")
 
 
-@pytest.mark.parametrize("form", [OUTPUT, WEIGHT], ids=["output", "weight"])
+@pytest.mark.parametrize("form", [GATED, WEIGHT], ids=["output", "weight"])
 @pytest.mark.parametrize("kind", LOADED)
 def test_each_sample_with_its_own_adapter(kind, form, folder):
     model = move(peft(load(folder, kind), **form))
@@ -170,7 +168,7 @@ def test_each_sample_with_its_own_adapter(kind, form, folder):
     assert relative_error(mixed[0], single[0]) > 2e-2
 
 
-@pytest.mark.parametrize("form", [OUTPUT, WEIGHT, FREE], ids=["output", "weight", "free"])
+@pytest.mark.parametrize("form", [GATED, WEIGHT, GATE_FREE], ids=["output", "weight", "free"])
 @pytest.mark.parametrize("kind", KINDS)
 def test_other_dtypes_than_the_bases(kind, form):
     """x in another dtype than W, a model moved to bfloat16, and autocast."""

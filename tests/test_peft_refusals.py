@@ -25,7 +25,7 @@ from secura_kernels import CURLoRALinear, SECURALinear
 from secura_kernels.peft import SecuraConfig, layer
 
 # q_proj has 32 rows and is met first, v_proj has 16.
-TOO_LARGE = dict(r=20, target_modules=QV)
+TOO_LARGE = GATED | dict(r=20, m=None, target_modules=QV)
 
 
 def everything(model):
@@ -46,12 +46,12 @@ class Interrupted(KeyboardInterrupt):
 
 @pytest.mark.parametrize("settings, error, message", [
     (TOO_LARGE, ValueError, "layer 'model.layers.0.self_attn.v_proj': r=20 is not allowed"),
-    (dict(r=4, target_modules=["q_proj", "embed_tokens"]), TypeError, "matches a Embedding"),
-    (dict(r=4, target_modules=[*QV, "norm"]), TypeError, "matches a LlamaRMSNorm"),
-    (dict(r=4, target_modules=["nowhere"]), ValueError, "not found in the base model"),
-    (dict(r=4, target_modules=QV, rank_pattern=dict(nowhere=2)), ValueError,
+    (GATED | dict(target_modules=["q_proj", "embed_tokens"]), TypeError, "matches a Embedding"),
+    (GATED | dict(target_modules=[*QV, "norm"]), TypeError, "matches a LlamaRMSNorm"),
+    (GATED | dict(target_modules=["nowhere"]), ValueError, "not found in the base model"),
+    (GATED | dict(target_modules=QV, rank_pattern=dict(nowhere=2)), ValueError,
      r"rank_pattern=\['nowhere'\] is not allowed.*'model.layers.0.self_attn.q_proj'"),
-    (dict(r=4, target_modules=QV, m=40), ValueError, "m=40 is not allowed"),
+    (GATED | dict(target_modules=QV, m=40), ValueError, "m=40 is not allowed"),
 ], ids=str)
 @pytest.mark.parametrize("how", ["get_peft_model", "transformers"])
 def test_a_refusal_leaves_the_model_as_it_was(settings, error, message, how):
@@ -90,7 +90,7 @@ def test_an_interrupt_leaves_the_model_as_it_was(monkeypatch):
 
     monkeypatch.setattr(layer, "select", interrupted)
     with pytest.raises(Interrupted):
-        peft(model, r=4)
+        peft(model, **GATED)
     assert everything(model) == before
 
 
@@ -119,7 +119,7 @@ def test_transformers_further_adapter():
 def test_all_linear_is_looked_up_again_after_a_refusal():
     """PEFT writes the names it found into the configuration; those of a refused model are not
     another's."""
-    config = SecuraConfig(r=10, target_modules="all-linear", m=11)
+    config = SecuraConfig(target_modules="all-linear", **GATED | dict(r=10, m=11))
     with pytest.raises(ValueError, match="r=10 is not allowed"):
         get_peft_model(mlp(), config)  # its last layer has 5 rows
     assert config.target_modules == "all-linear"
@@ -142,7 +142,7 @@ def test_r_is_named_where_no_m_is_possible():
     with pytest.raises(ValueError, match=message):
         SECURALinear.from_linear(linear, 8)
     with pytest.raises(ValueError, match="layer '0': " + message):
-        peft(nn.Sequential(linear), r=8, target_modules=["0"])
+        peft(nn.Sequential(linear), target_modules=["0"], **GATED | dict(r=8, m=None))
     assert CURLoRALinear.from_linear(linear, 8).r == 8
 
 
@@ -158,8 +158,8 @@ class Attends(nn.Module):
 
 def test_a_layer_that_never_runs_is_refused():
     with pytest.raises(TypeError, match=r"nn.MultiheadAttention never runs.*exclude_modules"):
-        peft(Attends(), r=4, target_modules="all-linear")
-    model = peft(Attends(), r=4, target_modules="all-linear", exclude_modules=["out_proj"])
+        peft(Attends(), target_modules="all-linear", **GATED)
+    model = peft(Attends(), target_modules="all-linear", exclude_modules=["out_proj"], **GATED)
     assert list(layers(model)) == ["base_model.model.out"]
     for kind in (CURLoRALinear, SECURALinear):
         with pytest.raises(TypeError, match=r"linear cannot be replaced: .*never runs"):
@@ -170,7 +170,7 @@ def test_the_encoder_layer_whose_fast_path_leaves_adapters_out():
     """In inference it takes linear1's weight alone, unless the fast path is off."""
     base = nn.TransformerEncoderLayer(16, 2, 24, batch_first=True, dropout=0.0).eval()
     with pytest.raises(TypeError, match=r"set_fastpath_enabled\(False\) first"):
-        peft(copy.deepcopy(base), r=4, target_modules=["linear1", "linear2"])
+        peft(copy.deepcopy(base), target_modules=["linear1", "linear2"], **GATED)
     torch.backends.mha.set_fastpath_enabled(False)
     try:
         model = peft(base, target_modules=["linear1", "linear2"], **CURLORA)

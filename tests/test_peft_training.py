@@ -8,6 +8,7 @@ from peft import LoraConfig, PeftModel, get_peft_model, prepare_model_for_kbit_t
 from peft_models import (
     CURLORA,
     GATED,
+    SECURA,
     assert_same_state,
     layers,
     llama,
@@ -22,7 +23,7 @@ from transformers import Trainer, TrainingArguments
 
 from secura_kernels.peft import SecuraConfig, hotswap_adapter
 
-FORMS = [GATED, CURLORA, dict(r=4, norm="figure", basis="orthonormal")]
+FORMS = [GATED, CURLORA, SECURA | dict(norm="figure")]
 
 
 def gradients(model, x=None):
@@ -48,7 +49,8 @@ def assert_equal(ours, theirs):
 @pytest.mark.parametrize("autocast", [True, False])
 @pytest.mark.parametrize("basis", ["raw", "orthonormal"])
 def test_a_bfloat16_model_trains_in_float32_unless_told_otherwise(autocast, basis, tmp_path):
-    config = SecuraConfig(r=8, basis=basis, target_modules=["q_proj", "down_proj"])
+    config = SecuraConfig(target_modules=["q_proj", "down_proj"],
+                          **GATED | dict(r=8, m=None, basis=basis))
     model = get_peft_model(llama(dtype=torch.bfloat16), config, autocast_adapter_dtype=autocast)
     move(model).save_pretrained(tmp_path)
     read = PeftModel.from_pretrained(llama(dtype=torch.bfloat16), tmp_path, is_trainable=True,
@@ -152,7 +154,7 @@ def compiling():
 
 
 @pytest.mark.parametrize("settings", [
-    GATED | dict(importance_decay=True), dict(r=4, norm="figure"),
+    GATED | dict(importance_decay=True), SECURA | dict(norm="figure"),
     CURLORA | dict(basis="orthonormal", target_modules=["0"])], ids=str)
 def test_compiled_without_a_graph_break(settings, compiling):
     """Two training steps' forward and backward passes, to the bit."""
@@ -231,7 +233,7 @@ def run_trainer(folder, settings, steps, resume=None):
 
 @pytest.mark.parametrize("settings", [
     GATED | dict(importance_decay=dict(ratio=0.0, edge=1.999, decay=0.5)),
-    dict(r=4, norm="figure", basis="orthonormal", modules_to_save=["lm_head"]),
+    SECURA | dict(norm="figure", modules_to_save=["lm_head"]),
 ], ids=str)
 def test_a_resumed_run_equals_an_uninterrupted_one(settings, tmp_path):
     whole = run_trainer(tmp_path / "whole", settings, 5)

@@ -40,8 +40,8 @@ def move(model, scale=0.1):
 @pytest.mark.parametrize("kind, settings", [
     (CURLoRALinear, dict(alpha=2.0)),  # raw, with duplicates among its columns and rows
     (CURLoRALinear, dict(basis="orthonormal")),
-    (SECURALinear, dict(alpha=-0.5)),
-    (SECURALinear, dict(basis="orthonormal", norm=None)),
+    (SECURALinear, dict(alpha=-0.5, norm="calibrated")),
+    (SECURALinear, dict(basis="orthonormal")),
 ])
 def test_drift_of_cur_layers_is_that_of_the_dense_change(linear, kind, settings):
     layer = move(kind.from_linear(copy.deepcopy(linear).double(), 6, **settings))
@@ -76,7 +76,7 @@ def test_drift_of_cur_layers_forms_no_dense_matrix():
                 self.numel = max(self.numel, getattr(tensor, "numel", int)())
             return out
 
-    layer = move(SECURALinear.from_linear(nn.Linear(64, 48), 4, m=6))
+    layer = move(SECURALinear.from_linear(nn.Linear(64, 48), 4, m=6, norm="calibrated"))
     with Largest() as largest:
         drift(layer)
     assert 4 * 64 <= largest.numel < 48 * 64 / 4
@@ -133,11 +133,11 @@ def test_drift_of_peft_cur_layers_sums_the_active_adapters():
     peft = pytest.importorskip("peft", reason="the layers are PEFT's")
     from secura_kernels.peft import SecuraConfig
 
-    settings = dict(target_modules=["0"], norm=None)
+    settings = dict(target_modules=["0"])
     model = peft.get_peft_model(
         nn.Sequential(nn.Linear(24, 20, dtype=torch.float64)),
         SecuraConfig(r=4, variant="curlora", alpha=2.0, **settings))
-    model.add_adapter("other", SecuraConfig(r=3, basis="orthonormal", **settings))
+    model.add_adapter("other", SecuraConfig(r=3, variant="secura", **settings))
     model.base_model.set_adapter(["default", "other"])
     move(model)
     layer = model.base_model.model[0]
@@ -154,7 +154,7 @@ def test_drift_refuses_methods_that_multiply_the_weight():
 
 
 def test_gradient_norms():
-    layer = SECURALinear.from_linear(nn.Linear(24, 20), 4)
+    layer = SECURALinear.from_linear(nn.Linear(24, 20), 4, norm="calibrated")
     assert gradient_norms(layer) == {"total": 0.0}
     layer.A.grad = torch.full_like(layer.A, 2.0)
     layer.adapter_bias.grad = torch.ones_like(layer.adapter_bias)

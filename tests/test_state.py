@@ -28,7 +28,7 @@ def model_with_layers(dtype=torch.float32, seed=0):
     torch.manual_seed(seed)
     base = Model(dtype)
     model = copy.deepcopy(base)
-    model.first = SECURALinear.from_linear(model.first, 4, basis="orthonormal",
+    model.first = SECURALinear.from_linear(model.first, 4, basis="orthonormal", norm="calibrated",
                                            importance_decay=ImportanceDecay())
     model.second = CURLoRALinear.from_linear(model.second, 5, alpha=0.5)
     for layer in (model.first, model.second):
@@ -36,17 +36,17 @@ def model_with_layers(dtype=torch.float32, seed=0):
     return base, model
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(("kind", "settings"), KINDS)
 @pytest.mark.parametrize("basis", BASES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
 @pytest.mark.parametrize("stage", STAGES)
-def test_state_dict_round_trip(kind, basis, dtype, stage, tmp_path):
-    layer = train(make(kind, dtype=dtype, basis=basis))
+def test_state_dict_round_trip(kind, settings, basis, dtype, stage, tmp_path):
+    layer = train(make(kind, dtype=dtype, basis=basis, **settings))
     if stage:
         getattr(layer, stage)()
         train(layer)
     save_file(layer.state_dict(), tmp_path / "layer.safetensors")
-    other = make(kind, dtype=dtype, basis=basis)
+    other = make(kind, dtype=dtype, basis=basis, **settings)
     other.load_state_dict(load_file(tmp_path / "layer.safetensors"))
     x = torch.randn(3, 24).to(dtype)
     assert torch.equal(other(x), layer(x))
@@ -56,7 +56,7 @@ def test_state_dict_round_trip(kind, basis, dtype, stage, tmp_path):
         train(each, x=x)
     assert torch.equal(other(x), layer(x))
     for fresh_stage in STAGES[1:]:
-        third = make(kind, dtype=dtype, basis=basis)
+        third = make(kind, dtype=dtype, basis=basis, **settings)
         getattr(third, fresh_stage)()
         third.load_state_dict(layer.state_dict())
         assert torch.equal(third(x), layer(x))

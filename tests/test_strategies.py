@@ -286,7 +286,7 @@ def test_ilora_evaluates_its_slow_weights_and_restores_the_fast_ones():
 def test_strategies_train_this_packages_layers():
     torch.manual_seed(0)
     model = nn.Sequential(CURLoRALinear.from_linear(nn.Linear(6, 12), r=3), nn.Tanh(),
-                          SECURALinear.from_linear(nn.Linear(12, 2), r=2, m=4))
+                          SECURALinear.from_linear(nn.Linear(12, 2), r=2, m=4, norm="calibrated"))
     tasks = [[{k: v.float() for k, v in batch.items()} for batch in task] for task in two_tasks()]
     optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
     ewc, ilora = EWC(1.0, forward=regression), ILoRA(0.9, forward=regression)

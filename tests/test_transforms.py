@@ -13,6 +13,7 @@ from secura_kernels.peft import SecuraConfig
 from secura_kernels.update import cur_mixed
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*boxed.*")
+GATED = dict(norm="calibrated")
 
 
 def gradients(function, c, dy):
@@ -55,7 +56,7 @@ def test_compiled_backward_is_one_op():
 @pytest.mark.parametrize("kind", [CURLoRALinear, SECURALinear])
 @pytest.mark.parametrize("basis", ["raw", "orthonormal"])
 def test_compile_a_layer(kind, basis):
-    settings = {} if kind is CURLoRALinear else dict(importance_decay=ImportanceDecay())
+    settings = {} if kind is CURLoRALinear else GATED | dict(importance_decay=ImportanceDecay())
     layer = kind.from_linear(nn.Linear(24, 20), 4, basis=basis, **settings)
     with torch.no_grad():
         layer.core_parameter().normal_()
@@ -174,7 +175,7 @@ def test_forward_mode_of_a_mixed_batch(norm):
 
 def test_forward_mode_counts_nothing():
     """Of a layer, through its parameters; a training layer's count cannot be taken."""
-    layer = SECURALinear.from_linear(nn.Linear(6, 5).double(), 2,
+    layer = SECURALinear.from_linear(nn.Linear(6, 5).double(), 2, **GATED,
                                      importance_decay=ImportanceDecay())
     with torch.no_grad():
         layer.B.normal_()
@@ -193,10 +194,10 @@ def test_forward_mode_counts_nothing():
 
 @pytest.mark.parametrize("stage", [None, "stage_m1", "stage_m2"])
 @pytest.mark.parametrize("strict", [False, True])
-@pytest.mark.parametrize("kind", [CURLoRALinear, SECURALinear])
-def test_export_of_a_layer_alone(kind, stage, strict):
+@pytest.mark.parametrize("kind, settings", [(CURLoRALinear, {}), (SECURALinear, GATED)])
+def test_export_of_a_layer_alone(kind, settings, stage, strict):
     """As the root module: torch numbers the buffers of that one as if none were None."""
-    layer = kind.from_linear(nn.Linear(24, 20), 4)
+    layer = kind.from_linear(nn.Linear(24, 20), 4, **settings)
     for _ in range(2 if stage else 1):
         with torch.no_grad():
             layer.core_parameter().normal_()
@@ -206,16 +207,17 @@ def test_export_of_a_layer_alone(kind, stage, strict):
     exported = torch.export.export(layer.eval(), (x,), strict=strict)
     assert torch.equal(exported.module()(x), layer(x))
     model = get_peft_model(nn.Sequential(nn.Linear(24, 20)), SecuraConfig(
-        r=4, target_modules=["0"], variant="curlora" if kind is CURLoRALinear else "secura"))
+        r=4, target_modules=["0"], variant="curlora" if kind is CURLoRALinear else "secura",
+        **settings))
     inner = model.base_model.model[0].eval()
     exported = torch.export.export(inner, (x,), strict=strict)
     assert torch.equal(exported.module()(x), inner(x))
 
 
 def test_jit_script_is_refused_in_a_sentence():
-    layer = SECURALinear.from_linear(nn.Linear(24, 20), 4)
+    layer = SECURALinear.from_linear(nn.Linear(24, 20), 4, **GATED)
     model = get_peft_model(nn.Sequential(nn.Linear(24, 20)), SecuraConfig(
-        r=4, target_modules=["0"]))
+        r=4, target_modules=["0"], variant="secura", **GATED))
     for module in (layer, nn.Sequential(layer), model.base_model.model):
         with pytest.raises(TypeError, match=r"torch.jit.script cannot compile .*torch.export"):
             torch.jit.script(module)

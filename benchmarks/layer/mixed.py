@@ -45,7 +45,7 @@ def main() -> None:
 def methods(r: int) -> dict[str, PeftConfig]:
     common = dict(r=r, target_modules=["0"])
     return {"CURLoRA": SecuraConfig(variant="curlora", basis="raw", **common),
-            "SECURA": SecuraConfig(basis="raw", **common),
+            "SECURA": SecuraConfig(variant="secura", basis="raw", norm="calibrated", **common),
             "LoRA (PEFT)": LoraConfig(lora_alpha=r, **common)}
 
 

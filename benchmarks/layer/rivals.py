@@ -58,7 +58,7 @@ def rivals(linear: nn.Linear, r: int, *, compiled: bool) -> tuple[dict[str, Riva
     found = {"frozen": Rival(copy.deepcopy(linear).requires_grad_(False))}
     missing = []
     forms = {"CURLoRA": (CURLoRALinear, {}),
-             "SECURA": (SECURALinear, dict(m=_m(linear, r), adapter_bias=False)),
+             "SECURA": (SECURALinear, dict(m=_m(linear, r), adapter_bias=False, norm=SMagNorm())),
              "SECURA, weight domain": (SECURALinear, dict(m=_m(linear, r), adapter_bias=False,
                                                           norm=SMagNorm(domain="weight")))}
     for form, (kind, settings) in forms.items():

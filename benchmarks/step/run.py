@@ -65,7 +65,9 @@ def adapt(model: nn.Module, method: str, r: int) -> nn.Module:
 
     model.requires_grad_(False)
     kind = SECURALinear if method == "SECURA" else CURLoRALinear
-    settings = dict(m=r + r // 3, selection="lowest") if method == "SECURA" else {}
+    settings = {}
+    if method == "SECURA":
+        settings = dict(m=r + r // 3, selection="lowest", norm="calibrated")
     for name, layer in list(model.named_modules()):
         if isinstance(layer, nn.Linear) and not name.endswith("lm_head"):
             model.set_submodule(name, kind.from_linear(layer, r, **settings))

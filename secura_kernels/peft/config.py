@@ -35,14 +35,14 @@ class SecuraConfig(PeftConfig):
     """Settings for ``get_peft_model(model, SecuraConfig(...))``.
 
     Args:
-        variant: ``"secura"`` (core = A^T B^T, a gate, a bias; arXiv 2502.18168) or ``"curlora"``
-            (core = U, no gate, no bias; arXiv 2408.14572).
+        variant: ``"curlora"`` (core = U; arXiv 2408.14572) or ``"secura"`` (core = A^T B^T, a bias;
+            arXiv 2502.18168, whose gate is ``norm="published"``).
         r: columns and rows of W chosen in each layer; at most min(N, K).
         m: inner size of SECURA's A (m, r), B (r, m), r < m <= K; None: a third more than r.
         alpha: scale of the change.
-        target_modules: names, a regular expression, or ``"all-linear"``; None: the model type's
-            usual ones. exclude_modules, layers_to_transform, layers_pattern, modules_to_save: as
-            in PEFT's ``LoraConfig``.
+        target_modules: ``"all-linear"``, which forgets least, names, or a regular expression; None:
+            the model type's usual ones. exclude_modules, layers_to_transform (with names in a
+            list), layers_pattern, modules_to_save: as in PEFT's ``LoraConfig``.
         rank_pattern: r of single layers, by a layer's name or a regular expression.
         selection: ``"lowest"`` (SECURA's default), ``"inverted"`` (CURLoRA's) or ``"highest"``.
         seed: of ``"inverted"``, together with the layer's name: two adapters of one seed, rule and
@@ -53,8 +53,8 @@ class SecuraConfig(PeftConfig):
             which a task is learned most for what general text needs, after
             ``calibrate(model, task=batches)``; or ``"raw"`` as published, which is far worse
             conditioned.
-        norm: ``"auto"`` (SECURA ``"calibrated"``, CURLoRA none), a preset's name, a dict of
-            ``SMagNorm``'s fields, or None for no gate.
+        norm: None for no gate, which forgets less than one; a preset's name, or a dict of
+            ``SMagNorm``'s fields.
         norm_domain: ``"output"`` or ``"weight"``; None: the one of ``norm``.
         a_init: start of SECURA's A, ``"published"`` or ``"truncated_svd"``.
         adapter_bias: train a bias that is part of the change; None: SECURA's only, as published.
@@ -78,11 +78,11 @@ class SecuraConfig(PeftConfig):
     force = False
     from_file = False
 
-    variant: str = "secura"
+    variant: str = "curlora"
     r: int = 64
     m: int | None = None
     alpha: float = 1.0
-    target_modules: list[str] | str | None = None
+    target_modules: list[str] | str | None = "all-linear"
     exclude_modules: list[str] | str | None = None
     layers_to_transform: list[int] | int | None = None
     layers_pattern: list[str] | str | None = None
@@ -91,7 +91,7 @@ class SecuraConfig(PeftConfig):
     selection: str | None = None
     seed: int = 0
     basis: str = "orthonormal"
-    norm: str | dict | None = "auto"
+    norm: str | dict | None = None
     norm_domain: str | None = None
     a_init: str = "published"
     adapter_bias: bool | None = None
@@ -134,8 +134,6 @@ class SecuraConfig(PeftConfig):
         check_choice("adapter_bias", self.adapter_bias, (None, True, False))
         if self.adapter_bias and not secura:
             raise fail("adapter_bias", self.adapter_bias, "False with variant='curlora'")
-        if self.norm == "auto":
-            self.norm = "calibrated" if secura else None
         if isinstance(self.norm, SMagNorm):
             self.norm = self.norm.to_dict()
         self.norm_settings()
@@ -152,7 +150,8 @@ class SecuraConfig(PeftConfig):
             raise fail("layers_pattern", self.layers_pattern, "None without layers_to_transform")
         if isinstance(self.target_modules, str) and self.layers_to_transform is not None:
             raise fail("layers_to_transform", self.layers_to_transform,
-                       "None with target_modules as a string, which PEFT matches alone")
+                       "None with target_modules as a string, as 'all-linear' by default, which "
+                       "PEFT matches alone: name the modules in a list")
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike,

@@ -13,21 +13,23 @@ RANDOM_STD = 0.5
 class SecuraCase(SecuraConfig):
     """Our configuration with ``init_weights``, which PEFT's tests pass to every method: False asks
     for an adapter that changes the outputs. Ours has no such setting: random values are written
-    into the new adapter. Files hold a plain ``SecuraConfig``."""
+    into the new adapter. By default it is SECURA with a gate, of which there is the most to get
+    wrong. Files hold a plain ``SecuraConfig``."""
 
-    def __init__(self, *args, init_weights: bool = True, **kwargs) -> None:
-        super().__init__(*args, **kwargs)
+    def __init__(self, *args, init_weights: bool = True, variant: str = "secura",
+                 norm: str | dict | None = "calibrated", **kwargs) -> None:
+        super().__init__(*args, variant=variant, norm=norm, **kwargs)
         self.init_weights = init_weights
 
 
 class AsLora(SecuraCase):
     """Takes the place of ``LoraConfig`` in tests that know LoRA only. It too trains two matrices,
-    without a bias or a gate."""
+    without a bias or a gate, by default of the layers that are usual for the model's type."""
 
     def __init__(self, *args, r: int = 1, init_lora_weights: bool = True, lora_alpha: float = 1.0,
-                 **kwargs) -> None:
+                 target_modules: list[str] | str | None = None, **kwargs) -> None:
         super().__init__(*args, r=min(r, 2), alpha=lora_alpha, norm=None, adapter_bias=False,
-                         init_weights=init_lora_weights, **kwargs)
+                         target_modules=target_modules, init_weights=init_lora_weights, **kwargs)
 
 
 def randomise_where_asked() -> None:
@@ -44,11 +46,12 @@ def randomise_where_asked() -> None:
     SecuraLinear.update_layer = updated
 
 
+CURLORA = dict(variant="curlora", norm=None)
 VARIANTS = {
     "plain": dict(norm=None),
     "gate on outputs": dict(norm="calibrated"),
     "gate on the weight": dict(norm_domain="weight"),
-    "CURLoRA": dict(variant="curlora"),
+    "CURLoRA": CURLORA,
 }
 # Layers: lin0 is 10 -> 20, lin1 20 -> 2; of EmbConv1D conv1d is 5 -> 1 and lin0 10 -> 2.
 MLP = {
@@ -65,25 +68,25 @@ MORE = [
         norm=None, target_modules=["lin0", "lin1"], modules_to_save=["lin1"])),
     ("gate on outputs with modules_to_save", "MLP", dict(
         target_modules=["lin0"], modules_to_save=["lin1"])),
-    ("CURLoRA with modules_to_save", "MLP", dict(
-        variant="curlora", target_modules=["lin0"], modules_to_save=["lin1"])),
+    ("CURLoRA with modules_to_save", "MLP", CURLORA | dict(
+        target_modules=["lin0"], modules_to_save=["lin1"])),
     ("plain raw", "MLP", dict(norm=None, basis="raw", target_modules=["lin0"])),
-    ("CURLoRA raw", "MLP", dict(variant="curlora", basis="raw", target_modules=["lin0"], alpha=9.)),
+    ("CURLoRA raw", "MLP", CURLORA | dict(basis="raw", target_modules=["lin0"], alpha=9.)),
     ("plain without a bias", "MLP", dict(
         norm=None, adapter_bias=False, target_modules=["lin0"], m=7)),
     ("plain truncated_svd", "MLP", dict(
         norm=None, a_init="truncated_svd", target_modules=["lin0", "lin1"])),
     ("plain without projection", "MLP", dict(
         norm=None, save_projection=False, target_modules=["lin0", "lin1"])),
-    ("CURLoRA without projection", "MLP", dict(
-        variant="curlora", save_projection=False, target_modules=["lin0"])),
+    ("CURLoRA without projection", "MLP", CURLORA | dict(
+        save_projection=False, target_modules=["lin0"])),
     ("plain rank_pattern", "MLP", dict(
         norm=None, target_modules=["lin0", "lin1"], rank_pattern={"lin0": 5})),
     ("gate on outputs with decay", "MLP", dict(target_modules=["lin0"], importance_decay=True)),
     ("plain normed MLP", "MLP_LayerNorm", dict(norm=None, target_modules=["lin0", "lin1"])),
     ("plain conv1d", "EmbConv1D", dict(norm=None, target_modules=["conv1d"], r=1)),
     ("plain [conv1d, lin0]", "EmbConv1D", dict(norm=None, target_modules=["conv1d", "lin0"], r=1)),
-    ("CURLoRA conv1d", "EmbConv1D", dict(variant="curlora", target_modules=["conv1d"], r=1)),
+    ("CURLoRA conv1d", "EmbConv1D", CURLORA | dict(target_modules=["conv1d"], r=1)),
     ("gate on the weight conv1d", "EmbConv1D", dict(
         norm_domain="weight", target_modules=["conv1d"], r=1)),
     ("plain beside a Conv2d", "Conv2d", dict(norm=None, target_modules=["lin0"])),
@@ -122,7 +125,9 @@ MIXED_CONV1D_AND_MODULES_TO_SAVE = _mixed(
 
 TARGETED_TWICE = [(SecuraCase, {"target_modules": "l1.*", "r": 2})]
 
-CONFIGS = [(SecuraConfig, {}), (SecuraConfig, {"variant": "curlora"})]
+# "all-linear", the default, takes no layers_to_transform.
+CONFIGS = [(SecuraConfig, settings | {"target_modules": None})
+           for settings in (CURLORA, {"variant": "secura", "norm": "calibrated"})]
 
 
 def models(task: str) -> list:

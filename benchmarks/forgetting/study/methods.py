@@ -87,9 +87,9 @@ def lora(name: str, family: str = "methods", rate: float = 3e-3, every_layer: bo
 def secura(name: str, family: str = "methods", rate: float = 6e-3, stage: str | None = None,
            every_layer: bool = False, metric: dict | None = None, keeps_tasks: bool = False,
            **settings) -> Method:
-    return Method(name, ADAPTER, up_to(rate), dict(r=64, basis="orthonormal") | settings,
-                  metric=metric or {}, keeps_tasks=keeps_tasks, stage=stage, family=family,
-                  every_layer=every_layer)
+    default = dict(variant="secura", r=64, basis="orthonormal", norm="calibrated")
+    return Method(name, ADAPTER, up_to(rate), default | settings, metric=metric or {},
+                  keeps_tasks=keeps_tasks, stage=stage, family=family, every_layer=every_layer)
 
 
 def natural(name: str, **metric) -> Method:
@@ -98,7 +98,7 @@ def natural(name: str, **metric) -> Method:
 
 
 def curlora(name: str, family: str = "methods", rate: float = 2e-2, **settings) -> Method:
-    return secura(name, family, rate, variant="curlora", **settings)
+    return secura(name, family, rate, variant="curlora", norm=None, **settings)
 
 
 SELECTION, GATE = "CURLoRA: basis, rank, selection", "SECURA: gate"
