@@ -263,6 +263,33 @@ def test_prediction_and_measurement_are_drawn(two_domains, monkeypatch, capsys):
     assert [row["step"] for row in rows] == [3, 6] and rows[0]["size"] < rows[1]["size"]
 
 
+def test_ways_of_measuring_are_compared_at_equal_learning(two_domains, monkeypatch, capsys):
+    sys.path.insert(0, str(Path(causal_model.__file__).parents[1]))
+    import metric
+
+    monkeypatch.setattr(metric, "STEPS", 4)
+    out, ways = two_domains / "metric", {"damping 1", metric.DEFAULT}
+    monkeypatch.setattr(sys, "argv", ["metric.py", "--model", str(two_domains), "--way", *ways,
+                                      "--out", str(out)])
+    metric.main()
+    assert (out / "metric.md").read_text().strip() == capsys.readouterr().out.strip()
+    records = json.loads((out / "metric.json").read_text())["records"]
+    assert [r["way"] for r in records.values()].count(metric.DEFAULT) == len(metric.RATES)
+    assert {r["way"] for r in records.values()} == ways
+    monkeypatch.setattr(metric.Trials, "run", None)  # goes on where it stopped
+    metric.main()
+
+
+def test_a_place_on_a_curve():
+    sys.path.insert(0, str(Path(causal_model.__file__).parents[1]))
+    import metric
+
+    curve = [(10.0, 0.8, 0.04), (20.0, 0.9, 0.01), (40.0, 1.0, 0.001)]
+    agreement, kl = metric.on_curve(curve, 200**0.5)  # half way in nats
+    assert (agreement, kl) == (pytest.approx(0.85), pytest.approx(0.02))
+    assert metric.on_curve(curve, 41) is None
+
+
 def test_unknown_names_are_named(language_folder, encoder_folder):
     with pytest.raises(ValueError, match="subject='other'"):
         subjects.load("other", Setup())

@@ -1,0 +1,131 @@
+r"""What of the natural basis's metric does the work? One task, one seed, validation data.
+
+    python benchmarks/forgetting/metric.py     # SmolLM2 on a CPU: an hour; goes on where it stopped
+
+SmolLM2 learns Shakespeare for 24 steps between natural bases that were calibrated in one way or
+another. The default is run at three rates, which give a curve of what is kept against what is
+learned; each other way at one rate, beside that curve at equal learning.
+"""
+
+import argparse
+import itertools
+import math
+import statistics
+from pathlib import Path
+from unittest import mock
+
+import torch
+from study import subjects
+from study.language_retention import Reference, base_reference
+from study.language_subject import GRADIENT_BATCHES, Language
+from study.methods import METHODS
+from study.protocol import make_strategy, train
+from study.records import Records
+from study.report import table
+from study.search import SEQUENTIAL
+from study.setup import Setup
+
+from secura_kernels import calibrate
+from secura_kernels.calibration import Calibration, natural
+from secura_kernels.own_text import own_text
+
+RESULTS = Path(__file__).parents[1] / "results" / "forgetting"
+METHOD = METHODS["CURLoRA, every layer, natural"]
+STEPS, RATES, RATE, TOKENS = 24, (2.3e-3, 4e-3, 7e-3), 4e-3, 4096
+DEFAULT = "default"
+WAYS = {  # "batches", "oversampling", "tokens" are of this file, the others of ``calibrate``
+    DEFAULT: {},
+    "exact moments": dict(rank=1536),
+    "diagonal moments": dict(rank=0),
+    "damping 0.03": dict(damping=0.03),
+    "damping 0.3": dict(damping=0.3),
+    "damping 1": dict(damping=1.0),
+    "gradient of all 24 batches": dict(batches=STEPS),
+    "range finder of 128 more directions": dict(oversampling=128),
+    "16,384 tokens of general text": dict(tokens=4 * TOKENS),
+}
+
+
+class Trials:
+    """Runs on one subject; what general text says is measured once for each size of the sums."""
+
+    def __init__(self, subject: Language, reference: Reference) -> None:
+        self.subject, self.reference = subject, reference
+        self.kept: dict[tuple, Calibration] = {}
+
+    def run(self, rate: float, batches: int = GRADIENT_BATCHES,
+            oversampling: int = natural.OVERSAMPLING, tokens: int = TOKENS, **settings) -> dict:
+        subject, task = self.subject, self.subject.tasks[0]
+        torch.manual_seed(0)
+        model, all_batches = subject.model(METHOD, 0), subject.batches(task, STEPS, 0)
+        key = (tokens, settings.get("rank"))
+        keep = self.kept.get(key)
+        with mock.patch.object(natural, "OVERSAMPLING", oversampling):
+            self.kept[key] = calibrate(model, None if keep else self.text(tokens),
+                                       all_batches[:batches], keep=keep, progress=False, **settings)
+        strategy = make_strategy(SEQUENTIAL, subject, STEPS)
+        if not train(model, subject, strategy, all_batches, rate, lambda: None):
+            return dict(rate=rate, diverged=True)
+        measured = self.reference.measure(model)
+        return dict(rate=rate, diverged=False,
+                    perplexity=math.exp(-subject.learned(model, task, "validation")),
+                    **{kind: statistics.mean(v for k, v in measured.items() if k.endswith(kind))
+                       for kind in ("agreement", "kl")})
+
+    def text(self, tokens: int) -> list[dict]:
+        if tokens == TOKENS:
+            return self.subject.general_text()
+        return list(own_text(self.subject.base, tokens, tokenizer=self.subject.tokenizer, seed=1,
+                             progress=False))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", metavar="FOLDER", help="another than SmolLM2")
+    parser.add_argument("--way", nargs="+", choices=WAYS, default=list(WAYS), metavar="WAY",
+                        help="; ".join(WAYS))
+    parser.add_argument("--out", type=Path, default=RESULTS,
+                        help="folder of metric.json and metric.md")
+    options = parser.parse_args()
+    subject = subjects.load("language", Setup(precision="float32", model=options.model))
+    records = Records(options.out / "metric.json", dict(subject=subject.identity, steps=STEPS), {})
+    trials = Trials(subject, base_reference(subject.base, subject.tokenizer, "validation"))
+    for way in options.way:
+        for rate in RATES if way == DEFAULT else (RATE,):
+            key = f"{way}, {rate:g}"
+            if key not in records.by_key:
+                records.add(key, dict(way=way) | trials.run(rate, **WAYS[way]))
+    text = report(list(records.by_key.values()))
+    (options.out / "metric.md").write_text(text + "\n")
+    print(text)
+
+
+def report(records: list[dict]) -> str:
+    """A table; beside each way what the default keeps at equal learning, where its curve goes."""
+    records = [record for record in records if not record["diverged"]]
+    curve = sorted((r["perplexity"], r["agreement"], r["kl"]) for r in records
+                   if r["way"] == DEFAULT)
+    rows = []
+    for r in records:
+        beside = None if r["way"] == DEFAULT else on_curve(curve, r["perplexity"])
+        rows.append([r["way"], f"{r['rate']:g}", f"{r['perplexity']:.1f}", f"{r['agreement']:.3f}",
+                     f"{r['kl']:.4f}", *(("", "") if beside is None else
+                                         (f"{beside[0]:.3f}", f"{beside[1]:.4f}"))])
+    return table(["way", "rate", "perplexity", "agreement", "KL", "default's agreement there",
+                  "default's KL there"], rows)
+
+
+def on_curve(curve: list[tuple[float, float, float]], perplexity: float
+             ) -> tuple[float, float] | None:
+    """Agreement and KL at a perplexity, between neighbours: straight in nats, KL in its log."""
+    for (low, *kept), (high, *more) in itertools.pairwise(curve):
+        if low <= perplexity <= high:
+            part = math.log(perplexity / low) / math.log(high / low)
+            return (kept[0] + part * (more[0] - kept[0]),
+                    kept[1] * (more[1] / kept[1]) ** part)
+    return None
+
+
+if __name__ == "__main__":
+    main()
