@@ -7,7 +7,7 @@ TORCH = $(if $(shell command -v nvidia-smi 2>/dev/null),torch,torch==2.13.0)
 help:  ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## /make \1\t/p' $(MAKEFILE_LIST)
 
-finetune: .venv/ready  ## the main job: fine-tune SmolLM2 by SECURA, CURLoRA, LoRA and DoRA
+finetune: .venv/ready  ## the main job: fine-tune SmolLM2 in this form, as published, by LoRA, DoRA, in full
 	$(BIN)/python examples/finetune.py $(ARGS)
 
 test: .venv/ready  ## run the tests

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from settings import HELD_OUT, METHODS, SIZES, InputError
 
+ALL_LINEAR = ("all-linear",)
 PACKAGES = ("torch", "transformers", "safetensors", "rich", "matplotlib")
 
 
@@ -26,8 +27,9 @@ def parse(description: str) -> tuple[argparse.Namespace, Parser]:
         allow_abbrev=False,
     )
     what = parser.add_argument_group("what to run").add_mutually_exclusive_group()
-    what.add_argument("--method", choices=METHODS, help="fine-tune by this method alone")
-    what.add_argument("--compare", action="store_true", help="all four, on the same batches")
+    labels = "; ".join(f"{name}: {method.label}" for name, method in METHODS.items())
+    what.add_argument("--method", choices=METHODS, help=f"fine-tune by one alone ({labels})")
+    what.add_argument("--compare", action="store_true", help="all of them, on the same batches")
     add = parser.add_argument
     add("--quick", action="store_true", help="small sizes: minutes on two cores "
         "(also the default without --method or --compare)")
@@ -46,8 +48,8 @@ def parse(description: str) -> tuple[argparse.Namespace, Parser]:
         sizes = ", ".join(f"{size}: {values[name]}" for size, values in SIZES.items())
         add(f"--{name.replace('_', '-')}", type=number(int, 2) if name == "seq_len" else count,
             metavar="N", help=f"{what_it_is} ({sizes})")
-    add("--targets", type=names, default=("q_proj", "k_proj", "v_proj"), metavar="NAMES",
-        help="last names of the linear layers to adapt (q_proj,k_proj,v_proj)")
+    add("--targets", type=names, default=ALL_LINEAR, metavar="NAMES",
+        help="last names of the layers to train, as q_proj,v_proj (all-linear: all but the head)")
     add("--lr", type=rate, help="peak learning rate; needs --method (each method has its own)")
     add("--schedule", choices=("cosine", "constant"), default="cosine", help="after warmup")
     add("--warmup", type=number(float, 0, 1), default=0.1, help="part of the steps (%(default)s)")
@@ -58,12 +60,14 @@ def parse(description: str) -> tuple[argparse.Namespace, Parser]:
     add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="auto: a GPU if any")
 
     add = parser.add_argument_group("ranks").add_argument
+    ranks = {name: method.options.get("r") for name, method in METHODS.items()}
+    chosen = ", ".join(f"{name}: {ranks[name]}" for name in ("natural", "curlora", "secura"))
     add("--cur-rank", type=count, metavar="N",
-        help=f"r of SECURA and CURLoRA: rows and columns chosen ({METHODS['secura'].options['r']})")
+        help=f"r of C and R: rows and columns chosen, or directions ({chosen})")
     add("--inner-rank", type=count, metavar="N",
         help=f"m of SECURA's A and B, above r ({METHODS['secura'].options['m']})")
     add("--lora-rank", type=count, metavar="N",
-        help=f"r of LoRA and DoRA, and their lora_alpha ({METHODS['lora'].options['r']})")
+        help=f"r of LoRA and DoRA, and their lora_alpha ({ranks['lora']})")
 
     arguments = parser.parse_args()
     if arguments.lr and not arguments.method:
@@ -145,7 +149,7 @@ def method_options(method: str, arguments: argparse.Namespace) -> dict:
     if "lora_alpha" in options:
         if arguments.lora_rank:
             options |= {"r": arguments.lora_rank, "lora_alpha": arguments.lora_rank}
-    elif arguments.cur_rank:
+    elif "r" in options and arguments.cur_rank:
         options["r"] = arguments.cur_rank
     if "m" in options and arguments.inner_rank:
         options["m"] = arguments.inner_rank

@@ -1,4 +1,4 @@
-"""What is measured beside the loss: perplexity, memory, what backward needs, the machine."""
+"""What is measured beside the loss: predictions, memory, what backward needs, the machine."""
 
 import math
 import os
@@ -13,16 +13,21 @@ from torch import Tensor, nn
 
 
 @torch.no_grad()
-def perplexity(model: nn.Module, windows: Tensor, batch_size: int) -> float:
-    """exp of the mean next-token loss over `windows` (windows, seq_len), in evaluation mode."""
+def evaluate(model: nn.Module, windows: Tensor, batch_size: int) -> tuple[float, Tensor]:
+    """What `model` says of `windows` (windows, seq_len), in evaluation mode.
+
+    Returns exp of the mean next-token loss, and the likeliest next token at each place, int32.
+    """
     was_training = model.training
     model.eval()
-    total = 0.0
+    total, likeliest = 0.0, []
     for batch in windows.split(batch_size):
         batch = batch.to(next(model.parameters()).device)
-        total += model(input_ids=batch, labels=batch, use_cache=False).loss.item() * len(batch)
+        out = model(input_ids=batch, labels=batch, use_cache=False)
+        total += out.loss.item() * len(batch)
+        likeliest.append(out.logits.argmax(-1).int().cpu())
     model.train(was_training)
-    return math.exp(total / len(windows))
+    return math.exp(total / len(windows)), torch.cat(likeliest)
 
 
 @contextmanager

@@ -1,15 +1,28 @@
-"""The four methods: attach one to a model, save what it trained, load that into a fresh model."""
+"""The methods: attach one to a model, save what it trained, load that into a fresh model."""
 
 from pathlib import Path
 
 import torch
+from safetensors.torch import load_file, save_file
 from settings import METHODS, Job
-from torch import nn
+from torch import Tensor, nn
+
+WEIGHTS = "adapter.safetensors"
+OWN_TOKENS = 1024  # which the model writes to show what it is to keep
+TASK_BATCHES = 6  # whose gradient shows in which directions the task is learned
 
 
-def attach(model: nn.Module, job: Job) -> nn.Module:
-    """Freeze `model` and put `job.method` on its targets; return the model to train."""
+def attach(model: nn.Module, job: Job, batches: list[Tensor]) -> nn.Module:
+    """Freeze `model` and put `job.method` on its targets; return the model to train.
+
+    batches: those it will be trained on.
+    """
     model.requires_grad_(False)
+    targets = target_layers(model, job.targets)
+    if METHODS[job.method].package == "torch":
+        for linear in targets.values():
+            linear.weight.requires_grad_(True)
+        return model
     if METHODS[job.method].package == "peft":
         from peft import LoraConfig, get_peft_model
 
@@ -18,25 +31,43 @@ def attach(model: nn.Module, job: Job) -> nn.Module:
 
     from secura_kernels import CURLoRALinear, SECURALinear
 
-    layer = {"secura": SECURALinear, "curlora": CURLoRALinear}[job.method]
+    layer = SECURALinear if job.method == "secura" else CURLoRALinear
     generator = torch.Generator().manual_seed(job.seed)
-    for name, linear in target_layers(model, job.targets).items():
+    for name, linear in targets.items():
         model.set_submodule(name, layer.from_linear(linear, generator=generator, **job.options))
+    if job.method == "natural":
+        calibrate_bases(model, job, batches[:TASK_BATCHES])
     return model
+
+
+def calibrate_bases(model: nn.Module, job: Job, batches: list[Tensor]) -> None:
+    """Measure what `model` is to keep, on text that it writes itself, and what it is to learn."""
+    from transformers import AutoTokenizer
+
+    from secura_kernels import calibrate
+
+    calibrate(model, tokenizer=AutoTokenizer.from_pretrained(job.model), tokens=OWN_TOKENS,
+              task=[{"input_ids": ids, "labels": ids} for ids in batches], seed=job.seed)
 
 
 def save(model: nn.Module, method: str, folder: Path) -> None:
     """Write only what was trained into `folder`."""
-    if METHODS[method].package == "peft":
+    if METHODS[method].package == "torch":
+        trained = {name: p.data for name, p in model.named_parameters() if p.requires_grad}
+        save_file(trained, folder / WEIGHTS)
+    elif METHODS[method].package == "peft":
         model.save_pretrained(folder)
     else:
         from secura_kernels import save_adapter
 
-        save_adapter(model, folder / "adapter.safetensors")
+        save_adapter(model, folder / WEIGHTS)
 
 
 def load(fresh: nn.Module, method: str, folder: Path) -> nn.Module:
-    """Put the adapter that `save` wrote into `fresh`, an untouched base model."""
+    """Put what `save` wrote into `fresh`, an untouched base model."""
+    if METHODS[method].package == "torch":
+        fresh.load_state_dict(load_file(folder / WEIGHTS), strict=False)
+        return fresh
     if METHODS[method].package == "peft":
         from peft import PeftModel
 
@@ -44,7 +75,7 @@ def load(fresh: nn.Module, method: str, folder: Path) -> nn.Module:
 
     from secura_kernels import load_adapter
 
-    load_adapter(fresh, folder / "adapter.safetensors")
+    load_adapter(fresh, folder / WEIGHTS)
     return fresh
 
 

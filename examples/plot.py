@@ -10,15 +10,18 @@ from matplotlib.axes import Axes
 from report import Results, trained
 from settings import BASE, METHODS
 
+INK, GREY = "#222222", "#8A8A8A"
 # Okabe and Ito's colours, distinct for colour-blind readers; the marker says the same again, and
 # DoRA's is hollow because it often lies on LoRA's.
 STYLES = {
+    "natural": {"color": "#009E73", "marker": "*", "linestyle": "-"},
+    "curlora": {"color": "#E69F00", "marker": "s", "linestyle": "-"},
     "secura": {"color": "#D55E00", "marker": "o", "linestyle": "-"},
-    "curlora": {"color": "#009E73", "marker": "s", "linestyle": "-"},
     "lora": {"color": "#0072B2", "marker": "^", "linestyle": "--"},
     "dora": {"color": "#CC79A7", "marker": "D", "linestyle": ":", "fillstyle": "none"},
+    "full": {"color": INK, "marker": "P", "linestyle": "--"},
 }
-INK, GREY = "#222222", "#8A8A8A"
+OUTSIDE = 1.5  # times the perplexity of before: what unlearned the task is named, not drawn
 SMOOTHED_FROM = 50  # steps; shorter curves are drawn as they are
 
 
@@ -66,19 +69,23 @@ def running_mean(values: list[float], keep: float) -> list[float]:
 
 
 def draw_retention(axes: Axes, results: Results) -> None:
-    """Held-out perplexities, task against general: each method's way from the untrained model."""
-    before = results[BASE]["task_perplexity"], results[BASE]["general_perplexity"]
+    """What was learned of the task against what is still predicted as before on general text."""
+    before = results[BASE]["task_perplexity"], 1.0
     for name, result in trained(results).items():
-        style = STYLES[name] | {"linestyle": "none"}
-        after = result["task_perplexity"], result["general_perplexity"]
+        style = STYLES[name] | {"linestyle": "none", "label": METHODS[name].label}
+        after = result["task_perplexity"], result["agreement"]
+        if after[0] > OUTSIDE * before[0]:
+            style["label"] += f" (outside: {after[0]:.0f}, {after[1]:.2f})"
+            axes.plot([], [], **style, markersize=9)
+            continue
         axes.annotate("", after, before, arrowprops={"arrowstyle": "-", "linewidth": 1.2,
                                                      "color": style["color"], "alpha": 0.35})
-        axes.plot(*after, **style, markersize=9, label=METHODS[name].label)
+        axes.plot(*after, **style, markersize=9)
     axes.plot(*before, "X", color=INK, markersize=10, label="before training")
     axes.axhline(before[1], color=GREY, linewidth=0.8, linestyle=(0, (4, 4)), zorder=0)
     axes.margins(0.15)
     axes.set(xlabel="perplexity on held-out task text  (← learned more)",
-             ylabel="perplexity on general text  (forgot more →)")
-    axes.set_title("Learning against forgetting: low and left is good", loc="left", fontsize=10)
+             ylabel="general text: next token as before  (kept more →)")
+    axes.set_title("Learning against forgetting: high and left is good", loc="left", fontsize=10)
     axes.grid(color="#E6E6E6", linewidth=0.8)
     axes.legend(frameon=False)

@@ -17,24 +17,24 @@ def print_table(results: Results, console: Console) -> None:
     table = Table(box=SIMPLE_HEAD, show_edge=False, pad_edge=False)
     table.add_column("method")
     for heading in (
-        "trained\nparameters",
-        "task\nperplexity",
-        "general\nperplexity",
+        "trained",
+        "task\nppl",
+        "general\nppl",
+        "agreement",
         "train\ntokens/s",
-        "saved for\nbackward",
         "peak\nmemory",
     ):
         table.add_column(heading, justify="right")
     table.add_row("before", "0", f"{base['task_perplexity']:.2f}",
-                  f"{base['general_perplexity']:.2f}", "", "", "", style="dim")
+                  f"{base['general_perplexity']:.2f}", "1.000", "", "", style="dim")
     for name, result in trained(results).items():
         table.add_row(
-            METHODS[name].label,
+            name,
             f"{result['trained_parameters']:,}",
             f"{result['task_perplexity']:.2f}",
             f"{result['general_perplexity']:.2f}",
+            f"{result['agreement']:.3f}",
             f"{result['tokens_per_second']:,.0f}",
-            megabytes(result["saved_for_backward_bytes"]),
             megabytes(result["peak_memory_bytes"]),
         )
     console.print(table)

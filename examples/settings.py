@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 BASE = "base"  # the job that only measures the model as it was before any training
+LIKELIEST = "likeliest.safetensors"  # in the base job's folder: what that model said came next
 HELD_OUT = ("test", "validation")  # validation is for choosing settings, test for reporting
 EVALUATION = ("method", "identity", "device", "batch_size", "seq_len", "eval_tokens", "held_out")
 
@@ -28,23 +29,19 @@ class Method:
 
 
 METHODS = {
-    "secura": Method(
-        "SECURA",
-        "secura_kernels",
-        1.5e-3,
-        {"r": 64, "m": 128, "selection": "lowest", "basis": "orthonormal", "norm": "calibrated"},
-    ),
+    "natural": Method("CURLoRA, natural", "secura_kernels", 7e-3, {"r": 64, "basis": "natural"}),
     "curlora": Method(
-        "CURLoRA",
-        "secura_kernels",
-        6e-3,
-        {"r": 64, "selection": "inverted", "basis": "orthonormal"},
-    ),
-    "lora": Method("LoRA", "peft", 1.5e-3, {"r": 16, "lora_alpha": 16}),
-    "dora": Method("DoRA", "peft", 1.5e-3, {"r": 16, "lora_alpha": 16, "use_dora": True}),
+        "CURLoRA published", "secura_kernels", 2e-3,
+        {"r": 16, "selection": "inverted", "basis": "raw"}),
+    "secura": Method(
+        "SECURA published", "secura_kernels", 1e-4,
+        {"r": 150, "m": 200, "selection": "lowest", "basis": "raw", "norm": "published"}),
+    "lora": Method("LoRA", "peft", 5e-4, {"r": 16, "lora_alpha": 16}),
+    "dora": Method("DoRA", "peft", 5e-4, {"r": 16, "lora_alpha": 16, "use_dora": True}),
+    "full": Method("full fine-tuning", "torch", 3.5e-5, {}),
 }
 SIZES = {
-    "quick": {"steps": 12, "batch_size": 4, "seq_len": 128, "eval_tokens": 2048},
+    "quick": {"steps": 18, "batch_size": 4, "seq_len": 64, "eval_tokens": 2048},
     "full": {"steps": 100, "batch_size": 4, "seq_len": 256, "eval_tokens": 8192},
 }
 
@@ -94,12 +91,12 @@ class Job:
         return hashlib.sha256(text.encode()).hexdigest()
 
     def finished(self) -> dict[str, Any] | None:
-        """The result of this very job if it lies in its folder already, with its adapter."""
+        """The result of this very job if it lies in its folder already, with what belongs to it."""
         try:
             result = json.loads((self.folder / "result.json").read_text())
         except (FileNotFoundError, json.JSONDecodeError):
             return None
-        whole = self.method == BASE or (self.folder / "adapter").is_dir()
+        whole = (self.folder / (LIKELIEST if self.method == BASE else "adapter")).exists()
         return result if whole and result.get("hash") == self.hash() else None
 
     def to_json(self) -> str:

@@ -4,18 +4,18 @@ import math
 import shutil
 import statistics
 import time
-import warnings
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import torch
 from corpus import Corpus
-from measure import machine, peak_memory, perplexity, reset_peak_memory, saved_for_backward
+from measure import evaluate, machine, peak_memory, reset_peak_memory, saved_for_backward
 from methods import attach, load, save
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-from settings import BASE, Job, versions, write_json
+from safetensors.torch import load_file, save_file
+from settings import BASE, LIKELIEST, Job, versions, write_json
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 from transformers.utils import logging
@@ -29,7 +29,6 @@ def run(job: Job) -> None:
     Raises SystemExit if the reloaded adapter does not compute what was trained.
     """
     logging.disable_progress_bar()
-    warnings.filterwarnings("ignore", category=FutureWarning)  # peft to transformers
     device = torch.device(job.device)
     torch.manual_seed(job.seed)
     corpus = Corpus.load(job.tokens)
@@ -39,13 +38,20 @@ def run(job: Job) -> None:
     job.folder.mkdir(parents=True, exist_ok=True)
     (job.folder / "result.json").unlink(missing_ok=True)  # it must not outlive its adapter
     if job.method != BASE:
-        model = attach(model, job)
-        result |= train(model, job, corpus)
-    with Console().status(f"{job.method}: measuring perplexity"):
+        batches = list(corpus.batches(job.steps, job.batch_size, job.seq_len, job.seed))
+        start = time.perf_counter()
+        model = attach(model, job, batches)
+        result["attach_seconds"] = time.perf_counter() - start
+        result |= train(model, job, batches)
+    with Console().status(f"{job.method}: measuring"):
         for kind in ("task", "general"):
             windows = corpus.held_out(kind, job.seq_len, job.eval_tokens)
-            result[f"{kind}_perplexity"] = perplexity(model, windows, job.batch_size)
-    if job.method != BASE:
+            result[f"{kind}_perplexity"], likeliest = evaluate(model, windows, job.batch_size)
+    if job.method == BASE:
+        save_file({"general": likeliest}, job.folder / LIKELIEST)
+    else:
+        before = load_file(Path(job.out) / BASE / LIKELIEST)["general"]
+        result["agreement"] = (likeliest == before).double().mean().item()
         folder = save_adapter_folder(model, job)
         result["adapter"] = str(folder.relative_to(job.out))
         result["adapter_bytes"] = sum(f.stat().st_size for f in folder.rglob("*") if f.is_file())
@@ -61,7 +67,7 @@ def load_model(job: Job) -> nn.Module:
     return model.to(job.device)
 
 
-def train(model: nn.Module, job: Job, corpus: Corpus) -> dict[str, Any]:
+def train(model: nn.Module, job: Job, batches: list[Tensor]) -> dict[str, Any]:
     """Train the adapter in place; return the loss curve (nats a token), speed and memory."""
     device = torch.device(job.device)
     weights = [parameter for parameter in model.parameters() if parameter.requires_grad]
@@ -83,7 +89,7 @@ def train(model: nn.Module, job: Job, corpus: Corpus) -> dict[str, Any]:
     tokens = job.batch_size * job.seq_len
     with progress_bar() as bar:
         task = bar.add_task(job.method, total=job.steps, loss="", speed="")
-        for batch in corpus.batches(job.steps, job.batch_size, job.seq_len, job.seed):
+        for batch in batches:
             batch = batch.to(device)
             start = time.perf_counter()
             if losses:

@@ -5,6 +5,7 @@ import io
 import json
 import os
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -21,7 +22,7 @@ for package in ("peft", "matplotlib", "rich"):
 
 ROOT = Path(__file__).parents[1]
 EXAMPLES = ROOT / "examples"
-METHODS = ("secura", "curlora", "lora", "dora")
+METHODS = ("natural", "curlora", "secura", "lora", "dora", "full")
 
 
 @pytest.fixture
@@ -70,13 +71,18 @@ def start(tiny: Path, *more: str) -> subprocess.Popen:
 
 
 @pytest.fixture(scope="module")
-def compared(tiny) -> tuple[Path, str]:
-    """The output folder of one `--compare` run, and what it printed."""
+def compared_run(tiny) -> tuple[Path, str, str]:
+    """The output folder of one `--compare` run, what it printed, and what it said beside."""
     out = tiny / "out"
     running = start(tiny, "--compare", "--out", str(out))
-    printed, trouble = running.communicate(timeout=300)
-    assert running.returncode == 0, trouble
-    return out, printed
+    printed, beside = running.communicate(timeout=300)
+    assert running.returncode == 0, beside
+    return out, printed, beside
+
+
+@pytest.fixture
+def compared(compared_run) -> tuple[Path, str]:
+    return compared_run[:2]
 
 
 def test_compare_measures_every_method(compared):
@@ -91,11 +97,33 @@ def test_compare_measures_every_method(compared):
             assert result[figure] > 0, figure
         assert {"settings", "versions", "machine", "date", "peak_memory_bytes"} <= set(result)
     trained = {name: r["trained_parameters"] for name, r in results["methods"].items()}
-    # Per layer: q is 32 -> 32, k and v are 32 -> 16.
-    assert trained["curlora"] == 2 * 3 * 4 * 4
-    assert trained["secura"] == 2 * (3 * 2 * 4 * 6 + 32 + 16 + 16)
-    assert trained["lora"] == 2 * 2 * (64 + 48 + 48)
-    assert "before" in printed and "DoRA" in printed
+    # A block: q and o are 32 -> 32, k and v 32 -> 16, gate and up 32 -> 48, down 48 -> 32.
+    assert trained["natural"] == trained["curlora"] == 2 * 7 * 4 * 4
+    assert trained["secura"] == 2 * (7 * 2 * 4 * 6 + 3 * 32 + 2 * 16 + 2 * 48)
+    assert trained["lora"] == 2 * 2 * (2 * 64 + 2 * 48 + 3 * 80)
+    assert trained["full"] == 2 * 32 * (2 * 32 + 2 * 16 + 3 * 48)
+    assert all(0 <= result["agreement"] <= 1 for result in results["methods"].values())
+    assert "before" in printed and all(f"\n{method} " in printed for method in METHODS)
+
+
+def test_no_library_speaks_between_the_progress_bars(compared_run):
+    assert not re.search("(?i)warn|deprecat|failed to load", "".join(compared_run[1:]))
+
+
+def test_agreement_is_with_the_untrained_model(examples, compared):
+    from measure import evaluate
+    from safetensors.torch import load_file
+    from settings import BASE, LIKELIEST
+
+    out, _ = compared
+    model = transformers.AutoModelForCausalLM.from_pretrained(out.parent / "model")
+    windows = torch.arange(48).reshape(6, 8)
+    perplexity, likeliest = evaluate(model, windows, batch_size=4)
+    logits = model.eval()(windows).logits
+    assert torch.equal(likeliest.long(), logits.argmax(-1))
+    loss = torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), windows[:, 1:].flatten())
+    assert perplexity == pytest.approx(loss.exp().item(), rel=1e-5)
+    assert load_file(out / BASE / LIKELIEST)["general"].shape == (4, 8)
 
 
 def test_compare_saves_adapters_that_were_proved_to_reload(compared):
@@ -121,7 +149,7 @@ def test_finished_methods_are_not_run_again(examples, tiny, compared, monkeypatc
     dates = {m: (out / m / "result.json").stat().st_mtime_ns for m in METHODS}
     monkeypatch.setattr(sys, "argv", arguments_of(tiny, "--compare", "--out", str(out)))
     assert command.main() == 0
-    # The four and the untrained model.
+    # All of them and the untrained model.
     assert capsys.readouterr().out.count("finished before") == len(METHODS) + 1
     assert dates == {m: (out / m / "result.json").stat().st_mtime_ns for m in METHODS}
 
