@@ -4,6 +4,7 @@ An adapter holds nothing of W but what it was told to store, so that one weight 
 adapters. Methods that need W are given it as ``weight`` (N, K).
 """
 
+from contextlib import nullcontext
 from dataclasses import asdict
 
 import torch
@@ -179,20 +180,26 @@ class Adapter(LateTensors, Past, nn.Module):
         """The core (r, r) between C and R, differentiable: S_c^-1 V S_r^-T for a folded basis."""
         if not self.calibrated and self.training and torch.is_grad_enabled():
             raise RuntimeError(NOT_CALIBRATED.format(self.basis, CALIBRATED[self.basis]))
-        with torch.autocast(self.cols.device.type, enabled=False):
+        with self._without_autocast():
             core = self.trained_core() if trained is None else trained
             return self._folded(core)
 
     def cores(self, adapters: "list[Adapter]") -> Tensor:
         """``core`` of several adapters (A, r, r) that share this one's columns, rows and basis,
         long-term cores included."""
-        with torch.autocast(self.cols.device.type, enabled=False):
+        with self._without_autocast():
             cores = self.trained_cores(adapters)
             earlier = [adapter.long_core() for adapter in adapters]
             if any(core is not None for core in earlier):
                 none = torch.zeros_like(cores[0])
                 cores = cores + torch.stack([none if core is None else core for core in earlier])
             return self._folded(cores)
+
+    def _without_autocast(self):
+        device = self.cols.device.type
+        if not torch.is_autocast_enabled(device):
+            return nullcontext()  # the other takes as long as the products in it
+        return torch.autocast(device, enabled=False)
 
     def _folded(self, core: Tensor) -> Tensor:
         if self.fold_c is None:
@@ -227,7 +234,9 @@ class Adapter(LateTensors, Past, nn.Module):
         if self.C is None and first is None:
             return dict(cols=self.cols, rows=self.rows, C=None, R=None)
         C, R = self.sides(first)
-        return dict(cols=None, rows=None, C=C.to(dtype), R=R.to(dtype))
+        if C.dtype != dtype:
+            C, R = C.to(dtype), R.to(dtype)
+        return dict(cols=None, rows=None, C=C, R=R)
 
     def sides(self, weight: Tensor) -> tuple[Tensor, Tensor]:
         """C (N, r) and R (r, K)."""

@@ -5,7 +5,7 @@ from torch import Tensor
 
 from . import reference
 from .checks import check_choice, check_number, fail
-from .ops import IMPLS, CurLinear, CurWeightLinear, forward_mode, frozen, pack_norm, prepare
+from .ops import IMPLS, CurLinear, CurWeightLinear, apply, forward_mode, frozen, pack_norm, prepare
 from .reference.blocks import chosen_columns, chosen_rows
 from .smagnorm import SMagNorm
 
@@ -55,6 +55,7 @@ def cur_linear(
             that requires a gradient, since they are constants here.
         RuntimeError: a named ``impl`` that cannot run here.
     """
+    check_settings(alpha, norm, impl)
     return cur_linear_and_moved(
         x, weight, core, cols=cols, rows=rows, C=C, R=R, bias=bias, alpha=alpha, norm=norm,
         adapter_bias=adapter_bias, decay=decay, impl=impl)[0]
@@ -65,12 +66,12 @@ def cur_linear_and_moved(
     decay, impl, edge: float = 0.0,
 ) -> tuple[Tensor, Tensor]:
     """``cur_linear``, and how many values of the gate lie at or under ``edge``: (1,) int64, or
-    (0,) where ``edge`` is 0. Importance decay is chosen from this count."""
-    check_settings(alpha, norm, impl)
+    (0,) where ``edge`` is 0. Importance decay is chosen from this count. Settings are taken as
+    checked."""
     prepare(x, weight)
     weight, bias = frozen(weight), frozen(bias)
     x, weight, bias, C, R = autocast(x, weight, bias, C, R)
-    _check(x, weight, core, cols, rows, C, R, bias, adapter_bias, decay)
+    _check_once(x, weight, core, cols, rows, C, R, bias, adapter_bias, decay)
     if forward_mode():
         check_uncounted(edge)
         y = reference.cur_linear(
@@ -79,10 +80,11 @@ def cur_linear_and_moved(
             decay=decay)
         return y.view(*x.shape[:-1], weight.shape[0]), y.new_empty(0, dtype=torch.int64)
     function = CurWeightLinear if norm is not None and norm.domain == "weight" else CurLinear
-    y, *_, moved = function.apply(
-        x.reshape(-1, x.shape[-1]), weight, bias, core, cols, rows, C, R, adapter_bias, decay,
-        float(alpha), pack_norm(norm), norm is None or norm.detach_gate, edge, impl)
-    return y.view(*x.shape[:-1], weight.shape[0]), moved
+    flat = x if x.ndim == 2 else x.reshape(-1, x.shape[-1])
+    y, *_, moved = apply(
+        function, flat, weight, bias, core, cols, rows, C, R, adapter_bias, decay, float(alpha),
+        pack_norm(norm), norm is None or norm.detach_gate, edge, impl)
+    return y if x.ndim == 2 else y.view(*x.shape[:-1], weight.shape[0]), moved
 
 
 def check_uncounted(edge: float) -> None:
@@ -108,6 +110,23 @@ def autocast(x: Tensor, *others: Tensor | None) -> tuple[Tensor | None, ...]:
         return x, *others
     dtype = torch.get_autocast_dtype(device)
     return tuple(None if o is None else o.to(dtype) for o in (x, *others))
+
+
+_checked: set[tuple] = set()
+MOST_CHECKED = 2**12
+
+
+def _check_once(x: Tensor, *others: Tensor | None) -> None:
+    """``_check``, once for operands of which all that it reads is the same."""
+    if torch.compiler.is_compiling():
+        return _check(x, *others)
+    seen = (x.shape[-1:], x.dtype, x.device, *[None if o is None else (
+        o.shape, o.dtype, o.device, o.requires_grad) for o in others])
+    if seen not in _checked:
+        _check(x, *others)
+        if len(_checked) >= MOST_CHECKED:
+            _checked.clear()
+        _checked.add(seen)
 
 
 def _check(x, weight, core, cols, rows, C, R, bias, adapter_bias, decay) -> None:

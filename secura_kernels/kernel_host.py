@@ -1,8 +1,9 @@
 """What the Triton and the CUDA kernels share on the host: the gate's numbers, the layout of their
 internal matrices, what is saved and what the gate's backward pass gives."""
 
+import functools
 import math
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -31,6 +32,7 @@ class GateNumbers:
     code_low: float
 
     @classmethod
+    @functools.lru_cache(maxsize=64)
     def of(cls, norm: SMagNorm, dtype: torch.dtype) -> "GateNumbers":
         low, high = code_range(dtype) or (0, 0)
         top = highest_gate(norm)
@@ -40,7 +42,7 @@ class GateNumbers:
             top=top, code_steps=(high - low) / (top - 1), code_low=float(low))
 
     def arguments(self) -> dict[str, float]:
-        return asdict(self)
+        return vars(self)
 
 
 NO_GATE = GateNumbers(0.0, 0.0, 1.0, 1.0, 2.0, 1.0, 0.0)

@@ -9,7 +9,7 @@ from torch import Tensor
 from . import reference
 from .checks import fail
 from .functional import autocast, check_settings, check_uncounted
-from .ops import CurUpdate, forward_mode, pack_norm, prepare
+from .ops import CurUpdate, apply, forward_mode, pack_norm, prepare
 from .ops import cur_mixed as cur_mixed_op
 from .smagnorm import SMagNorm
 
@@ -76,8 +76,8 @@ def cur_update_and_moved(
             y0.reshape(-1, N), t.reshape(-1, r), core, C, alpha=alpha, norm=norm,
             adapter_bias=adapter_bias, decay=decay)
         return y.view(y0.shape), y.new_empty(0, dtype=torch.int64)
-    y, _, moved = CurUpdate.apply(
-        y0.reshape(-1, N), t.reshape(-1, r), core, C, adapter_bias, decay, float(alpha),
+    y, _, moved = apply(
+        CurUpdate, y0.reshape(-1, N), t.reshape(-1, r), core, C, adapter_bias, decay, float(alpha),
         pack_norm(norm), norm is None or norm.detach_gate, edge, impl)
     return y.view(y0.shape), moved
 

@@ -141,6 +141,7 @@ def test_a_pass_finds_what_was_tuned(monkeypatch):
     asked = []
     monkeypatch.setattr(tuned, "choice", lambda device, *rest: asked.append(tuned.key(*rest)))
     monkeypatch.setattr("secura_kernels.kernels.dispatch.tuned.choice", tuned.choice)
+    tuned.forget()
     for job in tune.jobs([(192, 128)], [256], [8], torch.bfloat16):
         asked.clear()
         if job.name == "product_of_input_gradient":
@@ -176,19 +177,24 @@ def test_tuning_picks_the_fastest_and_resumes(tmp_path):
 
 
 def test_a_tuned_choice_is_used_while_the_table_has_it(monkeypatch):
+    def choose(choice):
+        monkeypatch.setattr(tuned, "choice", lambda *_: choice)
+        tuned.forget()  # as saving does
+
     device, like = torch.device(DEVICE), torch.empty(0, dtype=torch.bfloat16, device="meta")
     with chips.pretend(90):
         *_, last = tiles.rows_of("down", 90, torch.bfloat16, 64)
-        monkeypatch.setattr(tuned, "choice", lambda *_: asdict(last))
+        choose(asdict(last))
         assert tiles.tile_for("down", like, 2**20, 64, 64) == last
         *_, last = tiles.rows_of("product", 90, torch.bfloat16, 64)
-        monkeypatch.setattr(tuned, "choice", lambda *_: asdict(last))
+        choose(asdict(last))
         found = plan(8192, 4096, 4096, 64, torch.bfloat16, device, None)
         assert found.tile == last and "when tuned" in found.reason
-        monkeypatch.setattr(tuned, "choice", lambda *_: tuned.LIBRARY)
+        choose(tuned.LIBRARY)
         assert not plan(8192, 4096, 4096, 64, torch.bfloat16, device, None).one_pass
-        monkeypatch.setattr(tuned, "choice", lambda *_: {"m": 7})  # of another version
+        choose({"m": 7})  # of another version
         assert "predicted" in plan(8192, 4096, 4096, 64, torch.bfloat16, device, None).reason
+    tuned.forget()
 
 
 @pytest.mark.parametrize("content", ["{", "[]", '{"format": 99, "entries": {}}',

@@ -129,7 +129,7 @@ def test_auto_is_triton_on_a_gpu_then_cuda_then_the_reference_with_the_reasons(m
     reasons["cuda"] = "nor here"
     with pytest.warns(UserWarning, match="runs impl='reference' on cuda: no luck; nor here"):
         assert resolve("auto", device, dtype, 8) == "reference"
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    monkeypatch.setattr("secura_kernels.ops.library._is_installed", lambda name: False)
     assert why_unavailable("triton", device).startswith("triton is not installed")
 
 

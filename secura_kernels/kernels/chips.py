@@ -1,11 +1,11 @@
 """The chips that tiles are shipped for, and which of them a device is."""
 
+import functools
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
-import triton
 
 INTERPRETER = 0  # the "chip" of Triton's interpreter, which runs the kernels on the CPU
 
@@ -56,8 +56,11 @@ def chip_of(device: torch.device) -> int | None:
     """The key of CHIPS for a device; None for a GPU that no tiles are shipped for."""
     if _pretended is not None:
         return _pretended
-    if device.type != "cuda":
-        return INTERPRETER
+    return _chip_of_gpu(device) if device.type == "cuda" else INTERPRETER
+
+
+@functools.cache
+def _chip_of_gpu(device: torch.device) -> int | None:
     major, minor = torch.cuda.get_device_capability(device)
     capability = 10 * major + minor
     capability = _LIKE.get(capability, capability)
@@ -66,11 +69,15 @@ def chip_of(device: torch.device) -> int | None:
 
 def processors(device: torch.device) -> int:
     """Streaming multiprocessors."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_properties(device).multi_processor_count
-    return CHIPS[chip_of(device)].processors
+    return _processors_of_gpu(device) if device.type == "cuda" \
+        else CHIPS[chip_of(device)].processors
+
+
+@functools.cache
+def _processors_of_gpu(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count
 
 
 def rank_block(r: int) -> int:
     """Ranks as a kernel holds them whole: a power of two, at least what a tensor core takes."""
-    return max(16, triton.next_power_of_2(r))
+    return max(16, 1 << (r - 1).bit_length())

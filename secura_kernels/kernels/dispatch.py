@@ -3,10 +3,12 @@
 from dataclasses import asdict, dataclass
 
 import torch
+from torch import Tensor
 
 from ..smagnorm import SMagNorm
 from . import chips, tuned
 from .decode import MOST_TOKENS
+from .product import has_descriptor
 from .tiles import Tile, programs, rows_of
 
 # How much slower than the library's product ours is taken to be where nothing was measured.
@@ -27,23 +29,31 @@ class Plan:
 
 def plan(M: int, N: int, K: int, r: int, dtype: torch.dtype, device: torch.device,
          norm: SMagNorm | None, *, input_gradient: bool = False, needs_down: bool = False,
-         aligned: bool = True) -> Plan:
+         operands: tuple[Tensor, Tensor] | None = None) -> Plan:
     """The form of ``(M, K) x (K, N)``, the base product of a layer (or of dX without a gate): what
     was faster when tuned, else what is predicted to be.
 
     Args:
         input_gradient: it is dX = dY W, whose second operand is W by columns.
         needs_down: t comes from x in either form (a bias, or a stored R), not from y0.
-        aligned: rows of both operands lie on 16-byte boundaries.
+        operands: what will be multiplied, to see whether rows lie on 16-byte boundaries.
     """
     if norm is not None and norm.ref == "max":
         return Plan(None, "library product: ref='max' needs the largest ratio of the whole matrix "
                           "before any output")
+    found = _plan(M, N, K, r, dtype, device, chips.chip_of(device), norm is not None,
+                  input_gradient, needs_down)
+    if found.one_pass and operands is not None and not has_descriptor(*operands):
+        return Plan(None, "library product: rows are not on 16-byte boundaries")
+    return found
+
+
+@tuned.remembered
+def _plan(M: int, N: int, K: int, r: int, dtype: torch.dtype, device: torch.device, chip: int,
+          gate: bool, input_gradient: bool, needs_down: bool) -> Plan:
     if dtype == torch.float32:
         return Plan(None, "library product: float32 has no tensor-core form of ours")
-    if not aligned:
-        return Plan(None, "library product: rows are not on 16-byte boundaries")
-    name, chip = "product" if norm is None else "product_gate", chips.chip_of(device)
+    name = "product_gate" if gate else "product"
     rank = chips.rank_block(r)
     candidates = rows_of(name, chip, dtype, rank)
     best = tuned.choice(device, tuned_name(name, K, input_gradient), dtype, M, N, rank)
@@ -58,7 +68,7 @@ def plan(M: int, N: int, K: int, r: int, dtype: torch.dtype, device: torch.devic
     filling = [tile for tile in candidates if programs(name, tile, M, N) >= enough]
     if not filling:
         return Plan(None, f"library product: fewer tiles than the {enough} processors")
-    ours, library = predict(M, N, K, r, chips.CHIPS[chip], gate=norm is not None,
+    ours, library = predict(M, N, K, r, chips.CHIPS[chip], gate=gate,
                             low_rank_too=not (input_gradient or needs_down))
     if library <= ours:
         return Plan(None, f"library product: {1e6 * library:.0f} us against {1e6 * ours:.0f} in "

@@ -1,11 +1,13 @@
 """The one place that every kernel launch passes."""
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor
 from triton import knobs
+from triton.runtime import driver
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from .tiles import Tile
 
@@ -20,12 +22,52 @@ def launch(kernel, programs: int, tile: Tile, device: torch.device, **arguments)
     """Runs ``programs`` programs of ``kernel`` on the current stream of ``device``."""
     if programs == 0:
         return
-    arguments |= dict(num_warps=tile.warps, num_stages=tile.stages, enable_fp_fusion=True)
     if _instead is not None:
-        _instead(kernel, programs, arguments)
+        _instead(kernel, programs, arguments | _options(tile))
+    elif INTERPRETED:
+        kernel[(programs,)](**arguments, **_options(tile))
+    elif device.type == "cuda" and device.index != torch.cuda.current_device():
+        with torch.cuda.device(device):
+            _launch(kernel, programs, tile, arguments)
+    else:
+        _launch(kernel, programs, tile, arguments)
+
+
+def _options(tile: Tile) -> dict:
+    return dict(num_warps=tile.warps, num_stages=tile.stages, enable_fp_fusion=True)
+
+
+# What Triton compiled, by everything that it compiles for and more: the arguments' values, of
+# tensors their dtypes and alignment. Asking Triton's own ``run`` in every call takes it 24
+# microseconds, this look-up and the launcher 6 (benchmarks/host).
+_compiled: dict[tuple, object] = {}
+MOST_COMPILED = 2**14  # beyond that many sets of values all are asked for anew
+
+
+def _launch(kernel, programs: int, tile: Tile, arguments: dict) -> None:
+    active = driver.active
+    device = active.get_current_device()
+    values = [arguments[name] for name in kernel.arg_names]
+    key = (id(kernel), device, tile.warps, tile.stages,
+           *[v if type(v) in _NUMBERS else _seen(v) for v in values])
+    compiled, profiler = _compiled.get(key), knobs.runtime.launch_enter_hook
+    if compiled is None or getattr(profiler, "calls", profiler):
+        if len(_compiled) >= MOST_COMPILED:
+            _compiled.clear()
+        _compiled[key] = kernel[(programs,)](**arguments, **_options(tile))
         return
-    with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
-        kernel[(programs,)](**arguments)
+    compiled.run(programs, 1, 1, active.get_current_stream(device), compiled.function,
+                 compiled.packed_metadata, None, None, None, *values)
+
+
+_NUMBERS = frozenset((int, float, bool, str, type(None)))
+
+
+def _seen(operand: Tensor | TensorDescriptor) -> tuple:
+    """What of an operand decides which code Triton runs."""
+    if isinstance(operand, Tensor):
+        return operand.dtype, operand.data_ptr() & 15 == 0
+    return operand.base.dtype, *operand.block_shape
 
 
 _instead: Callable | None = None
@@ -66,7 +108,7 @@ LARGEST_STRIDE = 2**24
 def addressable(matrix: Tensor) -> Tensor:
     """The matrix, or a copy where a stride is so long that an offset inside a tile would overflow
     32 bits (or is negative)."""
-    if all(0 <= stride < LARGEST_STRIDE for stride in matrix.stride()):
+    if min(matrix.stride()) >= 0 and max(matrix.stride()) < LARGEST_STRIDE:
         return matrix
     return matrix.contiguous()
 

@@ -15,7 +15,7 @@ from .core_gradient import core_gradient
 from .epilogue import epilogue
 from .launch import addressable
 from .low_rank import down, project
-from .product import has_descriptor, product
+from .product import product
 
 
 def forward(
@@ -29,7 +29,7 @@ def forward(
     bias, cols, rows, adapter_bias, decay = contiguous(bias, cols, rows, adapter_bias, decay)
     needs_down = R is not None or bias is not None  # else t is columns of y0 (identity 1)
     plan = dispatch.plan(M, N, K, r, x.dtype, x.device, norm, needs_down=needs_down,
-                         aligned=has_descriptor(x, weight))
+                         operands=(x, weight))
     saved, moved, change = update.outputs(x, N, adapter_bias, decay, norm, edge, save)
     columns = partial(sides.columns, weight, cols, C)
     if plan.one_pass:
@@ -74,7 +74,7 @@ def backward(
 def _dx_without_gate(dy, weight, r, rows, R, dT):
     (M, N), K = dy.shape, weight.shape[1]
     plan = dispatch.plan(M, K, N, r, dy.dtype, dy.device, None, input_gradient=True,
-                         aligned=has_descriptor(dy, weight.T))
+                         operands=(dy, weight.T))
     side = sides.rows(weight, rows, R)
     if plan.one_pass:
         dx = dy.new_empty(M, K)

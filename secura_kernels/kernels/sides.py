@@ -1,6 +1,6 @@
 """C and R as the kernels read them: stored matrices, or columns and rows of W by index."""
 
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 import triton
@@ -13,8 +13,7 @@ from .launch import launch
 from .tiles import tile_for
 
 
-@dataclass(frozen=True)
-class Side:
+class Side(NamedTuple):
     """One side of the CUR product, (long, r): element (j, k) lies at
     ``j * stride_long + index[k] * stride_rank`` of ``matrix``, index[k] = k where there is none.
     ``ranks`` of them can be read: r, or more where the matrix is padded with zeros."""

@@ -156,12 +156,18 @@ def tile_for(name: str, like: Tensor, rows: int, columns: int, r: int) -> Tile:
     """
     if _used is not None:
         return _used
-    chip = chips.chip_of(like.device)
-    candidates = rows_of(name, chip, like.dtype, chips.rank_block(r))
-    best = tuned.choice(like.device, name, like.dtype, rows, columns, chips.rank_block(r))
+    return _tile_for(name, like.device, chips.chip_of(like.device), like.dtype, rows, columns,
+                     chips.rank_block(r))
+
+
+@tuned.remembered
+def _tile_for(name: str, device: torch.device, chip: int, dtype: torch.dtype, rows: int,
+              columns: int, rank: int) -> Tile:
+    candidates = rows_of(name, chip, dtype, rank)
+    best = tuned.choice(device, name, dtype, rows, columns, rank)
     for tile in candidates:
         if best == asdict(tile):
             return tile
-    enough = chips.processors(like.device)
+    enough = chips.processors(device)
     filling = (tile for tile in candidates if programs(name, tile, rows, columns) >= enough)
     return next(filling, candidates[-1])

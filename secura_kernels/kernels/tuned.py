@@ -26,7 +26,23 @@ def path(device: torch.device) -> Path:
     return root / "secura_kernels" / f"{model}-triton-{triton.__version__}.json"
 
 
-@functools.cache
+_remembered: list = []
+
+
+def remembered(function):
+    """A cache of what follows from the tuned choices, for a function of hashable arguments."""
+    cached = functools.lru_cache(maxsize=4096)(function)
+    _remembered.append(cached)
+    return cached
+
+
+def forget() -> None:
+    """Looks every choice up anew."""
+    for cached in _remembered:
+        cached.cache_clear()
+
+
+@remembered
 def load(file: Path) -> dict[str, dict | str]:
     """Entries of a file, {} where there is none; one that is not ours is reported and left."""
     try:
@@ -51,7 +67,7 @@ def save(file: Path, entries: dict[str, dict | str], about: dict) -> None:
     part = file.with_suffix(".part")
     part.write_text(json.dumps(dict(format=FORMAT, about=about, entries=entries), indent=1))
     part.replace(file)
-    load.cache_clear()
+    forget()
 
 
 def choice(device: torch.device, name: str, dtype: torch.dtype, rows: int, columns: int,

@@ -40,11 +40,13 @@ def outputs(like: Tensor, N: int, adapter_bias: Tensor | None, decay: Tensor | N
     """What the backward pass needs of the gate and the count, allocated; and the arguments by which
     a pass fills them. ``like``: (M, any), in the layer's dtype."""
     saved, keep, save_base = saved_for_backward(like, N, norm, save)
-    moved = like.new_zeros(1 if edge and norm is not None else 0, dtype=torch.int64)
+    counting = bool(edge) and norm is not None
+    moved = like.new_zeros(1, dtype=torch.int64) if counting \
+        else like.new_empty(0, dtype=torch.int64)
     return saved, moved, dict(
         adapter_bias=adapter_bias, decay=decay,
         gate=None if norm is None else GateNumbers.of(norm, like.dtype), saved=keep,
-        save_base=save_base, moved=moved if moved.numel() else None, edge=edge)
+        save_base=save_base, moved=moved if counting else None, edge=edge)
 
 
 def finish(y: Tensor, h: Tensor, columns: Callable[..., Side], r: int, norm: SMagNorm | None,

@@ -8,7 +8,6 @@ fails and forward-mode gradients are silently zero); autograd stands outside it,
 import functools
 import importlib
 import importlib.util
-import inspect
 import warnings
 from collections.abc import Callable
 from types import ModuleType
@@ -34,10 +33,21 @@ def why_unavailable(impl: str, device: torch.device, dtype: torch.dtype = torch.
     """Why a backend cannot run a layer of ``dtype`` and rank ``r`` on ``device``, or None."""
     if impl == "reference":
         return None
-    if impl == "triton" and importlib.util.find_spec("triton") is None:
+    if impl == "triton" and not _is_installed("triton"):
         return "triton is not installed (pip install triton)"
-    package = importlib.import_module(f"..{_PACKAGES[impl]}", __package__)
-    return package.why_unavailable(device, dtype, r)
+    return _module(impl).why_unavailable(device, dtype, r)
+
+
+@functools.cache
+def _is_installed(package: str) -> bool:
+    return importlib.util.find_spec(package) is not None
+
+
+@functools.cache
+def _module(impl: str, domain: str = "") -> ModuleType:
+    """A backend's package, or its module of a domain."""
+    dot = "." * bool(domain)
+    return importlib.import_module(f"..{_PACKAGES[impl]}{dot}{domain}", __package__)
 
 
 def resolve(impl: str, device: torch.device, dtype: torch.dtype, r: int) -> str:
@@ -77,8 +87,7 @@ def backend(impl: str, domain: str, like: Tensor, r: int) -> ModuleType:
         domain: "output_domain", "weight_domain", "update" or "mixed". like: a tensor of the layer's
             dtype and device.
     """
-    package = _PACKAGES[resolve(impl, like.device, like.dtype, r)]
-    return importlib.import_module(f"..{package}.{domain}", __package__)
+    return _module(resolve(impl, like.device, like.dtype, r), domain)
 
 
 @functools.cache
@@ -116,13 +125,34 @@ def register(schema: str, run: Callable, fake: Callable, flops: Callable,
         vmap: batching rule; None: one call per sample, stacked.
     """
     name = LIBRARY.define(" ".join(schema.split()))
-    LIBRARY.impl(name, _outside_autocast(run), "CompositeExplicitAutograd")
+    run = _outside_autocast(run)
+    LIBRARY.impl(name, run, "CompositeExplicitAutograd")
     torch.library.register_fake(f"secura::{name}", fake, lib=LIBRARY)
     packet = getattr(torch.ops.secura, name)
     register_flop_formula(packet)(flops)
     rule = vmap or functools.partial(one_by_one, packet.default)
     torch.library.register_vmap(f"secura::{name}", rule, lib=LIBRARY)
+    _runs[packet.default] = run
     return packet.default
+
+
+_runs: dict[Callable, Callable] = {}  # what an op runs
+_PLAIN = frozenset((Tensor, torch.nn.Parameter, type(None), float, int, bool, str, list, tuple))
+
+
+def call(op: Callable, *args):
+    """``op(*args)``; past PyTorch's dispatcher, which takes longer than a launch, where nothing
+    traces, transforms or counts ops and every tensor is a plain one."""
+    watched = (transformed() or torch._C._len_torch_dispatch_stack() or torch.jit.is_tracing()
+               or torch._C._functorch.is_legacy_batchedtensor(args[0]))  # is_grads_batched
+    if watched or not _PLAIN.issuperset(map(type, args)):
+        return op(*args)
+    return _runs[op](*args)
+
+
+def transformed() -> bool:
+    """Whether torch.compile traces this, or a transform of ``torch.func`` is active."""
+    return torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
 
 
 def _outside_autocast(run: Callable) -> Callable:
@@ -176,7 +206,22 @@ def forward_mode() -> bool:
     return forward_ad._current_level >= 0 and not torch.compiler.is_compiling()
 
 
-def keep_signature(function: type[torch.autograd.Function]) -> None:
-    """``Function.apply`` inspects the signature of ``forward`` at every call; having it ready
-    halves the cost of the call (183 to 93 microseconds)."""
-    function.forward.__signature__ = inspect.signature(function.forward)
+def apply(function: type[torch.autograd.Function], *inputs):
+    """``function.apply(*inputs)``. Where nothing transforms it, by a form without
+    ``setup_context``, for which PyTorch would bind the arguments to a signature in every call."""
+    return (function if transformed() else _in_one(function)).apply(*inputs)
+
+
+@functools.cache
+def _in_one(function: type[torch.autograd.Function]) -> type[torch.autograd.Function]:
+    class InOne(function):
+        setup_context = staticmethod(torch.autograd.Function.setup_context)
+
+        @staticmethod
+        def forward(ctx, *inputs):
+            output = function.forward(*inputs)
+            function.setup_context(ctx, inputs, output)
+            return output
+
+    InOne.__name__ = InOne.__qualname__ = function.__name__
+    return InOne

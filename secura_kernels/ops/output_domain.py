@@ -8,9 +8,9 @@ from ..reference import output_domain as reference
 from .library import (
     backend,
     batched_dims,
+    call,
     empty_if_none,
     fake_gradients,
-    keep_signature,
     one_by_one,
     register,
     unpack_norm,
@@ -101,8 +101,8 @@ class CurLinear(torch.autograd.Function):
     @staticmethod
     def forward(x, weight, bias, core, cols, rows, C, R, adapter_bias, decay,
                 alpha, norm, detach_gate, edge, impl):
-        return cur_linear_fwd(x, weight, bias, core, cols, rows, C, R, adapter_bias, decay,
-                              alpha, norm, detach_gate, edge, True, impl)
+        return call(cur_linear_fwd, x, weight, bias, core, cols, rows, C, R, adapter_bias, decay,
+                    alpha, norm, detach_gate, edge, True, impl)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
@@ -129,8 +129,8 @@ class CurLinear(torch.autograd.Function):
                     dy, *saved, ctx.alpha,
                     unpack_norm(ctx.norm, "output", ctx.detach_gate), needs)
             else:
-                gradients = cur_linear_bwd(
-                    dy, *saved, ctx.alpha, ctx.norm, ctx.detach_gate, needs, ctx.impl)
+                gradients = call(cur_linear_bwd, dy, *saved, ctx.alpha, ctx.norm, ctx.detach_gate,
+                                 needs, ctx.impl)
                 dx, dcore, dbias = (
                     g if n else None for g, n in zip(gradients, needs, strict=True))
         # Only a second differentiation brings gradients of what was saved. torch.compile has none
@@ -142,8 +142,6 @@ class CurLinear(torch.autograd.Function):
                 dx = _plus(dx, dsaved @ weight)
         return (dx, None, None, dcore, None, None, None, None, dbias, *[None] * 6)
 
-
-keep_signature(CurLinear)
 
 
 def _plus(value: Tensor | None, more: Tensor) -> Tensor:

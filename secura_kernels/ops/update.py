@@ -4,7 +4,7 @@ import torch
 
 from ..gate_code import saved_dtype
 from ..reference import update as reference
-from .library import backend, empty_if_none, keep_signature, register, unpack_norm
+from .library import backend, call, empty_if_none, register, unpack_norm
 
 
 def _fwd(y0, t, core, C, adapter_bias, decay, alpha, norm, edge, save, impl):
@@ -68,8 +68,8 @@ class CurUpdate(torch.autograd.Function):
 
     @staticmethod
     def forward(y0, t, core, C, adapter_bias, decay, alpha, norm, detach_gate, edge, impl):
-        return cur_update_fwd(y0, t, core, C, adapter_bias, decay, alpha, norm, edge, detach_gate,
-                              impl)
+        return call(cur_update_fwd, y0, t, core, C, adapter_bias, decay, alpha, norm, edge,
+                    detach_gate, impl)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
@@ -92,7 +92,7 @@ class CurUpdate(torch.autograd.Function):
         else:
             # Without a gate the gradient of y0 is dy itself, which no op may return.
             computed = (needs[0] and bool(ctx.norm), *needs[1:])
-            gradients = cur_update_bwd(dy, *ctx.saved_tensors, ctx.alpha, ctx.norm,
+            gradients = call(cur_update_bwd, dy, *ctx.saved_tensors, ctx.alpha, ctx.norm,
                                        ctx.detach_gate, computed, ctx.impl)
             found = [g if n else None for g, n in zip(gradients, computed, strict=True)]
             if needs[0] and not ctx.norm:
@@ -100,5 +100,3 @@ class CurUpdate(torch.autograd.Function):
         dy0, dt, dcore, dbias = found
         return (dy0, dt, dcore, None, dbias, *[None] * 6)
 
-
-keep_signature(CurUpdate)

@@ -5,9 +5,9 @@ import torch
 from ..reference import weight_domain as reference
 from .library import (
     backend,
+    call,
     empty_if_none,
     fake_gradients,
-    keep_signature,
     register,
     unpack_norm,
 )
@@ -74,8 +74,8 @@ class CurWeightLinear(torch.autograd.Function):
     @staticmethod
     def forward(x, weight, bias, core, cols, rows, C, R, adapter_bias, decay,
                 alpha, norm, detach_gate, edge, impl):
-        return cur_weight_linear_fwd(x, weight, bias, core, cols, rows, C, R, adapter_bias, decay,
-                                     alpha, norm, detach_gate, edge, impl)
+        return call(cur_weight_linear_fwd, x, weight, bias, core, cols, rows, C, R, adapter_bias,
+                    decay, alpha, norm, detach_gate, edge, impl)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
@@ -95,10 +95,8 @@ class CurWeightLinear(torch.autograd.Function):
                 dy, *ctx.saved_tensors, ctx.alpha,
                 unpack_norm(ctx.norm, "weight", ctx.detach_gate), needs)
         else:
-            gradients = cur_weight_linear_bwd(
-                dy, *ctx.saved_tensors, ctx.alpha, ctx.norm, ctx.detach_gate, needs, ctx.impl)
+            gradients = call(cur_weight_linear_bwd, dy, *ctx.saved_tensors, ctx.alpha, ctx.norm,
+                             ctx.detach_gate, needs, ctx.impl)
             dx, dcore, dbias = (g if n else None for g, n in zip(gradients, needs, strict=True))
         return (dx, None, None, dcore, None, None, None, None, dbias, *[None] * 6)
 
-
-keep_signature(CurWeightLinear)
