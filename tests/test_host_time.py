@@ -36,6 +36,7 @@ LAUNCHES = """
 import json, torch
 from nothing import launching_nothing
 from torch import nn
+from triton import knobs
 from triton.runtime.jit import JITFunction
 from secura_kernels import CURLoRALinear, SECURALinear
 
@@ -60,12 +61,16 @@ with launching_nothing(90) as driver:
         transposed = torch.randn(80, 16).bfloat16().T.requires_grad_()
         found[kind.__name__] = [step(t) for t in (
             x, x, misaligned, misaligned, transposed, x[:8].detach().requires_grad_(), x)]
+    knobs.runtime.launch_enter_hook.add(lambda *_: None)
+    found["profiled"] = [step(x)]
 print(json.dumps(found))
 """
 
 
 def test_triton_is_asked_once_for_what_it_compiles():
     found = json.loads(run(LAUNCHES))
+    (asked, launched), = found.pop("profiled")
+    assert asked == launched  # a profiler's hooks are called by Triton
     for counts in found.values():
         asked, launched = zip(*counts, strict=True)
         assert len(set(launched)) == 1 and launched[0] <= 5
