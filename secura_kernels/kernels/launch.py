@@ -37,9 +37,9 @@ def _options(tile: Tile) -> dict:
     return dict(num_warps=tile.warps, num_stages=tile.stages, enable_fp_fusion=True)
 
 
-# What Triton compiled, by everything that it compiles for and more: the arguments' values, of
-# tensors their dtypes and alignment. Asking Triton's own ``run`` in every call takes it 24
-# microseconds, this look-up and the launcher 6 (benchmarks/host).
+# What Triton compiled, by everything that it compiles for and more: the arguments' types (1 equals
+# 1.0) and values, of tensors their dtypes and alignment. Triton's own ``run`` binds, specialises
+# and looks up anew in every call (benchmarks/host).
 _compiled: dict[tuple, object] = {}
 MOST_COMPILED = 2**14  # beyond that many sets of values all are asked for anew
 
@@ -48,7 +48,7 @@ def _launch(kernel, programs: int, tile: Tile, arguments: dict) -> None:
     active = driver.active
     device = active.get_current_device()
     values = [arguments[name] for name in kernel.arg_names]
-    key = (id(kernel), device, tile.warps, tile.stages,
+    key = (id(kernel), device, tile.warps, tile.stages, *map(type, values),
            *[v if type(v) in _NUMBERS else _seen(v) for v in values])
     compiled, profiler = _compiled.get(key), knobs.runtime.launch_enter_hook
     if compiled is None or getattr(profiler, "calls", profiler):
