@@ -245,7 +245,6 @@ def test_strategies_on_general_text(strategy, two_domains):
 
 
 def test_prediction_and_measurement_are_drawn(two_domains, monkeypatch, capsys):
-    sys.path.insert(0, str(Path(causal_model.__file__).parents[1]))
     import prediction
 
     monkeypatch.setattr(prediction, "RUNS", {
@@ -264,7 +263,6 @@ def test_prediction_and_measurement_are_drawn(two_domains, monkeypatch, capsys):
 
 
 def test_ways_of_measuring_are_compared_at_equal_learning(two_domains, monkeypatch, capsys):
-    sys.path.insert(0, str(Path(causal_model.__file__).parents[1]))
     import metric
 
     monkeypatch.setattr(metric, "STEPS", 4)
@@ -281,7 +279,6 @@ def test_ways_of_measuring_are_compared_at_equal_learning(two_domains, monkeypat
 
 
 def test_a_place_on_a_curve():
-    sys.path.insert(0, str(Path(causal_model.__file__).parents[1]))
     import metric
 
     curve = [(10.0, 0.8, 0.04), (20.0, 0.9, 0.01), (40.0, 1.0, 0.001)]

@@ -143,6 +143,5 @@ class CurLinear(torch.autograd.Function):
         return (dx, None, None, dcore, None, None, None, None, dbias, *[None] * 6)
 
 
-
 def _plus(value: Tensor | None, more: Tensor) -> Tensor:
     return more if value is None else value + more

@@ -93,10 +93,9 @@ class CurUpdate(torch.autograd.Function):
             # Without a gate the gradient of y0 is dy itself, which no op may return.
             computed = (needs[0] and bool(ctx.norm), *needs[1:])
             gradients = call(cur_update_bwd, dy, *ctx.saved_tensors, ctx.alpha, ctx.norm,
-                                       ctx.detach_gate, computed, ctx.impl)
+                             ctx.detach_gate, computed, ctx.impl)
             found = [g if n else None for g, n in zip(gradients, computed, strict=True)]
             if needs[0] and not ctx.norm:
                 found[0] = dy
         dy0, dt, dcore, dbias = found
         return (dy0, dt, dcore, None, dbias, *[None] * 6)
-

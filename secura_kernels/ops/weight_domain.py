@@ -99,4 +99,3 @@ class CurWeightLinear(torch.autograd.Function):
                              ctx.detach_gate, needs, ctx.impl)
             dx, dcore, dbias = (g if n else None for g, n in zip(gradients, needs, strict=True))
         return (dx, None, None, dcore, None, None, None, None, dbias, *[None] * 6)
-
