@@ -13,7 +13,7 @@ from .tiles import tile_for
 ROWS_PER_PROGRAM = 256
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["M"])
 def _core_gradient_kernel(
     v_ptr, t_ptr, part_ptr, M, R, stride_vm, stride_tm, alpha,
     ROWS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_R: tl.constexpr, WIDE: tl.constexpr,

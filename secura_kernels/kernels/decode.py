@@ -19,7 +19,7 @@ from .tiles import tile_for
 MOST_TOKENS = 64
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["M"])
 def _decode_kernel(
     x_ptr, w_ptr, p_ptr, side_ptr, index_ptr, bias_ptr, adapter_bias_ptr, decay_ptr, largest_ptr,
     y_ptr, M, N, K, SR,

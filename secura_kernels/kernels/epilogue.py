@@ -16,7 +16,7 @@ from .sides import Side
 from .tiles import tile_for
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["M"])
 def _epilogue_kernel(
     y_ptr, h_ptr, side_ptr, index_ptr, adapter_bias_ptr, decay_ptr, saved_ptr, moved_ptr,
     largest_ptr, M, N, SR, stride_hm, stride_sl, stride_sr,

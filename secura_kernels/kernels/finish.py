@@ -61,7 +61,7 @@ def _finish(b, d, decay, m, M, n, N, y_ptr, saved_ptr, moved_ptr, slope, offset,
         if SAVE_BASE:
             _store(b, m, M, n, N, saved_ptr)
         else:
-            code = _encode(g, s, top, code_steps, code_low, saved_ptr.dtype.element_ty)
+            code = _encode(g, s, top, code_steps, saved_ptr.dtype.element_ty)
             tl.store(saved_ptr + m[:, None] * N + n[None, :], code,
                      mask=(m < M)[:, None] & (n < N)[None, :])
     if moved_ptr is not None:  # integers: the order of additions does not matter

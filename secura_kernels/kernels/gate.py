@@ -3,36 +3,30 @@
 Here z is in units of ln 2, so that ``exp2`` serves::
 
     rho = |d| / (|b| + eps)          e = 2^(rho * slope - offset) = exp(z)
-    g = (2 + e) / (1 + e)            s = 1 / g        both from one reciprocal of (1 + e)(2 + e)
+    q = 1 / (1 + e) = sigmoid(-z)    g = 1 + q          s = 1 / g
 
-Special functions are the scarce unit of this epilogue (16 a cycle and SM against 128 multiply-
-adds), so there are three per element: two reciprocals and one exp2.
+No operand needs the care of an exact division: |b| + eps >= 2^-126, and the others are at least 1.
+e may be infinite; then q is 0. Instructions are what the epilogue must save (``costs.py``): four
+special functions an element take less of their unit than all else takes of the schedulers.
 """
 
 import triton
 import triton.language as tl
 
+from .fast_math import _exp2, _from_unsigned, _nearest_integer, _reciprocal
+
 
 @triton.jit
 def _relative_magnitude(b, d, eps):
-    return tl.abs(d) / (tl.abs(b) + eps)
-
-
-@triton.jit
-def _exp_z(rho, slope, offset):
-    # At 2^60 the gate is 1 to float32's last bit, and (1 + e)(2 + e) does not overflow.
-    return tl.exp2(tl.minimum(rho * slope - offset, 60.0, propagate_nan=tl.PropagateNan.ALL))
+    return tl.abs(d) * _reciprocal(tl.abs(b) + eps)
 
 
 @triton.jit
 def _gate(b, d, slope, offset, eps, beta):
     """g and s = 1 / g; where d == 0 they are beta and 1 / beta, and ``out`` is then b."""
-    e = _exp_z(_relative_magnitude(b, d, eps), slope, offset)
-    upper, lower = 2 + e, 1 + e
-    both = 1 / (upper * lower)
-    g = tl.where(d == 0, beta, upper * upper * both)
-    s = tl.where(d == 0, 1 / beta, lower * lower * both)
-    return g, s
+    g = 1 + _reciprocal(1 + _exp2(_relative_magnitude(b, d, eps) * slope - offset))
+    g = tl.where(d == 0, beta, g)
+    return g, _reciprocal(g)
 
 
 @triton.jit
@@ -43,25 +37,29 @@ def _apply_gate(b, d, s, beta, decay):
 
 
 @triton.jit
-def _encode(g, s, top, code_steps, code_low, dtype: tl.constexpr):
-    """What is saved: s itself in float32, else the linear code of g of ``gate_code.py``."""
+def _encode(g, s, top, code_steps, dtype: tl.constexpr):
+    """What is saved: s itself in float32, else the linear code of g of ``gate_code.py``.
+
+    1 <= g <= top up to rounding, so no code lies outside its range. NaN has no code; any will do,
+    the output it belongs to is NaN already.
+    """
     if dtype == tl.float32:
         return s
     else:
-        steps = tl.floor((top - g) * code_steps + 0.5)
-        last = 255.0 if dtype == tl.uint8 else 65535.0
-        # NaN has no code; any will do, the output it belongs to is NaN already.
-        steps = tl.where(steps >= 0, tl.minimum(steps, last), 0.0)
-        return (steps + code_low).to(dtype)
+        code = _nearest_integer((top - g) * code_steps)
+        return (code if dtype == tl.uint8 else code ^ 0x8000).to(dtype)  # int16: less 2^15
 
 
 @triton.jit
-def _decode(saved, top, code_steps, code_low):
+def _decode(saved, top, code_steps):
     """s from what ``_encode`` saved."""
     if saved.dtype == tl.float32:
         return saved
     else:
-        return 1 / (top - (saved.to(tl.float32) - code_low) * (1 / code_steps))
+        code = saved.to(tl.int32)
+        if saved.dtype == tl.int16:
+            code = (code & 0xFFFF) ^ 0x8000
+        return _reciprocal(top - _from_unsigned(code) * (1 / code_steps))
 
 
 @triton.jit
@@ -70,9 +68,11 @@ def _by_relative_magnitude(grad, b, d, decay, rho, slope, offset, beta):
 
     ds/dz = s^2 sigmoid(z) sigmoid(-z) = e / (2 + e)^2. Zero where d == 0, by rule.
     """
-    e = _exp_z(rho, slope * 1.4426950408889634, offset)
+    # (2 + e)^2 must not overflow.
+    e = _exp2(tl.minimum(rho * (slope * 1.4426950408889634) - offset, 60.0,
+                         propagate_nan=tl.PropagateNan.ALL))
     # Exactly 0 where e is at its limit: a zero base divides what is left by eps.
-    by_z = tl.where(e < 1152921504606846976.0, e / ((2 + e) * (2 + e)), 0.0)  # 2^60
+    by_z = tl.where(e < 1152921504606846976.0, e * _reciprocal((2 + e) * (2 + e)), 0.0)  # 2^60
     numerator = (beta - 1 + decay) * b + decay * d
     return tl.where(d == 0, 0.0, grad * numerator * by_z * slope)
 

@@ -40,7 +40,7 @@ def _full_gradients(dy, b, d, c, slope, offset, eps, beta, slope_z, through, lar
     return db, c * s * dy + by_d * _sign(d)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["M"])
 def _gate_backward_kernel(
     dy_ptr, saved_ptr, h_ptr, side_ptr, index_ptr, rows_ptr, core_ptr, adapter_bias_ptr, decay_ptr,
     largest_ptr, through_ptr, g_ptr, v_ptr, q_ptr, bias_part_ptr, statistics_ptr, M, N, R, SR,
@@ -82,7 +82,9 @@ def _gate_backward_kernel(
         inside = (m < M)[:, None] & (n < N)[None, :]
         dy = tl.load(dy_tile, mask=inside, other=0.0).to(tl.float32)
         dy_tile += BLOCK_N * stride_dn
-        saved = tl.load(saved_ptr + m[:, None] * N + n[None, :], mask=inside, other=0)
+        # Eight columns a thread, as of dY: else each element is decoded in two layouts.
+        saved = tl.load(saved_ptr + tl.max_contiguous(m[:, None] * N + n[None, :], (1, 8)),
+                        mask=inside, other=0)
         c = _vector(decay_ptr, n, N, 1.0)[None, :]
         if FULL:
             b = saved.to(tl.float32)
@@ -101,7 +103,7 @@ def _gate_backward_kernel(
                 db, dd = _full_gradients(dy, b, d, c, slope, offset, eps, beta, slope_z, through,
                                          largest, largest_ptr is not None)
         else:
-            g = _decode(saved, top, code_steps, code_low) * dy
+            g = _decode(saved, top, code_steps) * dy
             db, dd = (beta - 1 + c) * g, c * g
         if not STATISTICS:
             if g_ptr is not None:

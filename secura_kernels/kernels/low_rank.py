@@ -54,7 +54,7 @@ def _store_and_project(p, m, M, R, p_ptr, q_ptr, core_ptr, stride_cj, stride_ck,
                  mask=(m < M)[:, None] & (j < stride_qm)[None, :])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["M"])
 def _down_kernel(
     a_ptr, side_ptr, index_ptr, core_ptr, p_ptr, q_ptr, M, K, R, SR,
     stride_am, stride_ak, stride_sl, stride_sr, stride_cj, stride_ck, stride_qm, alpha,
@@ -78,7 +78,7 @@ def _down_kernel(
                        RANK, BLOCK_J, STEP, WIDE)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["M"])
 def _project_kernel(
     a_ptr, index_ptr, core_ptr, p_ptr, q_ptr, M, R,
     stride_am, stride_ak, stride_cj, stride_ck, stride_qm, alpha,

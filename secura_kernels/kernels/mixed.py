@@ -21,7 +21,7 @@ from .sides import _side_tile
 from .tiles import tile_for
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["S"])
 def _mixed_kernel(
     y0_ptr, t_ptr, cores_ptr, adapter_ptr, side_ptr, adapter_bias_ptr, y_ptr, largest_ptr,
     S, N, R, A, stride_yb, stride_ys, stride_yn, stride_ca, stride_cj, stride_ck, stride_sl,

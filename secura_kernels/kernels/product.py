@@ -66,7 +66,7 @@ def _parts(acc, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PARTS: tl.constexp
         return (_parts(left, BLOCK_M, HALF, PARTS // 2) + _parts(right, BLOCK_M, HALF, PARTS // 2))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["M"])
 def _product_kernel(
     a_ptr, b_ptr, h_ptr, side_ptr, index_ptr, bias_ptr, adapter_bias_ptr, decay_ptr,
     y_ptr, saved_ptr, moved_ptr, M, N, K, SR,

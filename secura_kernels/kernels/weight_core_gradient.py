@@ -18,7 +18,7 @@ from .sides import Side, _side_tile
 from .tiles import tile_for
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["M"])
 def _weight_core_gradient_kernel(
     dy_ptr, x_ptr, w_ptr, p_ptr, side_ptr, index_ptr, decay_ptr, largest_ptr, through_ptr,
     q_ptr, statistics_ptr, M, N, K, R, SR,
