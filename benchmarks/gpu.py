@@ -2,6 +2,7 @@
 
     python benchmarks/gpu.py              # all stages that this commit has not passed here
     python benchmarks/gpu.py bars small   # these, again
+    python benchmarks/gpu.py --limit 120 --archive results.tar.gz   # on a borrowed machine
 
 Each stage writes its result as it ends, under ``benchmarks/results/<chip>/``. A stage that fails
 does not stop the next one; a run that is stopped goes on with the stage it was in. Needs PyTorch,
@@ -13,8 +14,11 @@ import argparse
 import importlib.util
 import json
 import os
+import signal
 import subprocess
 import sys
+import tarfile
+import threading
 import time
 from pathlib import Path
 
@@ -27,11 +31,18 @@ import machine  # noqa: E402
 from shapes import RANKS, TOKENS  # noqa: E402
 
 LAYER = "benchmarks/layer/run.py"
+# Files by name: others need packages that a GPU machine may lack. Hundreds of kernels are compiled,
+# in several processes where pytest-xdist is installed.
+TESTS = ["-m", "pytest", "-m", "gpu", "-p", "no:cacheprovider", "-rfE", "--tb=short",
+         *(["-n", str(min(16, os.cpu_count()))] if importlib.util.find_spec("xdist") else [])]
 STAGES: dict[str, list[str]] = {
     "cuda-build": ["-c", "from secura_kernels import cuda; print(cuda.build())"],
-    # Hundreds of kernels are compiled: in several processes where pytest-xdist is installed.
-    "tests": ["-m", "pytest", "-m", "gpu", "-p", "no:cacheprovider",
-              *(["-n", "8"] if importlib.util.find_spec("xdist") else [])],
+    "tests-cuda": [*TESTS, "tests/test_kernels.py", "tests/test_kernel_ops.py",
+                   "tests/test_gpu.py", "tests/test_cuda.py", "tests/test_cuda_build.py", "-k",
+                   "cuda"],
+    "tests-gpu": [*TESTS, "tests/test_gpu.py", "-k", "not cuda"],
+    "tests-triton": [*TESTS, "tests/test_kernels.py", "tests/test_kernel_ops.py",
+                     "tests/test_mixed.py", "-k", "not cuda"],
     "sanitizer": ["benchmarks/sanitize.py"],
     "tune": ["-m", "secura_kernels", "tune", "--layer", "4096x4096", "8192x8192", "14336x4096",
              "4096x14336", "--tokens", "2048", "8192", "16384", "--rank", "16", "64"],
@@ -65,17 +76,29 @@ def passed(marker: Path) -> bool:
     return content["status"] == 0 and content["commit"] == machine.commit()
 
 
-def run(name: str, folder: Path) -> int:
-    """One stage: its output on the screen and in a log, its status in ``<name>.stage.json``."""
+def run(name: str, folder: Path, limit: float | None) -> int:
+    """One stage: its output on the screen and in a log, its status in ``<name>.stage.json``.
+    ``limit``: seconds after which it is ended, with the status -9."""
     environment = os.environ | {"PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": "1"}
     start = time.time()
     with open(folder / f"{name}.log", "w") as log:
+        # A session of its own: ended, it leaves no process of its own behind.
         process = subprocess.Popen([sys.executable, *STAGES[name]], cwd=ROOT, env=environment,
-                                   stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-        for line in process.stdout:
-            print(line, end="", flush=True)
-            log.write(line)
-        status = process.wait()
+                                   stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+                                   start_new_session=True)
+        end = threading.Timer(limit or threading.TIMEOUT_MAX,
+                              lambda: os.killpg(process.pid, signal.SIGKILL))
+        end.daemon = True
+        end.start()
+        try:
+            for line in process.stdout:
+                print(line, end="", flush=True)
+                log.write(line)
+            status = process.wait()
+        finally:
+            end.cancel()
+            if process.poll() is None:
+                os.killpg(process.pid, signal.SIGKILL)
     device = torch.device("cuda")
     content = dict(stage=name, status=status, seconds=round(time.time() - start, 1),
                    **machine.describe(device))
@@ -87,6 +110,8 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("stage", nargs="*", help=f"of {', '.join(STAGES)}; none: all that are left")
+    parser.add_argument("--limit", type=float, help="seconds that a stage may take")
+    parser.add_argument("--archive", type=Path, help="a .tar.gz of the results, after every stage")
     options = parser.parse_args()
     unknown = sorted(set(options.stage) - set(STAGES))
     if unknown:
@@ -102,10 +127,20 @@ def main() -> int:
             print(f"== {name}: passed for this commit already")
             continue
         print(f"== {name}", flush=True)
-        statuses[name] = run(name, folder)
+        statuses[name] = run(name, folder, options.limit)
+        if options.archive:
+            archive(folder, options.archive)
     for name, status in statuses.items():
         print(f"== {name}: {'passed' if status == 0 else f'FAILED ({status})'}")
     return 1 if any(statuses.values()) else 0
+
+
+def archive(folder: Path, file: Path) -> None:
+    """Writes it whole or not at all."""
+    part = file.with_name(file.name + ".part")
+    with tarfile.open(part, "w:gz") as tar:
+        tar.add(folder, folder.name)
+    part.replace(file)
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@ import csv
 import json
 import subprocess
 import sys
+import tarfile
 from pathlib import Path
 
 import pytest
@@ -55,14 +56,43 @@ def test_rows_of_a_case(tiny):
     assert any(reason.startswith("LoRA (Unsloth)") for reason in missing)
 
 
-def test_what_computes_something_else_is_not_timed(tiny):
+def test_what_computes_something_else_is_not_timed(tiny, monkeypatch):
     linear = torch.nn.Linear(32, 48, bias=False)
     found, _ = rivals.rivals(linear, 4, compiled=False)
     with torch.no_grad():
         found["SECURA, dense"].layer.layer.core_parameter().mul_(1.1)
-    inputs = timing.Inputs.random(tiny[0], torch.device("cpu"))
-    with pytest.raises(AssertionError, match="SECURA, dense is off by"):
-        timing.errors(found, *inputs[0])
+        found["CURLoRA, dense"].layer.layer.core_parameter().fill_(torch.nan)
+    monkeypatch.setattr(timing, "rivals", lambda *_, **__: (found, []))
+    rows, missing = timing.measure(tiny[0], torch.device("cpu"), 1, compiled=False)
+    assert [reason.split(" is off by")[0] for reason in missing] == [
+        "CURLoRA, dense", "SECURA, dense"]
+    assert {row["rival"] for row in rows} & {"CURLoRA, dense", "SECURA, dense", "frozen"} == {
+        "frozen"}
+
+
+def test_what_fails_is_left_out(tiny, monkeypatch):
+    class Broken(torch.nn.Module):
+        def forward(self, x):
+            raise RuntimeError("out of memory\nand a long story")
+
+    linear = torch.nn.Linear(32, 48, bias=False)
+    found = {"frozen": rivals.Rival(linear.requires_grad_(False)),
+             "broken": rivals.Rival(Broken())}
+    monkeypatch.setattr(timing, "rivals", lambda *_, **__: (found, []))
+    rows, missing = timing.measure(tiny[0], torch.device("cpu"), 1, compiled=False)
+    assert {row["rival"] for row in rows} == {"frozen"}
+    assert missing == ["broken failed: out of memory (tiny proj, M = 8, r = 4)"]
+
+
+def test_hand_written_lora_is_lora():
+    linear = torch.nn.Linear(32, 48, bias=False)
+    layer = rivals._HandWritten(linear, 4, rivals._Addmm.apply)
+    x = torch.randn(8, 32, requires_grad=True)
+    leaves, dy = [x, layer.A, layer.B], torch.randn(8, 48)
+    plain = linear(x) + x @ layer.A.T @ layer.B.T
+    torch.testing.assert_close(layer(x), plain)
+    torch.testing.assert_close(torch.autograd.grad(layer(x), leaves, dy),
+                               torch.autograd.grad(plain, leaves, dy))
 
 
 def test_a_stopped_run_goes_on(tiny, tmp_path, monkeypatch):
@@ -209,10 +239,27 @@ def test_mixed_batches_are_checked_and_measured(tmp_path, monkeypatch, capsys):
 def test_stages_are_in_order():
     names = list(gpu.STAGES)
     assert names[0] == "cuda-build" and "cuda-build" in gpu.ALWAYS
-    assert names.index("sanitizer") == names.index("tests") + 1
+    assert names.index("sanitizer") > names.index("tests-triton")
     for words in gpu.STAGES.values():
         assert words[0] in ("-m", "-c") or (LAYER.parents[1] / words[0]).is_file()
+        assert all((LAYER.parents[1] / word).is_file() for word in words if
+                   word.startswith("tests/"))
     compile(gpu.STAGES["cuda-build"][1], "cuda-build", "exec")
+
+
+def test_a_stage_ends_and_leaves_its_log(tmp_path, monkeypatch):
+    monkeypatch.setattr(gpu.machine, "describe", lambda _: dict(commit="abc"))
+    words = ["-c", "import time; print('begun'); time.sleep(60)"]
+    monkeypatch.setattr(gpu, "STAGES", {"long": words, "short": ["-c", "print('all')"]})
+    folder = tmp_path / "chip"
+    folder.mkdir()
+    assert gpu.run("long", folder, 5.0) == -9 and gpu.run("short", folder, None) == 0
+    assert (folder / "long.log").read_text() == "begun\n"
+    monkeypatch.setattr(gpu.machine, "commit", lambda: "abc")
+    assert not gpu.passed(folder / "long.stage.json") and gpu.passed(folder / "short.stage.json")
+    gpu.archive(folder, tmp_path / "results.tar.gz")
+    with tarfile.open(tmp_path / "results.tar.gz") as tar:
+        assert {"chip/long.log", "chip/short.stage.json"} <= set(tar.getnames())
 
 
 def test_the_sanitizer_watches_every_form():

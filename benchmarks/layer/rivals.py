@@ -76,6 +76,7 @@ def rivals(linear: nn.Linear, r: int, *, compiled: bool) -> tuple[dict[str, Riva
         if form != "SECURA, weight domain":
             dense = DenseLinear(_ours(kind, linear, r, "reference", settings))
             found[f"{form}, dense"] = Rival(dense, f"{form}, eager")
+    found["LoRA (addmm)"] = Rival(_HandWritten(linear, r, _Addmm.apply))
     for name, add in (("PEFT", _peft), ("Unsloth", _unsloth)):
         try:
             found |= add(linear, r)
@@ -114,7 +115,9 @@ def _peft(linear: nn.Linear, r: int) -> dict[str, Rival]:
     return found
 
 
-class _UnslothLinear(nn.Module):
+class _HandWritten(nn.Module):
+    """LoRA whose ``function(x, W, A, B)`` brings its own backward pass."""
+
     def __init__(self, linear: nn.Linear, r: int, function: Callable) -> None:
         super().__init__()
         self.weight = nn.Parameter(linear.weight.detach(), requires_grad=False)
@@ -124,7 +127,23 @@ class _UnslothLinear(nn.Module):
         self.function = function
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.function(x[None], self.weight, None, self.A, self.B, 1.0)[0]
+        return self.function(x, self.weight, self.A, self.B)
+
+
+class _Addmm(torch.autograd.Function):
+    """The fewest passes that the library's products allow: the update is added inside one."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, W: Tensor, A: Tensor, B: Tensor) -> Tensor:
+        t = x @ A.T
+        ctx.save_for_backward(x, W, A, B, t)
+        return (x @ W.T).addmm_(t, B.T)
+
+    @staticmethod
+    def backward(ctx, dy: Tensor) -> tuple:
+        x, W, A, B, t = ctx.saved_tensors
+        dt = dy @ B
+        return (dy @ W).addmm_(dt, A), None, dt.T @ x, dy.T @ t
 
 
 def _unsloth(linear: nn.Linear, r: int) -> dict[str, Rival]:
@@ -133,4 +152,5 @@ def _unsloth(linear: nn.Linear, r: int) -> dict[str, Rival]:
         from unsloth.kernels.fast_lora import LoRA_W
     except Exception as error:  # it looks for a GPU, a compiler and more when it is imported
         raise ImportError(f"unsloth cannot be imported: {error}") from error
-    return {"LoRA (Unsloth)": Rival(_UnslothLinear(linear, r, LoRA_W.apply))}
+    return {"LoRA (Unsloth)": Rival(_HandWritten(linear, r, lambda x, W, A, B: LoRA_W.apply(
+        x[None], W, None, A, B, 1.0)[0]))}

@@ -51,7 +51,7 @@ def run(cases: list[Case], device: torch.device, rounds: int, compiled: bool, fo
     done = _resume(unfinished, about)
     folder.mkdir(parents=True, exist_ok=True)
     about["ceilings"] = {d: ceilings.measure(device, DTYPES[d]) for d in {c.dtype for c in cases}}
-    rows, missing = [], []
+    rows, missing = [], {}
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(),
                TimeRemainingColumn())
     with Progress(*columns, console=Console(stderr=True)) as progress:
@@ -63,14 +63,15 @@ def run(cases: list[Case], device: torch.device, rounds: int, compiled: bool, fo
                 rows += done[key]
                 progress.advance(task, rounds + WARM_UP)
                 continue
-            found, missing = measure(case, device, rounds, compiled=compiled,
+            found, reasons = measure(case, device, rounds, compiled=compiled,
                                      tick=lambda: progress.advance(task))
             rows += found
+            missing |= dict.fromkeys(reasons)
             with open(unfinished, "a") as file:
                 file.write(json.dumps(dict(about=_identity(about), key=key, rows=found)) + "\n")
     for row in rows:
         row["predicted"] = results.predicted(row, about)
-    about["missing"] = missing
+    about["missing"] = list(missing)
     for reason in missing:
         print(f"left out: {reason}", file=sys.stderr)
     results.write(folder, name, rows, about)
