@@ -79,9 +79,9 @@ def test_more_elements_than_32_bits_count(one_pass, impl, monkeypatch):
     last = slice(M - 300, M)
     tail = replace(c, x=c.x.detach()[last].clone().requires_grad_())
     z = tail.ours(SMagNorm(), impl=impl)
-    torch.testing.assert_close(y[last], z, rtol=2e-2, atol=2e-2)
-    torch.testing.assert_close(dx[last], torch.autograd.grad(z, tail.x, z.detach())[0],
-                               rtol=2e-2, atol=2e-2)
+    # Sums in another order, rounded: one row off would be an error of 1.
+    assert relative_error(y[last], z) < 2**-8
+    assert relative_error(dx[last], torch.autograd.grad(z, tail.x, z.detach())[0]) < 2**-7
     assert dcore.isfinite().all()
 
 

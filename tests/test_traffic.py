@@ -8,11 +8,10 @@ from triton.runtime import interpreter
 
 from secura_kernels.kernels.cases import Inputs
 from secura_kernels.kernels.costs import Layer
-from secura_kernels.kernels.gate_backward import gate_backward
 from secura_kernels.kernels.tiles import TABLES
 
 pytestmark = pytest.mark.skipif(GPU, reason="counted in the interpreter")
-M, N, K, r = 192, 128, 256, 24
+M, N, K, r = 192, 512, 256, 24
 TILE = TABLES[0]["product"][0]
 
 
@@ -51,8 +50,7 @@ RUNS = {
     "product_of_input_gradient": lambda i: i.product_of_input_gradient(TILE),
     "product_gate": lambda i: i.product_gate(TILE),
     "epilogue": Inputs.epilogue,
-    "gate_backward": lambda i: gate_backward(
-        i.dy, i.code, i.C, i.rows, i.core, 1.0, i.gate, decay=None, needs=(True, True, False)),
+    "gate_backward": Inputs.gate_backward,
     "core_gradient": Inputs.core_gradient,
     "effective_weight": Inputs.effective_weight,
 }

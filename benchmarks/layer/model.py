@@ -16,13 +16,13 @@ from rich.console import Console
 from rich.table import Table
 
 from secura_kernels.kernels.costs import Cost, Layer
-from secura_kernels.kernels.dispatch import ASSUMED_LOSS
+from secura_kernels.kernels.dispatch import ASSUMED_LOSS, GATE_IN_SPECIAL
 
 # Seconds that a kernel takes beyond its bytes and operations: start, ramp and tail. Assumed.
 LAUNCH = 3e-6
-# Special functions per element of (M, N). Forming the gate: two reciprocals and an exp2
+# Special functions per element of (M, N). Forming the gate: three reciprocals and an exp2
 # (kernels/gate.py ``_gate``); decoding the saved gate: a reciprocal (``_decode``).
-SPECIAL_TO_GATE = 3
+SPECIAL_TO_GATE = 4
 SPECIAL_TO_DECODE = 1
 
 GPUS_PER_NODE = 8
@@ -84,7 +84,8 @@ def forward_times(layer: Layer, gate: bool, ceilings: Ceilings) -> dict[str, flo
     product = layer.product_gate() if gate else layer.product()
     one_pass = gather | {
         "forward down": _seconds(layer.down(), ceilings),
-        "forward one pass": _seconds(product, ceilings, loss=ASSUMED_LOSS, exposed=special),
+        "forward one pass": _seconds(product, ceilings, loss=ASSUMED_LOSS,
+                                     exposed=GATE_IN_SPECIAL * layer.M * layer.N * gate),
     }
     epilogue = (layer if gate else replace(layer, g=0)).epilogue()
     library = gather | {
@@ -100,7 +101,7 @@ def backward_times(layer: Layer, gate: bool, ceilings: Ceilings) -> dict[str, fl
     one form only."""
     library = {"backward library": _seconds(layer.library(layer.M, layer.K, layer.N), ceilings)}
     core = {
-        "backward core gradient": _seconds(layer.core_gradient(), ceilings),
+        "backward core gradient": _seconds(layer.core_gradient(spread=gate), ceilings),
         "backward sum of parts": _seconds(layer.sum_of_parts(), ceilings),
     }
     times = {"backward gather": _seconds(layer.gather(), ceilings)} | core

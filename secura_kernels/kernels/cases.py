@@ -18,7 +18,7 @@ from .epilogue import epilogue
 from .gate_backward import gate_backward
 from .low_rank import down, project
 from .product import product
-from .tiles import Tile, use
+from .tiles import Tile, column_parts, use
 from .weight_core_gradient import weight_core_gradient
 
 
@@ -33,7 +33,8 @@ class Inputs:
         self.core = self.random(r, r, dtype=torch.float32)
         self.cols = torch.arange(r, device=device)
         self.rows = torch.arange(r, device=device)
-        self.t, self.v = self.random(M, r), self.random(M, r, dtype=torch.float32)
+        self.t, self.v = self.random(M, r), self.random(column_parts(M, N), M, r,
+                                                        dtype=torch.float32)
         self.h = self.random(M, padded_rank(r))
         self.C = sides.Side(self.random(N, padded_rank(r)), None, padded_rank(r), 1, padded_rank(r))
         self.R = sides.rows(self.W, self.rows, None)
@@ -93,26 +94,31 @@ class Inputs:
         project(self.W, self.cols, self.core, 1.0, q_dtype=torch.float32, transpose_core=True)
 
     def gate_backward(self) -> None:
-        gate_backward(self.dy, self.code, self.C, self.rows, self.core, 1.0, self.gate, decay=None,
+        gate_backward(self.dy, self.code, self.C, self.r, self.gate, decay=None,
+                      needs=(True, True, False))
+
+    def gate_backward_and_bias(self) -> None:
+        gate_backward(self.dy, self.code, self.C, self.r, self.gate, decay=None,
                       needs=(True, True, True))
 
     def gate_backward_full(self) -> None:
-        gate_backward(self.dy, self.y, self.C, self.rows, self.core, 1.0, self.gate, decay=None,
+        gate_backward(self.dy, self.y, self.C, self.r, self.gate, decay=None,
                       needs=(True, True, True), h=self.h)
 
     def core_gradient(self) -> None:
-        core_gradient(self.v, self.t, self.core, 1.0, self.dy)
+        """With dT into columns of G'."""
+        core_gradient(self.v, self.t, self.core, 1.0, self.dy, g=self.y, rows=self.rows)
 
     def effective_weight(self) -> None:
         effective_weight(self.W, self.P, self.R, self.r, self.gate, None)
 
     def weight_core_gradient(self) -> None:
-        weight_core_gradient(self.dy, self.x, self.W, self.P, self.R, self.r, self.gate, None,
-                             decay=None, full=False)
+        weight_core_gradient(self.W, self.W, self.P, self.R, self.r, self.gate, None, decay=None,
+                             full=False)
 
     def weight_core_gradient_full(self) -> None:
-        weight_core_gradient(self.dy, self.x, self.W, self.P, self.R, self.r, self.gate, None,
-                             decay=None, full=True)
+        weight_core_gradient(self.W, self.W, self.P, self.R, self.r, self.gate, None, decay=None,
+                             full=True)
 
     def decode(self) -> None:
         decode(self.x[:16], self.W, self.P, self.R, self.r, self.gate, None, bias=None,
@@ -136,7 +142,7 @@ RUNS: dict[str, tuple[Callable, ...]] = {
     "product": (Inputs.product, Inputs.product_of_input_gradient),
     "product_gate": (Inputs.product_gate,),
     "epilogue": (Inputs.epilogue, Inputs.largest),
-    "gate_backward": (Inputs.gate_backward,),
+    "gate_backward": (Inputs.gate_backward, Inputs.gate_backward_and_bias),
     "gate_backward_full": (Inputs.gate_backward_full,),
     "core_gradient": (Inputs.core_gradient,),
     "effective_weight": (Inputs.effective_weight,),

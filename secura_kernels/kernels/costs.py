@@ -7,8 +7,9 @@ same from the loads and stores of the kernels themselves.
 
 from dataclasses import dataclass
 
-from ..kernel_host import cdiv, padded_rank
-from .core_gradient import ROWS_PER_PROGRAM
+from ..kernel_host import padded_rank
+from .core_gradient import programs_over_rows
+from .tiles import column_parts
 
 
 @dataclass(frozen=True)
@@ -96,20 +97,29 @@ class Layer:
                     2 * M * N * self.r)
 
     def gate_backward(self) -> Cost:
-        """dY, gate -> G', v; dT is added to columns of G' that are in cache. No dadapter_bias."""
+        """dY, gate -> db and v in parts. No dadapter_bias."""
         M, N, r = self.M, self.N, self.r
-        return Cost(M * N * (self.e + self.g) + N * self.h + r * INDEX + r * r * CORE,
-                    M * N * self.e + M * r * CORE, 2 * M * r * (N + r))
+        return Cost(M * N * (self.e + self.g) + N * self.h,
+                    M * N * self.e + self.parts * M * r * CORE, 2 * M * N * r)
 
-    def core_gradient(self) -> Cost:
-        """v, t -> partial sums of d_core; torch adds the partial sums."""
+    @property
+    def parts(self) -> int:
+        """Of v, as *gate backward* leaves it."""
+        return column_parts(self.M, self.N)
+
+    def core_gradient(self, spread: bool = True) -> Cost:
+        """v, t -> partial sums of d_core; torch adds the partial sums. ``spread``: and dT into
+        columns of G' that are in cache, from v in parts."""
         M, r = self.M, self.r
-        parts = cdiv(M, ROWS_PER_PROGRAM)
-        return Cost(M * r * (CORE + self.e), parts * r * r * CORE, 2 * M * r * r)
+        sums = Cost(M * r * (CORE + self.e), programs_over_rows(M) * r * r * CORE, 2 * M * r * r)
+        if not spread:
+            return sums
+        return sums + Cost((self.parts - 1) * M * r * CORE + r * INDEX + r * r * CORE
+                           + M * r * self.e, M * r * self.e, 2 * M * r * r)
 
     def sum_of_parts(self) -> Cost:
         r = self.r
-        return Cost(cdiv(self.M, ROWS_PER_PROGRAM) * r * r * CORE, r * r * CORE, 0)
+        return Cost(programs_over_rows(self.M) * r * r * CORE, r * r * CORE, 0)
 
     def effective_weight(self) -> Cost:
         """W, P -> W_eff; R is rows of W, already read."""
@@ -128,7 +138,7 @@ class Layer:
 
     def backward(self, gate: bool) -> Cost:
         """Gradients of x and core. Without a gate dX is one pass."""
-        core = self.core_gradient() + self.sum_of_parts()
+        core = self.core_gradient(spread=gate) + self.sum_of_parts()
         if gate:
             return (self.gather() + self.gate_backward() + core
                     + self.library(self.M, self.K, self.N))

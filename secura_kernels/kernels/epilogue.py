@@ -25,17 +25,21 @@ def _epilogue_kernel(
     BLOCK_R: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr,
 ):
     columns = tl.cdiv(N, BLOCK_N)
-    m0, n0 = (tl.program_id(0) // columns) * BLOCK_M, (tl.program_id(0) % columns) * BLOCK_N
+    # The last rows first: the product before this pass has left them in the L2.
+    tile = tl.num_programs(0) - 1 - tl.program_id(0)
+    m0, n0 = (tile // columns) * BLOCK_M, (tile % columns) * BLOCK_N
     m, M = tl.arange(0, BLOCK_M), M - m0
+    n = n0 + tl.arange(0, BLOCK_N)
     y_ptr = _at_row(y_ptr, m0, N)
+    # Before the change, whose products then hide the wait.
+    b = tl.load(y_ptr + m[:, None] * N + n[None, :], mask=(m < M)[:, None] & (n < N)[None, :],
+                other=0.0)
     if saved_ptr is not None:
         saved_ptr = _at_row(saved_ptr, m0, N)
     d = _change(_at_row(h_ptr, m0, stride_hm), stride_hm, side_ptr, index_ptr, stride_sl,
                 stride_sr, m, M, n0, tl.arange(0, BLOCK_N), N, SR,
                 tl.zeros((BLOCK_M, BLOCK_N), tl.float32), BLOCK_R, RANK, PRECISION)
-    n = n0 + tl.arange(0, BLOCK_N)
-    b = tl.load(y_ptr + m[:, None] * N + n[None, :], mask=(m < M)[:, None] & (n < N)[None, :],
-                other=0.0).to(tl.float32)
+    b = b.to(tl.float32)
     d += _vector(adapter_bias_ptr, n, N, 0.0)[None, :]
     if FIND_LARGEST:
         _raise_largest(_relative_magnitude(b, d, eps), m, M, n, N, largest_ptr)

@@ -1,14 +1,14 @@
 """*gate backward*: from dY and the saved gate, in one pass, everything the backward pass needs.
 
-    db = (beta - 1 + c) s dY       gradient of the base, G' once dT is scattered into it
+    db = (beta - 1 + c) s dY       gradient of the base, which becomes G'
     dd = c s dY                    gradient of the change; c = 1 without importance decay
-    v  = dd C                      (M, r)
-    dT = alpha v core              added to columns I of db (identity 3), so that dX = G' W
+    v  = dd C                      (M, r), in parts
     dadapter_bias = column sums of dd
 
-A program owns whole rows: no atomics, and two runs are bitwise equal. A full-derivative gate
-(``detach_gate=False``) saves the base output b instead of s; the change and the gate's own
-derivative are formed again here.
+A program owns some rows and, where rows alone are too few programs, one of ``column_parts`` parts
+of the columns, with a v of its own; *core gradient* adds the parts in order. No atomics: two runs
+are bitwise equal. A full-derivative gate (``detach_gate=False``) saves the base output b instead of
+s; the change and the gate's own derivative are formed again here.
 """
 
 import torch
@@ -16,14 +16,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..kernel_host import GateGradients, GateNumbers, cdiv, padded_rank, through_largest
+from ..kernel_host import GateNumbers, cdiv, through_largest
 from .chips import rank_block
 from .finish import _at_row, _change, _divided_by_largest, _store, _vector
 from .gate import _at_largest, _by_relative_magnitude, _decode, _gate, _relative_magnitude, _sign
-from .launch import WIDE_STEP, dot_precision, launch, strides, wide_precision
-from .low_rank import _times_core
+from .launch import dot_precision, launch
 from .sides import Side, _side_tile
-from .tiles import tile_for
+from .tiles import column_parts, tile_for
 
 
 @triton.jit
@@ -42,15 +41,17 @@ def _full_gradients(dy, b, d, c, slope, offset, eps, beta, slope_z, through, lar
 
 @triton.jit(do_not_specialize=["M"])
 def _gate_backward_kernel(
-    dy_ptr, saved_ptr, h_ptr, side_ptr, index_ptr, rows_ptr, core_ptr, adapter_bias_ptr, decay_ptr,
-    largest_ptr, through_ptr, g_ptr, v_ptr, q_ptr, bias_part_ptr, statistics_ptr, M, N, R, SR,
-    stride_dm, stride_dn, stride_hm, stride_sl, stride_sr, stride_cj, stride_ck, stride_qm,
-    slope, offset, eps, beta, top, code_steps, code_low, alpha,
+    dy_ptr, saved_ptr, h_ptr, side_ptr, index_ptr, adapter_bias_ptr, decay_ptr, largest_ptr,
+    through_ptr, g_ptr, v_ptr, bias_part_ptr, statistics_ptr, M, N, R, SR, columns,
+    stride_dm, stride_dn, stride_vp, stride_hm, stride_sl, stride_sr,
+    slope, offset, eps, beta, top, code_steps, code_low,
     FULL: tl.constexpr, STATISTICS: tl.constexpr, RANK: tl.constexpr, BLOCK_R: tl.constexpr,
-    BLOCK_J: tl.constexpr, STEP: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    PRECISION: tl.constexpr, WIDE: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr,
 ):
-    m0 = tl.program_id(0) * BLOCK_M
+    parts = tl.cdiv(N, columns)
+    block, part = tl.program_id(0) // parts, tl.program_id(0) % parts
+    m0 = block * BLOCK_M
+    first, last = part * columns, min(N, part * columns + columns)
     m, M = tl.arange(0, BLOCK_M), M - m0
     k = tl.arange(0, RANK)
     dy_ptr, saved_ptr = _at_row(dy_ptr, m0, stride_dm), _at_row(saved_ptr, m0, N)
@@ -59,14 +60,13 @@ def _gate_backward_kernel(
     if g_ptr is not None:
         g_ptr = _at_row(g_ptr, m0, N)
     if v_ptr is not None:
-        v_ptr = _at_row(v_ptr, m0, R)
-    if q_ptr is not None:
-        q_ptr = _at_row(q_ptr, m0, stride_qm)
+        v_ptr = _at_row(_at_row(v_ptr, part, stride_vp), m0, R)
     if bias_part_ptr is not None:
-        bias_part_ptr = _at_row(bias_part_ptr, tl.program_id(0), N)
+        bias_part_ptr = _at_row(bias_part_ptr, block, N)
     # Without decay and with a constant gate dd is db / beta: one matrix serves for both.
     PROPORTIONAL: tl.constexpr = (decay_ptr is None) and (not FULL)
-    dy_tile = dy_ptr + (m * stride_dm)[:, None] + (tl.arange(0, BLOCK_N) * stride_dn)[None, :]
+    dy_tile = _at_row(dy_ptr, first, stride_dn) + (
+        (m * stride_dm)[:, None] + (tl.arange(0, BLOCK_N) * stride_dn)[None, :])
     slope = _divided_by_largest(slope, largest_ptr)
     largest = 0.0
     through = 0.0
@@ -77,7 +77,7 @@ def _gate_backward_kernel(
     v = tl.zeros((BLOCK_M, RANK), tl.float32)
     total = tl.zeros((BLOCK_M,), tl.float32)
     maxima = tl.zeros((BLOCK_M,), tl.float32)
-    for n0 in range(0, N, BLOCK_N):
+    for n0 in range(first, last, BLOCK_N):
         n = n0 + tl.arange(0, BLOCK_N)
         inside = (m < M)[:, None] & (n < N)[None, :]
         dy = tl.load(dy_tile, mask=inside, other=0.0).to(tl.float32)
@@ -122,74 +122,43 @@ def _gate_backward_kernel(
         if PROPORTIONAL:
             v = v / beta
         tl.store(v_ptr + m[:, None] * R + k[None, :], v, mask=(m < M)[:, None] & (k < R)[None, :])
-        if g_ptr is not None:
-            tl.debug_barrier()  # v and g are read back by other threads of this program
-            for j0 in tl.range(0, R, BLOCK_J, num_stages=1):
-                j = j0 + tl.arange(0, BLOCK_J)
-                dt = _times_core(v_ptr, core_ptr, stride_cj, stride_ck, m, M, j, R, alpha, BLOCK_J,
-                                 STEP, WIDE)
-                if rows_ptr is None:
-                    inside = (m < M)[:, None] & (j < stride_qm)[None, :]
-                    tl.store(q_ptr + m[:, None] * stride_qm + j[None, :],
-                             dt.to(q_ptr.dtype.element_ty), mask=inside)
-                else:
-                    _add_to_columns(dt, j, rows_ptr, m, M, N, R, g_ptr, BLOCK_J)
 
 
-@triton.jit
-def _add_to_columns(dt, j, rows_ptr, m, M, N, R, g_ptr, BLOCK_J: tl.constexpr):
-    """g[:, rows[j]] += dt, for rows of g that this program owns and has written.
+def gate_backward(dy: Tensor, saved: Tensor, side: Side, r: int, gate: GateNumbers, *,
+                  decay: Tensor | None, needs: tuple[bool, bool, bool], h: Tensor | None = None,
+                  adapter_bias: Tensor | None = None, largest: Tensor | None = None,
+                  ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """db (M, N), v (parts, M, r) float32 and dadapter_bias (N,) float32; None for what was not
+    asked for.
 
-    Duplicates among rows[j] take turns: the first occurrences, then the second ones, and so on.
-    """
-    at = tl.load(rows_ptr + j, mask=j < R, other=-1)
-    earlier = (at[:, None] == at[None, :]) & (j[None, :] < j[:, None])
-    turn = tl.sum(earlier.to(tl.int32), 1)
-    turns = tl.max(tl.where(j < R, turn, 0), 0) + 1
-    pointers = g_ptr + m[:, None] * N + at[None, :]
-    for i in range(0, turns):
-        mask = (m < M)[:, None] & ((j < R) & (turn == i))[None, :]
-        old = tl.load(pointers, mask=mask, other=0.0).to(tl.float32)
-        tl.store(pointers, (old + dt).to(g_ptr.dtype.element_ty), mask=mask)
-        tl.debug_barrier()  # the next turn may add to the same element
-
-
-def gate_backward(dy: Tensor, saved: Tensor, side: Side, rows: Tensor | None, core: Tensor,
-                  alpha: float, gate: GateNumbers, *, decay: Tensor | None,
-                  needs: tuple[bool, bool, bool], h: Tensor | None = None,
-                  adapter_bias: Tensor | None = None,
-                  largest: Tensor | None = None) -> GateGradients:
-    """Args:
+    Args:
         dy: (M, N), any strides. saved: (M, N), what the forward pass saved. side: C.
-        rows: (r,) where R is W[rows]; None where it is stored. needs: of x, core, adapter_bias.
-        h: given for a full-derivative gate; then adapter_bias and largest count as well.
+        needs: of x, core, adapter_bias. h: given for a full-derivative gate; then adapter_bias and
+        largest count as well.
     """
     M, N = dy.shape
-    r = core.shape[0]
     full = h is not None
     tile = tile_for("gate_backward_full" if full else "gate_backward", dy, M, N, r)
-    programs = cdiv(M, tile.m)
+    columns = cdiv(cdiv(N, column_parts(M, N)), tile.n) * tile.n
+    blocks, parts = cdiv(M, tile.m), cdiv(N, columns)
     rank = rank_block(r)
-    stride_cj, stride_ck = strides(core.T)
     fixed = dict(
-        dy_ptr=dy, saved_ptr=saved, h_ptr=h, **side.arguments(), rows_ptr=rows, core_ptr=core,
+        dy_ptr=dy, saved_ptr=saved, h_ptr=h, **side.arguments(),
         adapter_bias_ptr=adapter_bias if full else None, decay_ptr=decay, largest_ptr=largest,
-        M=M, N=N, R=r, stride_dm=dy.stride(0), stride_dn=dy.stride(1),
-        stride_hm=h.stride(0) if full else 0, stride_cj=stride_cj, stride_ck=stride_ck,
-        stride_qm=padded_rank(r), **gate.arguments(), alpha=alpha, FULL=full, RANK=rank,
-        BLOCK_R=min(rank, 64), BLOCK_J=min(rank, 64), STEP=min(rank, WIDE_STEP), BLOCK_M=tile.m,
-        BLOCK_N=tile.n, PRECISION=dot_precision(dy.dtype), WIDE=wide_precision(dy.dtype))
+        M=M, N=N, R=r, columns=columns, stride_dm=dy.stride(0), stride_dn=dy.stride(1),
+        stride_vp=M * r, stride_hm=h.stride(0) if full else 0, **gate.arguments(), FULL=full,
+        RANK=rank, BLOCK_R=min(rank, 64), BLOCK_M=tile.m, BLOCK_N=tile.n,
+        PRECISION=dot_precision(dy.dtype))
     through = None
     if full and largest is not None:
-        statistics = dy.new_empty(programs, 2, dtype=torch.float32)
-        launch(_gate_backward_kernel, programs, tile, dy.device, **fixed, through_ptr=None,
-               g_ptr=None, v_ptr=None, q_ptr=None, bias_part_ptr=None, statistics_ptr=statistics,
+        statistics = dy.new_empty(blocks * parts, 2, dtype=torch.float32)
+        launch(_gate_backward_kernel, blocks * parts, tile, dy.device, **fixed, through_ptr=None,
+               g_ptr=None, v_ptr=None, bias_part_ptr=None, statistics_ptr=statistics,
                STATISTICS=True)
         through = through_largest(statistics, largest)
     g = torch.empty_like(saved, dtype=dy.dtype) if needs[0] else None
-    v = dy.new_empty(M, r, dtype=torch.float32) if needs[0] or needs[1] else None
-    q = dy.new_empty(M, padded_rank(r)) if needs[0] and rows is None else None
-    part = dy.new_empty(programs, N, dtype=torch.float32) if needs[2] else None
-    launch(_gate_backward_kernel, programs, tile, dy.device, **fixed, through_ptr=through, g_ptr=g,
-           v_ptr=v, q_ptr=q, bias_part_ptr=part, statistics_ptr=None, STATISTICS=False)
-    return GateGradients(g, q, v, None if part is None else part.sum(0))
+    v = dy.new_empty(parts, M, r, dtype=torch.float32) if needs[0] or needs[1] else None
+    sums = dy.new_empty(blocks, N, dtype=torch.float32) if needs[2] else None
+    launch(_gate_backward_kernel, blocks * parts, tile, dy.device, **fixed, through_ptr=through,
+           g_ptr=g, v_ptr=v, bias_part_ptr=sums, statistics_ptr=None, STATISTICS=False)
+    return g, v, None if sums is None else sums.sum(0)

@@ -85,7 +85,8 @@ def _project_kernel(
     BLOCK_M: tl.constexpr, RANK: tl.constexpr, BLOCK_J: tl.constexpr, STEP: tl.constexpr,
     WIDE: tl.constexpr,
 ):
-    m0 = tl.program_id(0) * BLOCK_M
+    # The last rows first: the product that wrote a has left them in the L2.
+    m0 = (tl.num_programs(0) - 1 - tl.program_id(0)) * BLOCK_M
     m, M = tl.arange(0, BLOCK_M), M - m0
     a_ptr, p_ptr = _at_row(a_ptr, m0, stride_am), _at_row(p_ptr, m0, R)
     q_ptr = _at_row(q_ptr, m0, stride_qm)

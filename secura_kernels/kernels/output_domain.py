@@ -11,7 +11,6 @@ from torch import Tensor
 from ..kernel_host import cdiv, contiguous
 from ..smagnorm import SMagNorm
 from . import dispatch, sides, update
-from .core_gradient import core_gradient
 from .epilogue import epilogue
 from .launch import addressable
 from .low_rank import down, project
@@ -67,8 +66,7 @@ def backward(
         dx = found.g @ weight
         if R is not None:
             dx.addmm_(found.q[:, :core.shape[0]], R)
-    dcore = core_gradient(found.v, t, core, alpha, dy) if needs[1] else None
-    return dx, dcore, found.dadapter_bias.to(adapter_bias.dtype) if needs[2] else None
+    return dx, found.dcore, found.dadapter_bias.to(adapter_bias.dtype) if needs[2] else None
 
 
 def _dx_without_gate(dy, weight, r, rows, R, dT):

@@ -12,6 +12,7 @@ from dataclasses import asdict, dataclass
 import torch
 from torch import Tensor
 
+from ..kernel_host import cdiv
 from . import chips, tuned
 
 
@@ -40,42 +41,42 @@ class Tile:
 
 # Bandwidth-bound passes and the small ones: the same rows serve every chip.
 _COMMON = {
-    "gather": (Tile(64, warps=4, max_rank=64), Tile(32, warps=8)),
-    "down": (Tile(64, k=64, warps=4, stages=3, max_rank=64),
-             Tile(32, k=64, warps=4, stages=3, max_rank=64),
+    "gather": (Tile(16, warps=4),),
+    "down": (Tile(32, k=64, warps=4, stages=5, max_rank=64),
              Tile(16, k=128, warps=4, stages=3, max_rank=64),
              Tile(64, k=32, warps=8, stages=3),
-             Tile(32, k=64, warps=8, stages=2),
+             Tile(32, k=32, warps=8, stages=3),
              Tile(16, k=64, warps=4, stages=2)),
-    "project": (Tile(64, warps=4, max_rank=64), Tile(16, warps=4, max_rank=64),
-                Tile(32, warps=8), Tile(16, warps=8)),
-    "epilogue": (Tile(64, 128, warps=8), Tile(32, 128, warps=4), Tile(16, 64, warps=4)),
-    # At rank 16 blocks of 16 rows would leave most warps repeating each other's elements.
-    "gate_backward": (Tile(64, 128, warps=4, stages=3, max_rank=16),
-                      Tile(64, 64, warps=4, stages=3, max_rank=16),
-                      Tile(32, 128, warps=8, stages=3, max_rank=64),
-                      Tile(16, 128, warps=4, stages=3, max_rank=64),
+    "project": (Tile(32, warps=4, max_rank=64), Tile(16, warps=4, max_rank=64),
+                Tile(32, warps=8)),
+    "epilogue": (Tile(64, 64, warps=4, max_rank=64), Tile(32, 64, warps=4, max_rank=64),
+                 Tile(64, 64, warps=8), Tile(16, 64, warps=4)),
+    "gate_backward": (Tile(64, 64, warps=4, stages=3, max_rank=64),
+                      Tile(32, 64, warps=4, stages=3, max_rank=64),
                       Tile(32, 64, warps=8, stages=2), Tile(16, 64, warps=8, stages=2)),
     "gate_backward_full": (Tile(64, 32, warps=4, stages=1, max_rank=16),
                            Tile(16, 64, warps=4, stages=1, max_rank=64),
                            Tile(16, 64, warps=4, stages=1)),
-    "core_gradient": (Tile(32, warps=8, stages=2),),
-    "effective_weight": (Tile(64, 64, warps=8), Tile(32, 64, warps=4)),
-    "weight_core_gradient": (Tile(64, 32, k=64, warps=8, stages=3, max_rank=64),
-                             Tile(32, 32, k=64, warps=8, stages=3)),
-    "weight_core_gradient_full": (Tile(32, 32, k=64, warps=8, stages=3, max_rank=64),
-                                  Tile(16, 32, k=64, warps=8, stages=3)),
+    "core_gradient": (Tile(16, warps=8, max_rank=64), Tile(16, warps=4)),
+    "effective_weight": (Tile(64, 64, warps=4),),
+    "weight_core_gradient": (Tile(64, 32, warps=4, max_rank=64), Tile(32, 32, warps=8)),
+    "weight_core_gradient_full": (Tile(64, 32, warps=4, max_rank=64), Tile(32, 32, warps=8)),
     "decode": (Tile(64, k=64, warps=8, stages=2), Tile(32, k=64, warps=4, stages=2)),
     "mixed": (Tile(64, 128, warps=8, max_rank=64), Tile(16, 128, warps=4, max_rank=64),
               Tile(64, 64, warps=8), Tile(16, 128, warps=8)),
 }
 _AMPERE = _COMMON | {
+    "gate_backward": _COMMON["gate_backward"][1:],
     "product": (Tile(128, 128, 32, warps=8, stages=4),
                 Tile(64, 64, 32, warps=4, stages=4)),
     "product_gate": (Tile(128, 128, 32, warps=8, stages=4, parts=4),
                      Tile(64, 64, 32, warps=4, stages=4, parts=2)),
 }
 _HOPPER = _COMMON | {
+    "epilogue": (Tile(64, 64, warps=4), Tile(32, 64, warps=4)),
+    "gate_backward": (*_COMMON["gate_backward"][:2], Tile(64, 32, warps=4, stages=3)),
+    "down": (*_COMMON["down"][:2], Tile(64, k=64, warps=4, stages=4), *_COMMON["down"][3:]),
+    "core_gradient": (Tile(32, warps=8),),
     "product": (Tile(128, 256, 64, warps=8, stages=3, max_rank=64, tma=True, persistent=True),
                 Tile(128, 256, 64, warps=8, stages=3, max_rank=64, tma=True),
                 Tile(128, 128, 64, warps=8, stages=4, max_rank=64, tma=True),
@@ -92,13 +93,11 @@ _HOPPER = _COMMON | {
                      Tile(128, 128, 64, warps=8, stages=4, parts=4, tma=True),
                      Tile(64, 128, 64, warps=4, stages=4, parts=8, tma=True)),
 }
-_BLACKWELL = _HOPPER | {
-    "gate_backward": _COMMON["gate_backward"][1:],
-    "epilogue": (Tile(32, 128, warps=8), Tile(32, 128, warps=4), Tile(16, 64, warps=4)),
-}
+_BLACKWELL = _HOPPER | {"down": _COMMON["down"]}
 # Blocks of which small matrices have several, and not too many: each operation is a numpy call.
 _INTERPRETER = {name: (Tile(64, 64, 64, parts=2, group=2),) for name in _HOPPER}
-TABLES = {80: _AMPERE, 89: _AMPERE, 90: _HOPPER, 100: _BLACKWELL, 120: _AMPERE,
+_SMALL_BLACKWELL = _AMPERE | {"gate_backward": _COMMON["gate_backward"][2:]}
+TABLES = {80: _AMPERE, 89: _AMPERE, 90: _HOPPER, 100: _BLACKWELL, 120: _SMALL_BLACKWELL,
           chips.INTERPRETER: _INTERPRETER}
 # float32 layers: twice the bytes a tile, and products in float32 units. Their base products are the
 # library's (``dispatch``), so the one-pass kernel has no row here.
@@ -109,10 +108,10 @@ _FLOAT32 = {
     "epilogue": (Tile(32, 64, warps=8), Tile(16, 32, warps=4)),
     "gate_backward": (Tile(16, 64, warps=4, stages=2, max_rank=64), Tile(16, 32, warps=8)),
     "gate_backward_full": (Tile(16, 32, warps=8),),
-    "core_gradient": (Tile(32, warps=8),),
+    "core_gradient": (Tile(16, warps=8, max_rank=64), Tile(16, warps=4)),
     "effective_weight": (Tile(32, 64, warps=8),),
-    "weight_core_gradient": (Tile(32, 32, k=16, warps=8, max_rank=64), Tile(16, 32, k=16, warps=8)),
-    "weight_core_gradient_full": (Tile(16, 32, k=16, warps=8),),
+    "weight_core_gradient": (Tile(32, 32, warps=8, max_rank=64), Tile(16, 32, warps=8)),
+    "weight_core_gradient_full": (Tile(16, 32, warps=8),),
     "decode": (Tile(32, k=32, warps=8),),
     "mixed": (Tile(32, 64, warps=8), Tile(16, 64, warps=4)),
 }
@@ -129,9 +128,20 @@ def rows_of(name: str, chip: int, dtype: torch.dtype, rank: int) -> tuple[Tile, 
     return tuple(tile for tile in fitting if tile.max_rank == smallest)
 
 
+PROGRAMS = 256  # that a chip should have of *gate backward*, of 64 rows each
+FEWEST_COLUMNS = 256  # of a part: fewer do not pay for a v of its own
+
+
+def column_parts(M: int, N: int) -> int:
+    """Into how many parts *gate backward* splits the columns of a (M, N) matrix."""
+    return max(1, min(cdiv(PROGRAMS, cdiv(M, 64)), N // FEWEST_COLUMNS))
+
+
 def programs(name: str, tile: Tile, rows: int, columns: int) -> int:
-    across = -(-columns // tile.n) if name in _TWO_DIMENSIONAL else 1
-    return -(-rows // tile.m) * across
+    across = cdiv(columns, tile.n) if name in _TWO_DIMENSIONAL else 1
+    if name.startswith("gate_backward"):
+        across = column_parts(rows, columns)
+    return cdiv(rows, tile.m) * across
 
 
 _used: Tile | None = None

@@ -6,11 +6,12 @@ them as ``columns``, a function of how often it will be read: a tied C is gather
 
 from collections.abc import Callable
 from functools import partial
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from ..kernel_host import GateGradients, GateNumbers, cdiv, contiguous, saved_for_backward
+from ..kernel_host import GateNumbers, cdiv, contiguous, padded_rank, saved_for_backward
 from ..smagnorm import SMagNorm
 from . import sides
 from .core_gradient import core_gradient
@@ -79,25 +80,35 @@ def backward(
     found = gradients(dy, partial(sides.columns, None, None, C), None, core, adapter_bias, decay, t,
                       saved, alpha, norm, (needs[0] or needs[1], *needs[2:]))
     return (found.g if needs[0] else None,
-            found.q[:, :r].contiguous() if needs[1] else None,
-            core_gradient(found.v, t, core, alpha, dy) if needs[2] else None,
+            found.q[:, :r].contiguous() if needs[1] else None, found.dcore,
             found.dadapter_bias.to(adapter_bias.dtype) if needs[3] else None)
+
+
+class Gradients(NamedTuple):
+    """``g``: G' (M, N) with dT already in it, or db where R is stored and ``q``, dT (M, padded r),
+    is still to be added as dT R. None for what was not asked for."""
+
+    g: Tensor | None
+    q: Tensor | None
+    dcore: Tensor | None
+    dadapter_bias: Tensor | None
 
 
 def gradients(dy: Tensor, columns: Callable[..., Side], rows: Tensor | None, core: Tensor,
               adapter_bias: Tensor | None, decay: Tensor | None, t: Tensor, saved: Tensor,
               alpha: float, norm: SMagNorm | None,
-              needs: tuple[bool, bool, bool]) -> GateGradients:
-    """From dY and the saved gate everything but dX and dcore; without a gate g is dY itself, and q
-    is there whatever ``rows`` is. ``needs``: of x, core, adapter_bias."""
+              needs: tuple[bool, bool, bool]) -> Gradients:
+    """From dY and the saved gate everything but dX; without a gate g is dY itself, and q is there
+    whatever ``rows`` is. ``needs``: of x, core, adapter_bias."""
     M, N = dy.shape
     r = core.shape[0]
     if norm is None:
-        v = dT = None
+        dT = dcore = None
         if needs[0] or needs[1]:
             side = columns(reads=cdiv(M, tile_for("down", dy, M, N, r).m))
             v, dT = down(dy, side, core, alpha, p_dtype=torch.float32, transpose_core=True)
-        return GateGradients(dy, dT, v, dy.sum(0, dtype=torch.float32) if needs[2] else None)
+            dcore = core_gradient(v, t, core, alpha, dy) if needs[1] else None
+        return Gradients(dy, dT, dcore, dy.sum(0, dtype=torch.float32) if needs[2] else None)
     gate = GateNumbers.of(norm, dy.dtype)
     more = {}
     if not norm.detach_gate:
@@ -107,5 +118,12 @@ def gradients(dy: Tensor, columns: Callable[..., Side], rows: Tensor | None, cor
             side = columns(reads=cdiv(M, tile_for("epilogue", dy, M, N, r).m))
             more["largest"] = _largest(saved, h, side, r, adapter_bias, gate)
     tile = tile_for("gate_backward" if norm.detach_gate else "gate_backward_full", dy, M, N, r)
-    return gate_backward(dy, saved, columns(reads=cdiv(M, tile.m)), rows, core, alpha, gate,
-                         decay=decay, needs=needs, **more)
+    g, v, dadapter_bias = gate_backward(dy, saved, columns(reads=cdiv(M, tile.m)), r, gate,
+                                        decay=decay, needs=needs, **more)
+    q = dcore = None
+    if v is not None:
+        if g is not None and rows is None:
+            q = dy.new_empty(M, padded_rank(r))
+        dcore = core_gradient(v, t if needs[1] else None, core, alpha, dy,
+                              g=g if rows is not None else None, rows=rows, q=q)
+    return Gradients(g, q, dcore, dadapter_bias)

@@ -1,5 +1,5 @@
-"""*weight core gradient*: Q = (dW_eff * dgate) R^T (N, r), where dW_eff = dY^T X is contracted
-tile by tile and never stored. d_core = alpha C^T Q follows (``core_gradient``).
+"""*weight core gradient*: Q = (dW_eff * dgate) R^T (N, r), from dW_eff = dY^T X, the library's
+product in the layer's dtype. d_core = alpha C^T Q follows (``core_gradient``).
 """
 
 import torch
@@ -10,23 +10,20 @@ from torch import Tensor
 from ..kernel_host import GateNumbers, cdiv, through_largest
 from .chips import processors, rank_block
 from .effective_weight import _delta_weight_tile, _weight_tile
-from .finish import _divided_by_largest, _vector
+from .finish import _at_row, _divided_by_largest, _vector
 from .gate import _at_largest, _by_relative_magnitude, _gate, _relative_magnitude, _sign
-from .launch import WIDE_STEP, dot_precision, launch, wide_precision
-from .product import _product_tile
+from .launch import WIDE_STEP, launch, wide_precision
 from .sides import Side, _side_tile
 from .tiles import tile_for
 
 
-@triton.jit(do_not_specialize=["M"])
+@triton.jit
 def _weight_core_gradient_kernel(
-    dy_ptr, x_ptr, w_ptr, p_ptr, side_ptr, index_ptr, decay_ptr, largest_ptr, through_ptr,
-    q_ptr, statistics_ptr, M, N, K, R, SR,
-    stride_dm, stride_dn, stride_xm, stride_xk, stride_wn, stride_wk, stride_pn, stride_sl,
-    stride_sr, slope, offset, eps, beta, top, code_steps, code_low, tiles_per_program,
+    grad_ptr, w_ptr, p_ptr, side_ptr, index_ptr, decay_ptr, largest_ptr, through_ptr, q_ptr,
+    statistics_ptr, N, K, R, SR, stride_wn, stride_wk, stride_pn, stride_sl, stride_sr,
+    slope, offset, eps, beta, top, code_steps, code_low, tiles_per_program,
     FULL: tl.constexpr, STATISTICS: tl.constexpr, RANK: tl.constexpr, BLOCK_R: tl.constexpr,
-    BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_M: tl.constexpr,
-    PRECISION: tl.constexpr, WIDE: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, WIDE: tl.constexpr,
 ):
     groups = tl.cdiv(tl.cdiv(K, BLOCK_K), tiles_per_program)
     group = tl.program_id(0) % groups
@@ -47,11 +44,9 @@ def _weight_core_gradient_kernel(
     maxima = tl.zeros((BLOCK_N,), tl.float32)
     for i in range(0, tiles_per_program):
         k0 = (group * tiles_per_program + i) * BLOCK_K
-        grad = _product_tile(dy_ptr, x_ptr, stride_dn, stride_dm, stride_xk, stride_xm, n0, N, k0,
-                             K, M, tl.zeros((BLOCK_N, BLOCK_K), tl.float32), BLOCK_N, BLOCK_K,
-                             BLOCK_M, False, False, PRECISION)
         inside = (n0 + n < N)[:, None] & (k0 + k < K)[None, :]
-        grad = tl.where(inside, grad, 0.0)  # what lies outside has wrapped around
+        grad = tl.load(_at_row(grad_ptr, n0, K) + n[:, None] * K + (k0 + k)[None, :], mask=inside,
+                       other=0.0).to(tl.float32)
         b = _weight_tile(w_ptr, stride_wn, stride_wk, n0, n, N, k0, k, K)
         d = _delta_weight_tile(p_ptr, stride_pn, side_ptr, index_ptr, stride_sl, stride_sr, n0, n,
                                N, k0, k, K, SR, RANK, BLOCK_R, WIDE)
@@ -77,35 +72,33 @@ def _weight_core_gradient_kernel(
                  mask=(n0 + n < N)[:, None] & (r < R)[None, :])
 
 
-def weight_core_gradient(dy: Tensor, x: Tensor, weight: Tensor, P: Tensor, side: Side, r: int,
+def weight_core_gradient(grad: Tensor, weight: Tensor, P: Tensor, side: Side, r: int,
                          gate: GateNumbers, largest: Tensor | None, *, decay: Tensor | None,
                          full: bool) -> Tensor:
-    """Q (N, r) float32; arguments as in ``effective_weight``; ``full``: with the gate's own
-    derivative."""
-    (M, N), K = dy.shape, x.shape[1]
-    tile = tile_for("weight_core_gradient_full" if full else "weight_core_gradient", dy, N, K, r)
+    """Q (N, r) float32. grad: dW_eff (N, K), contiguous; ``full``: with the gate's own derivative;
+    other arguments as in ``effective_weight``."""
+    N, K = grad.shape
+    tile = tile_for("weight_core_gradient_full" if full else "weight_core_gradient", grad, N, K, r)
     # Enough programs to fill the chip, no more: each group of tiles writes a Q of its own.
     across = cdiv(K, tile.n)
-    groups = min(across, max(1, 2 * processors(dy.device) // cdiv(N, tile.m)))
+    groups = min(across, max(1, 4 * processors(grad.device) // cdiv(N, tile.m)))
     tiles_per_program = cdiv(across, groups)
     groups = cdiv(across, tiles_per_program)
     programs = groups * cdiv(N, tile.m)
     rank = rank_block(r)
     fixed = dict(
-        dy_ptr=dy, x_ptr=x, w_ptr=weight, p_ptr=P, **side.arguments(), decay_ptr=decay,
-        largest_ptr=largest, M=M, N=N, K=K, R=r, stride_dm=dy.stride(0), stride_dn=dy.stride(1),
-        stride_xm=x.stride(0), stride_xk=x.stride(1), stride_wn=weight.stride(0),
+        grad_ptr=grad, w_ptr=weight, p_ptr=P, **side.arguments(), decay_ptr=decay,
+        largest_ptr=largest, N=N, K=K, R=r, stride_wn=weight.stride(0),
         stride_wk=weight.stride(1), stride_pn=P.stride(0), **gate.arguments(),
         tiles_per_program=tiles_per_program, FULL=full, RANK=rank, BLOCK_R=min(rank, WIDE_STEP),
-        BLOCK_N=tile.m, BLOCK_K=tile.n, BLOCK_M=tile.k, PRECISION=dot_precision(dy.dtype),
-        WIDE=wide_precision(dy.dtype))
+        BLOCK_N=tile.m, BLOCK_K=tile.n, WIDE=wide_precision(grad.dtype))
     through = None
     if full and largest is not None:
-        statistics = dy.new_empty(programs, 2, dtype=torch.float32)
-        launch(_weight_core_gradient_kernel, programs, tile, dy.device, **fixed, through_ptr=None,
-               q_ptr=None, statistics_ptr=statistics, STATISTICS=True)
+        statistics = grad.new_empty(programs, 2, dtype=torch.float32)
+        launch(_weight_core_gradient_kernel, programs, tile, grad.device, **fixed,
+               through_ptr=None, q_ptr=None, statistics_ptr=statistics, STATISTICS=True)
         through = through_largest(statistics, largest)
-    q = dy.new_empty(groups, N, r, dtype=torch.float32)
-    launch(_weight_core_gradient_kernel, programs, tile, dy.device, **fixed, through_ptr=through,
+    q = grad.new_empty(groups, N, r, dtype=torch.float32)
+    launch(_weight_core_gradient_kernel, programs, tile, grad.device, **fixed, through_ptr=through,
            q_ptr=q, statistics_ptr=None, STATISTICS=False)
     return q.sum(0)

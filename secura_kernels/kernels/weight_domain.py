@@ -70,7 +70,7 @@ def backward(
     if needs[0]:
         dx = dy @ effective_weight(*change.arguments(), decay=decay)
     if needs[1]:
-        Q = weight_core_gradient(dy, x, *change.arguments(), decay=decay,
+        Q = weight_core_gradient(dy.T @ x, *change.arguments(), decay=decay,
                                  full=not norm.detach_gate)
         dcore = core_gradient(change.C, Q, core, alpha, dy)
     if needs[2]:
