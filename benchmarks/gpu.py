@@ -47,7 +47,7 @@ STAGES: dict[str, list[str]] = {
     "tune": ["-m", "secura_kernels", "tune", "--layer", "4096x4096", "8192x8192", "14336x4096",
              "4096x14336", "--tokens", "2048", "8192", "16384", "--rank", "16", "64"],
     "bars": [LAYER, "--name", "bars", "--model", "square", "--layer", "4096", "8192", "--tokens",
-             "8192", "16384", "--rank", "16", "64", "150", "--no-compiled"],
+             "8192", "16384", "--rank", "16", "64", "150", "--rounds", "20", "--no-compiled"],
     # torch.compile takes most of a minute a case.
     "compiled": [LAYER, "--name", "compiled", "--model", "square", "--layer", "4096", "8192",
                  "--tokens", "8192", "--rank", "64", "--compiled"],

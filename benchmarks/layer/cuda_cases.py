@@ -44,7 +44,7 @@ class CudaPasses:
                              self.on.gate, decay=None, needs=(True, True, True))
 
     def core_gradient(self) -> None:
-        passes.core_gradient(self.on.v, self.on.t, 1.0)
+        passes.core_gradient(self.on.v[0], self.on.t, 1.0)
 
     def effective_weight(self) -> None:
         passes.effective_weight(

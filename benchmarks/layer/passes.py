@@ -1,6 +1,7 @@
 """Each pass of the Triton and of the CUDA kernels beside its own roofline (bytes and operations of
 ``costs.py`` over the copy bandwidth and the library's rate, both measured in the same run), and the
-products beside cuBLAS. On a GPU only."""
+products beside cuBLAS. On a GPU only. dT is added to G' by Triton's core gradient, but by CUDA's
+gate backward."""
 
 import argparse
 import sys
@@ -61,7 +62,7 @@ def measure(shape: tuple[int, int, int, int], device: torch.device, top: dict,
         best: dict[str, float] = {}
         for impl in [*found] * ROUNDS:
             try:
-                ms = min(triton.testing.do_bench(form, return_mode="median")
+                ms = min(triton.testing.do_bench(form, warmup=10, rep=50, return_mode="median")
                          for form in found[impl])
             except RuntimeError as error:  # one that fails must not cost the others' figures
                 wrong.append(f"{IMPLS[impl]} {name} at {shape}: {str(error).splitlines()[0]}")
