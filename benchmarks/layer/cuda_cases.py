@@ -41,7 +41,7 @@ class CudaPasses:
 
     def gate_backward(self) -> None:
         passes.gate_backward(self.on.dy, self.on.code, self.C, self.on.rows, self.on.core, 1.0,
-                             self.on.gate, decay=None, needs=(True, True, True))
+                             self.on.gate, decay=None, needs=(True, True, False))
 
     def core_gradient(self) -> None:
         passes.core_gradient(self.on.v[0], self.on.t, 1.0)
