@@ -117,7 +117,7 @@ def _core_gradient_kernel(
             acc = tl.dot(tl.trans(v), t.to(tl.float32), acc, input_precision=WIDE)
         tl.store(out_ptr + i[:, None] * R + j[None, :], alpha * acc,
                  mask=(i < R)[:, None] & (j < R)[None, :])
-    else:
+    elif SPREAD:
         for first in tl.range(0, rows_per_program, BLOCK_M, num_stages=1):
             m = first + tl.arange(0, BLOCK_M)
             for j0 in tl.range(0, R, BLOCK_R, num_stages=1):
