@@ -67,7 +67,9 @@ def _core_gradient_kernel(
     # single block, one program makes both of v as it is read once.
     blocks = tl.cdiv(R, BLOCK_R)
     tasks = 1 if ONE_BLOCK else blocks * blocks * CORE + SPREAD
-    program, task = tl.program_id(0) // tasks, tl.program_id(0) % tasks
+    # The last rows first: *gate backward* has left their G' in the L2.
+    place = tl.num_programs(0) - 1 - tl.program_id(0)
+    program, task = place // tasks, place % tasks
     m0 = program * rows_per_program
     M -= m0
     v_ptr = _at_row(v_ptr, m0, stride_vm)

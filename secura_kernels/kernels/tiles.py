@@ -67,6 +67,8 @@ _COMMON = {
 }
 _AMPERE = _COMMON | {
     "gate_backward": _COMMON["gate_backward"][1:],
+    "weight_core_gradient_full": _COMMON["weight_core_gradient_full"][1:],
+    "mixed": (*_COMMON["mixed"][:2], Tile(16, 128, warps=8)),
     "product": (Tile(128, 128, 32, warps=8, stages=4),
                 Tile(64, 64, 32, warps=4, stages=4)),
     "product_gate": (Tile(128, 128, 32, warps=8, stages=4, parts=4),
