@@ -178,7 +178,7 @@ def test_every_pass_of_both_backends_is_run(tmp_path, monkeypatch):
     load_cuda()
     times = iter(range(1, 1000))
 
-    def do_bench(run, return_mode):
+    def do_bench(run, **_):
         run()
         return float(next(times))
 
@@ -199,7 +199,7 @@ def test_every_pass_of_both_backends_is_run(tmp_path, monkeypatch):
 
 
 def test_a_pass_that_fails_costs_no_other_figure(monkeypatch):
-    def do_bench(run, return_mode):
+    def do_bench(run, **_):
         if run.__name__ == "broken":
             run()
         return 1.0

@@ -32,6 +32,7 @@ SHAPES = {
     "the published rank, one pass": (70, 160, 176, 150),
     "few tokens": (5, 96, 64, 8),
     "one token": (1, 70, 45, 3),
+    "columns in two parts": (70, 530, 40, 9),
 }
 
 
@@ -128,9 +129,10 @@ def test_nan_stays_in_its_token(norm, impl):
     assert y[2].isnan().all() and not others[2] and not y[others].isnan().any()
 
 
+@pytest.mark.parametrize("N", [40, 600])
 @pytest.mark.parametrize("norm", [None, SMagNorm()], ids=["no gate", "gate"])
-def test_duplicates_among_indices(norm, impl):
-    c = case(70, 40, 33, 24, torch.float32, device=DEVICE)
+def test_duplicates_among_indices(norm, N, impl):
+    c = case(70, N, 33, 24, torch.float32, device=DEVICE)
     c.rows = torch.tensor([5] * 3 + [7] * 20 + [39], device=DEVICE)
     c.cols = torch.tensor([5] * 3 + [7] * 20 + [32], device=DEVICE)
     compare(c, norm, impl)

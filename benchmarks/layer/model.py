@@ -4,10 +4,10 @@
 
 A pass takes the longest of its bytes over the copy bandwidth and its operations over the matrix
 rate, and a launch; a layer takes the sum of its passes. An H100 took 5 % longer without a gate and
-15 % with it (benchmarks/results, M, N, K = 8192, 4096, 4096, r = 64). The bytes and operations are those of
-``secura_kernels/kernels/costs.py``. Left out: what tiles lose at the edges of a shape, float32
-products with the core (several times slower than the matrix rate), and the 32-byte sectors that a
-column of W or y0 is read by.
+15 % with it (benchmarks/results, M, N, K = 8192, 4096, 4096, r = 64). The bytes and operations are
+those of ``secura_kernels/kernels/costs.py``. Left out: what tiles lose at the edges of a shape,
+float32 products with the core (several times slower than the matrix rate), and the 32-byte sectors
+that a column of W or y0 is read by.
 """
 
 import argparse

@@ -1,5 +1,7 @@
 """The one place that every kernel launch passes."""
 
+import functools
+import operator
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
@@ -38,8 +40,9 @@ def _options(tile: Tile) -> dict:
 
 
 # What Triton compiled, by everything that it compiles for and more: the arguments' types (1 equals
-# 1.0) and values, of tensors their dtypes and alignment. Triton's own ``run`` binds, specialises
-# and looks up anew in every call (benchmarks/host).
+# 1.0) and values, of tensors their dtypes and alignment; not the values that it is told to leave
+# alone, such as M, so that batches of any length find the same. Triton's own ``run`` binds,
+# specialises and looks up anew in every call (benchmarks/host).
 _compiled: dict[tuple, object] = {}
 MOST_COMPILED = 2**14  # beyond that many sets of values all are asked for anew
 
@@ -47,9 +50,10 @@ MOST_COMPILED = 2**14  # beyond that many sets of values all are asked for anew
 def _launch(kernel, programs: int, tile: Tile, arguments: dict) -> None:
     active = driver.active
     device = active.get_current_device()
-    values = [arguments[name] for name in kernel.arg_names]
+    names, special = _arguments_of(kernel)
+    values = names(arguments)
     key = (id(kernel), device, tile.warps, tile.stages, *map(type, values),
-           *[v if type(v) in _NUMBERS else _seen(v) for v in values])
+           *[v if type(v) in _NUMBERS else _seen(v) for v in special(arguments)])
     compiled, profiler = _compiled.get(key), knobs.runtime.launch_enter_hook
     if compiled is None or getattr(profiler, "calls", profiler):
         if len(_compiled) >= MOST_COMPILED:
@@ -58,6 +62,14 @@ def _launch(kernel, programs: int, tile: Tile, arguments: dict) -> None:
         return
     compiled.run(programs, 1, 1, active.get_current_stream(device), compiled.function,
                  compiled.packed_metadata, None, None, None, *values)
+
+
+@functools.cache
+def _arguments_of(kernel) -> tuple[Callable[[dict], tuple], Callable[[dict], tuple]]:
+    """What reads all values of a kernel's arguments from a dict, and those that it is compiled
+    for."""
+    special = [name for name in kernel.arg_names if name not in (kernel.do_not_specialize or ())]
+    return operator.itemgetter(*kernel.arg_names), operator.itemgetter(*special)
 
 
 _NUMBERS = frozenset((int, float, bool, str, type(None)))

@@ -136,7 +136,7 @@ FEWEST_COLUMNS = 256  # of a part: fewer do not pay for a v of its own
 
 def column_parts(M: int, N: int) -> int:
     """Into how many parts *gate backward* splits the columns of a (M, N) matrix."""
-    return max(1, min(cdiv(PROGRAMS, cdiv(M, 64)), N // FEWEST_COLUMNS))
+    return max(1, min(cdiv(PROGRAMS, max(1, cdiv(M, 64))), N // FEWEST_COLUMNS))
 
 
 def programs(name: str, tile: Tile, rows: int, columns: int) -> int:
