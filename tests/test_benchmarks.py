@@ -51,6 +51,8 @@ def test_rows_of_a_case(tiny):
     assert by["CURLoRA, reference", "both"]["saved_bytes"] == 8 * 4 * 4  # t alone
     assert by["SECURA, reference", "both"]["saved_bytes"] >= 8 * (4 + 48) * 4  # and the gate
     assert by["SECURA, dense", "both"]["error"] < 1e-5
+    assert by["CURLoRA, reference", "both"]["host_ms"] >= by["CURLoRA, reference",
+                                                             "both"]["low_ms"] > 0
     both, forward = by["SECURA, dense", "both"], by["SECURA, dense", "forward"]
     assert both["median_ms"] > forward["median_ms"] > 0
     assert any(reason.startswith("LoRA (Unsloth)") for reason in missing)

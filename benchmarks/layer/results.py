@@ -30,7 +30,7 @@ def table(rows: list[dict], about: dict) -> Table:
     """Forward and backward, one line a case and rival."""
     shown = Table(title=f"forward + backward; {about.get('gpu', about['processor'])}, torch "
                         f"{about['torch']}, {about['date']}")
-    for column in ("layer", "M, N, K", "r", "dtype", "rival", "median ms", "quartiles",
+    for column in ("layer", "M, N, K", "r", "dtype", "rival", "median ms", "quartiles", "host ms",
                    "÷ frozen", "predicted", "TFLOP/s", "of ceiling", "saved MB", "peak MB",
                    "error"):
         shown.add_column(column)
@@ -42,7 +42,8 @@ def table(rows: list[dict], about: dict) -> Table:
         shown.add_row(
             f"{row['model']} {row['layer']}", f"{row['M']}, {row['N']}, {row['K']}", str(row["r"]),
             row["dtype"], row["rival"], f"{row['median_ms']:.3f}",
-            f"{row['low_ms']:.3f}-{row['high_ms']:.3f}", f"{row['ratio']:.3f}",
+            f"{row['low_ms']:.3f}-{row['high_ms']:.3f}", f"{row['host_ms']:.3f}",
+            f"{row['ratio']:.3f}",
             _beside(row), f"{rate / 1e12:.2f}", f"{rate / ceiling:.0%}" if ceiling else "",
             f"{row['saved_bytes'] / 1e6:.2f}",
             "" if row["peak_bytes"] is None else f"{row['peak_bytes'] / 1e6:.1f}",
