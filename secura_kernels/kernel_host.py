@@ -41,8 +41,10 @@ class GateNumbers:
             offset=norm.scale * norm.shift * LOG2_E, eps=norm.eps, beta=norm.base_weight,
             top=top, code_steps=(high - low) / (top - 1), code_low=float(low))
 
+    @functools.lru_cache(maxsize=64)  # noqa: B019 (few gates, and they live as long as a program)
     def arguments(self) -> dict[str, float]:
-        return vars(self)
+        """By the names of Triton's arguments, whose dtype of the code says what ``code_low`` is."""
+        return {name: value for name, value in vars(self).items() if name != "code_low"}
 
 
 NO_GATE = GateNumbers(0.0, 0.0, 1.0, 1.0, 2.0, 1.0, 0.0)

@@ -70,7 +70,7 @@ class Finish:
 
 
 def numbers(gate: GateNumbers | None) -> list[float]:
-    return [] if gate is None else list(gate.arguments().values())
+    return [] if gate is None else list(vars(gate).values())
 
 
 def product(a: Tensor, b: Tensor, h: Tensor, side: Tensor, bias: Tensor | None,

@@ -24,7 +24,7 @@ def _decode_kernel(
     x_ptr, w_ptr, p_ptr, side_ptr, index_ptr, bias_ptr, adapter_bias_ptr, decay_ptr, largest_ptr,
     y_ptr, M, N, K, SR,
     stride_xm, stride_xk, stride_wn, stride_wk, stride_pn, stride_sl, stride_sr,
-    slope, offset, eps, beta, top, code_steps, code_low,
+    slope, offset, eps, beta, top, code_steps,
     RANK: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr, PRECISION: tl.constexpr, WIDE: tl.constexpr,
 ):

@@ -45,7 +45,7 @@ def _delta_weight_tile(p_ptr, stride_pn, side_ptr, index_ptr, stride_sl, stride_
 def _effective_weight_kernel(
     w_ptr, p_ptr, side_ptr, index_ptr, decay_ptr, out_ptr, moved_ptr, largest_ptr, N, K, SR,
     stride_wn, stride_wk, stride_pn, stride_sl, stride_sr,
-    slope, offset, eps, beta, top, code_steps, code_low, edge,
+    slope, offset, eps, beta, top, code_steps, edge,
     FIND_LARGEST: tl.constexpr, RANK: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr, WIDE: tl.constexpr,
 ):
@@ -62,7 +62,7 @@ def _effective_weight_kernel(
         slope = _divided_by_largest(slope, largest_ptr)
         _finish(b, d, _vector(decay_ptr, n0 + n, N, 1.0)[:, None], n, N - n0, k, K,
                 _at_row(out_ptr, n0, K), None, moved_ptr, slope, offset, eps, beta, top, code_steps,
-                code_low, edge, False)
+                edge, False)
 
 
 def effective_weight(weight: Tensor, P: Tensor, side: Side, r: int, gate: GateNumbers,

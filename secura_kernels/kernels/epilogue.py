@@ -20,7 +20,7 @@ from .tiles import tile_for
 def _epilogue_kernel(
     y_ptr, h_ptr, side_ptr, index_ptr, adapter_bias_ptr, decay_ptr, saved_ptr, moved_ptr,
     largest_ptr, M, N, SR, stride_hm, stride_sl, stride_sr,
-    slope, offset, eps, beta, top, code_steps, code_low, edge,
+    slope, offset, eps, beta, top, code_steps, edge,
     GATE: tl.constexpr, SAVE_BASE: tl.constexpr, FIND_LARGEST: tl.constexpr, RANK: tl.constexpr,
     BLOCK_R: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr,
 ):
@@ -46,7 +46,7 @@ def _epilogue_kernel(
     elif GATE:
         slope = _divided_by_largest(slope, largest_ptr)
         _finish(b, d, _vector(decay_ptr, n, N, 1.0)[None, :], m, M, n, N, y_ptr, saved_ptr,
-                moved_ptr, slope, offset, eps, beta, top, code_steps, code_low, edge, SAVE_BASE)
+                moved_ptr, slope, offset, eps, beta, top, code_steps, edge, SAVE_BASE)
     else:
         _store(b + d, m, M, n, N, y_ptr)
 

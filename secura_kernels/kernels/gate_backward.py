@@ -44,7 +44,7 @@ def _gate_backward_kernel(
     dy_ptr, saved_ptr, h_ptr, side_ptr, index_ptr, adapter_bias_ptr, decay_ptr, largest_ptr,
     through_ptr, g_ptr, v_ptr, bias_part_ptr, statistics_ptr, M, N, R, SR, columns,
     stride_dm, stride_dn, stride_vp, stride_hm, stride_sl, stride_sr,
-    slope, offset, eps, beta, top, code_steps, code_low,
+    slope, offset, eps, beta, top, code_steps,
     FULL: tl.constexpr, STATISTICS: tl.constexpr, RANK: tl.constexpr, BLOCK_R: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr,
 ):

@@ -71,7 +71,7 @@ def _product_kernel(
     a_ptr, b_ptr, h_ptr, side_ptr, index_ptr, bias_ptr, adapter_bias_ptr, decay_ptr,
     y_ptr, saved_ptr, moved_ptr, M, N, K, SR,
     stride_am, stride_ak, stride_bn, stride_bk, stride_hm, stride_sl, stride_sr,
-    slope, offset, eps, beta, top, code_steps, code_low, edge,
+    slope, offset, eps, beta, top, code_steps, edge,
     GATE: tl.constexpr, SAVE_BASE: tl.constexpr, RANK: tl.constexpr, BLOCK_R: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP: tl.constexpr,
     PARTS: tl.constexpr, TMA: tl.constexpr, K_MAJOR: tl.constexpr, PRECISION: tl.constexpr,
@@ -110,8 +110,8 @@ def _product_kernel(
                 d += _vector(adapter_bias_ptr, n, N, 0.0)[None, :]
                 b = parts[part] + _vector(bias_ptr, n, N, 0.0)[None, :]
                 _finish(b, d, _vector(decay_ptr, n, N, 1.0)[None, :], m, M - m0, n, N, y_rows,
-                        saved_rows, moved_ptr, slope, offset, eps, beta, top, code_steps, code_low,
-                        edge, SAVE_BASE)
+                        saved_rows, moved_ptr, slope, offset, eps, beta, top, code_steps, edge,
+                        SAVE_BASE)
 
 
 def product(a: Tensor, b: Tensor, h: Tensor, side: Side, r: int, y: Tensor, tile: Tile, *,

@@ -21,7 +21,7 @@ from .tiles import tile_for
 def _weight_core_gradient_kernel(
     grad_ptr, w_ptr, p_ptr, side_ptr, index_ptr, decay_ptr, largest_ptr, through_ptr, q_ptr,
     statistics_ptr, N, K, R, SR, stride_wn, stride_wk, stride_pn, stride_sl, stride_sr,
-    slope, offset, eps, beta, top, code_steps, code_low, tiles_per_program,
+    slope, offset, eps, beta, top, code_steps, tiles_per_program,
     FULL: tl.constexpr, STATISTICS: tl.constexpr, RANK: tl.constexpr, BLOCK_R: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, WIDE: tl.constexpr,
 ):
