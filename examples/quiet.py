@@ -6,8 +6,9 @@ Call it before transformers and peft are imported. What they say of the run itse
 import logging
 import warnings
 
-# torchao, which both import where it is there: files of other systems, and PyTorch's own changes.
-IMPORTING = ("torchao", "torch.utils._pytree")
+# What both import where it is there. torchao: files of other systems, and PyTorch's own changes;
+# bitsandbytes: a package of 4-bit kernels, on CPUs with bfloat16 instructions.
+IMPORTING = ("torchao", "torch.utils._pytree", "bitsandbytes")
 
 
 def hush() -> None:

@@ -112,7 +112,7 @@ _FLOAT32 = {
     "gate_backward_full": (Tile(16, 32, warps=8),),
     "core_gradient": (Tile(16, warps=8, max_rank=64), Tile(16, warps=4)),
     "effective_weight": (Tile(32, 64, warps=8),),
-    "weight_core_gradient": (Tile(32, 32, warps=8, max_rank=64), Tile(16, 32, warps=8)),
+    "weight_core_gradient": (Tile(16, 32, warps=8),),
     "weight_core_gradient_full": (Tile(16, 32, warps=8),),
     "decode": (Tile(32, k=32, warps=8),),
     "mixed": (Tile(32, 64, warps=8), Tile(16, 64, warps=4)),
