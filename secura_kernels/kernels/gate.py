@@ -6,7 +6,7 @@ Here z is in units of ln 2, so that ``exp2`` serves::
     q = 1 / (1 + e) = sigmoid(-z)    g = 1 + q          s = 1 / g
 
 No operand needs the care of an exact division: |b| + eps >= 2^-126, and the others are at least 1.
-e may be infinite; then q is 0. Instructions are what the epilogue must save (``costs.py``): four
+e may be infinite; then q is 0. Instructions are what the epilogue must save (README.md): four
 special functions an element take less of their unit than all else takes of the schedulers.
 """
 
