@@ -1,5 +1,5 @@
 """What the Triton and the CUDA kernels share on the host: the gate's numbers, the layout of their
-internal matrices, what is saved and what the gate's backward pass gives."""
+internal matrices, and what is saved."""
 
 import functools
 import math
@@ -74,17 +74,6 @@ def saved_for_backward(x: Tensor, N: int, norm: SMagNorm | None,
         return x.new_empty(0, dtype=dtype), None, False
     saved = x.new_empty(x.shape[0], N, dtype=dtype)
     return saved, saved, not norm.detach_gate
-
-
-@dataclass(frozen=True)
-class GateGradients:
-    """``g``: G' (M, N) with dT already in it, or db where R is stored and ``q``, dT (M, padded r),
-    is still to be added as dT R; None where no dX was asked for. ``v``: (M, r) float32."""
-
-    g: Tensor | None
-    q: Tensor | None
-    v: Tensor | None
-    dadapter_bias: Tensor | None
 
 
 def through_largest(statistics: Tensor, largest: Tensor) -> Tensor:

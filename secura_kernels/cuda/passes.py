@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..kernel_host import GateGradients, GateNumbers, cdiv, padded_rank, through_largest
+from ..kernel_host import GateNumbers, cdiv, padded_rank, through_largest
 from .library import call
 
 # As in csrc/passes.h.
@@ -86,6 +86,17 @@ def epilogue(y: Tensor, h: Tensor, side: Tensor, finish: Finish, largest: Tensor
     """Turns y (M, N), the base output, into the layer's; ``find_largest`` only raises ``largest``,
     (1,) int32, the bits of max(rho)."""
     call("epilogue", y, y, h, side, *finish.arguments(), *finish.outputs(), largest, find_largest)
+
+
+@dataclass(frozen=True)
+class GateGradients:
+    """``g``: G' (M, N) with dT already in it, or db where R is stored and ``q``, dT (M, padded r),
+    is still to be added as dT R; None where no dX was asked for. ``v``: (M, r) float32."""
+
+    g: Tensor | None
+    q: Tensor | None
+    v: Tensor | None
+    dadapter_bias: Tensor | None
 
 
 def gate_backward(dy: Tensor, saved: Tensor, side: Tensor, rows: Tensor | None, core: Tensor,

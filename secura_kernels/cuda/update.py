@@ -6,9 +6,18 @@ The output-domain layer is made of the others: ``outputs``, ``finish`` and ``gra
 import torch
 from torch import Tensor
 
-from ..kernel_host import GateGradients, GateNumbers, contiguous, saved_for_backward
+from ..kernel_host import GateNumbers, contiguous, saved_for_backward
 from ..smagnorm import SMagNorm
-from .passes import Finish, columns, core_gradient, down, epilogue, gate_backward, project
+from .passes import (
+    Finish,
+    GateGradients,
+    columns,
+    core_gradient,
+    down,
+    epilogue,
+    gate_backward,
+    project,
+)
 
 
 def forward(
