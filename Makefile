@@ -24,8 +24,8 @@ forgetting: .venv/ready  ## does it forget less? the 8-minute version
 	$(BIN)/python benchmarks/forgetting/run.py --quick $(ARGS)
 
 codegen: .venv/ready  ## compile every kernel for every chip, no GPU needed, and read the code
-	$(BIN)/python -m secura_kernels.kernels.inspect $(ARGS)
-	@if command -v nvcc >/dev/null; then $(BIN)/python -m secura_kernels.cuda.inspect; \
+	$(BIN)/python -m secura_kernels.tools.inspect_triton $(ARGS)
+	@if command -v nvcc >/dev/null; then $(BIN)/python -m secura_kernels.tools.inspect_cuda; \
 	else echo 'no nvcc here: the CUDA kernels are left out'; fi
 
 gpu:  ## on an NVIDIA GPU: kernels' tests, tuning, benchmarks, plots; installs nothing

@@ -13,7 +13,7 @@ from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build import build
 
 ROOT = Path(__file__).resolve().parent
-PACKAGE = Path("secura_kernels", "cuda")
+PACKAGE = Path("secura_kernels", "backends", "cuda")
 COMPILE = os.environ.get("SECURA_BUILD_CUDA", "") not in ("", "0")
 ARCHES = os.environ.get("SECURA_CUDA_ARCHES") or "75;80;86;89;90a;100a;120a"
 

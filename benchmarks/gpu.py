@@ -42,7 +42,7 @@ STAGES: dict[str, list[str]] = {
                    "cuda"],
     "tests-gpu": [*TESTS, "tests/test_gpu.py", "-k", "not cuda"],
     "tests-triton": [*TESTS, "tests/test_kernels.py", "tests/test_kernel_ops.py",
-                     "tests/test_mixed.py", "-k", "not cuda"],
+                     "tests/test_batched.py", "-k", "not cuda"],
     "sanitizer": ["benchmarks/sanitize.py"],
     "tune": ["-m", "secura_kernels", "tune", "--layer", "4096x4096", "8192x8192", "14336x4096",
              "4096x14336", "--tokens", "2048", "8192", "16384", "--rank", "16", "64"],

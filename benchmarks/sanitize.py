@@ -23,9 +23,10 @@ from unittest import mock
 import torch
 from torch import Tensor
 
-from secura_kernels import SMagNorm, cuda
-from secura_kernels.cuda import output_domain
-from secura_kernels.functional import cur_linear_and_moved
+from secura_kernels import SMagNorm
+from secura_kernels.backends import cuda
+from secura_kernels.backends.cuda import linear
+from secura_kernels.functional.linear import cur_linear_and_moved
 
 TOOLS = ("memcheck", "racecheck", "initcheck")
 SECONDS = 190  # a tool: the three end within ten minutes
@@ -114,7 +115,7 @@ def run_case(case: Case, impl: str, device: str) -> None:
         bias, adapter_bias = random(N).to(device), random(N, **wide).to(device)
         decay = torch.where(torch.rand(N, generator=generator) > 0.5, 0.9, 1.0).to(device)
         trained.append(adapter_bias.requires_grad_())
-    with mock.patch.object(output_domain, "one_pass", lambda *_: case.one_pass):
+    with mock.patch.object(linear, "one_pass", lambda *_: case.one_pass):
         y, moved = cur_linear_and_moved(
             x, W, core, bias=bias, alpha=0.7, norm=NORMS[case.form], adapter_bias=adapter_bias,
             decay=decay, impl=impl, edge=1.2 if case.biases else 0.0, **sides)

@@ -1,4 +1,4 @@
-// S-MagNorm element by element [secura_kernels/reference/gate.py], with z in units of ln 2:
+// S-MagNorm element by element [secura_kernels/backends/reference/gate.py], with z in units of ln 2:
 //
 //   rho = |d| / (|b| + eps)          e = 2^(rho * slope - offset) = exp(z)
 //   g = (2 + e) / (1 + e)            s = 1 / g        both from one reciprocal of (1 + e)(2 + e)

@@ -1,6 +1,6 @@
 // The passes as torch ops, through PyTorch's stable ABI: a library built once serves every later
 // torch. Outputs are given by the caller, and so is the stream: nothing here links to torch's CUDA
-// library. The schemas are repeated, and checked on loading, in secura_kernels/cuda/library.py.
+// library. The schemas are repeated, and checked on loading, in secura_kernels/backends/cuda/library.py.
 
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/tensor.h>

@@ -22,7 +22,7 @@ struct Matrix {
   int rows, columns;
 };
 
-// S-MagNorm's numbers, and what its saved code needs [kernels/gate.py in Python]. `on` is false for
+// S-MagNorm's numbers, and what its saved code needs [backends/triton/passes/gate.py in Python]. `on` is false for
 // a layer without a gate.
 struct Gate {
   bool on;

@@ -42,7 +42,7 @@ struct alignas(sizeof(T) * COUNT) Vector {
 template <typename T>
 using Chunk = Vector<T, 16 / sizeof(T)>;
 
-// What a layer's gate is saved in [secura_kernels/gate_code.py].
+// What a layer's gate is saved in [secura_kernels/backends/gate_code.py].
 template <typename T>
 using GateCode = std::conditional_t<Is<T, bfloat16>, uint8_t,
                                     std::conditional_t<Is<T, float16>, int16_t, float>>;

@@ -17,8 +17,8 @@ from peft import PeftModel, get_peft_model
 from smollm2 import smollm2_folder
 from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer, TrainingArguments
 
-from secura_kernels.callbacks import RetentionCallback
 from secura_kernels.peft import SecuraConfig
+from secura_kernels.train.callbacks import RetentionCallback
 
 SEQ_LEN, BATCH_SIZE = 128, 4
 

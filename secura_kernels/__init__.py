@@ -1,11 +1,11 @@
 """SECURA and CURLoRA: fast, exact replacements of ``nn.Linear`` for fine-tuning."""
 
-from .adapter_file import load_adapter, save_adapter
-from .calibration import calibrate
-from .functional import cur_linear
-from .modules import CURLoRALinear, SECURALinear
+from .functional.linear import cur_linear
+from .nn.checkpoint import load_adapter, save_adapter
+from .nn.linear import CURLoRALinear, SECURALinear
 from .selection import select
-from .smagnorm import ImportanceDecay, SMagNorm
+from .settings import ImportanceDecay, SMagNorm
+from .train.calibration import calibrate
 
 __version__ = "0.1.0"
 

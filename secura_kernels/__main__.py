@@ -10,7 +10,7 @@ import torch
 
 from . import __version__
 from .ops import IMPLS, why_unavailable
-from .selfcheck import FORMS, SHAPES, relative_errors
+from .tools.selfcheck import FORMS, SHAPES, relative_errors
 
 PACKAGES = ("torch", "triton", "safetensors", "transformers", "peft")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -77,11 +77,12 @@ def tune(options: argparse.Namespace) -> int:
     if reason is not None:
         print(f"tune: {reason}", file=sys.stderr)
         return 1
-    from .kernels import tune, tuned
+    from .backends.triton import tune_cache
+    from .tools import tune
 
     layers = options.layer or tune.LAYERS
     work = tune.jobs(layers, options.tokens, options.rank, getattr(torch, options.dtype))
-    file = tuned.path(device)
+    file = tune_cache.path(device)
     try:
         entries = tune.tune(work, device, file, again=options.again)
     except KeyboardInterrupt:

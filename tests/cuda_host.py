@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from secura_kernels import cuda
-from secura_kernels.cuda import compiler
+from secura_kernels.backends import cuda
+from secura_kernels.backends.cuda import compiler
 
 HOST = Path(__file__).parent / "host"
 BUILD = Path(__file__).parents[1] / "build"

@@ -11,7 +11,7 @@ from parallel_data import refused
 from torch import Tensor, nn
 
 from secura_kernels import SMagNorm, cur_linear
-from secura_kernels.update import cur_update
+from secura_kernels.functional.epilogue import cur_epilogue
 
 NORMS = [None, SMagNorm(), SMagNorm(detach_gate=False), SMagNorm(ref="max"),
          SMagNorm(ref="max", detach_gate=False)]
@@ -83,7 +83,7 @@ def rules_update(rank: int, folder: Path) -> None:
         for biases in ({}, dict(adapter_bias=adapter_bias)):
             operands = dict(y0=y0, t=t, core=core, C=C) | biases
             for way, expected in ways:
-                lies = _check_sharded(functools.partial(cur_update, norm=norm), operands, dy, way,
+                lies = _check_sharded(functools.partial(cur_epilogue, norm=norm), operands, dy, way,
                                       trained=("y0", "t", "core", "adapter_bias"))
                 if expected is not None and (norm is None or norm.ref != "max") and (
                         not expected.is_partial() or (norm is None and not biases)):

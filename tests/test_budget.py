@@ -12,9 +12,9 @@ from retention_models import DATA, HELD_OUT, TOKENS, llama
 from transformers import Trainer, TrainingArguments
 
 from secura_kernels import CURLoRALinear, SECURALinear, calibrate
-from secura_kernels.callbacks import RetentionCallback
 from secura_kernels.peft import SecuraConfig
-from secura_kernels.retention import base_kl, core_size, without_adapters
+from secura_kernels.train.callbacks import RetentionCallback
+from secura_kernels.train.retention import base_kl, core_size, without_adapters
 
 TARGETS = ["q_proj", "v_proj"]
 TEXT = [dict(input_ids=TOKENS[:4]), dict(input_ids=TOKENS[4:])]

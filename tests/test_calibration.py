@@ -15,15 +15,15 @@ from secura_kernels import (
     CURLoRALinear,
     SECURALinear,
     calibrate,
-    calibration,
     cur_linear,
     load_adapter,
     save_adapter,
 )
 from secura_kernels.bases import inverse_root
-from secura_kernels.calibration import measuring
-from secura_kernels.own_text import own_text
 from secura_kernels.peft import SecuraConfig, save_as_lora
+from secura_kernels.train import calibration
+from secura_kernels.train.calibration import measuring
+from secura_kernels.train.own_text import own_text
 
 WHITENED = dict(r=4, basis="whitened")
 GATE_FREE = WHITENED | dict(variant="secura")

@@ -6,14 +6,14 @@ import math
 import pytest
 
 from secura_kernels import CURLoRALinear, SECURALinear
-from secura_kernels.retention import base_loss, drift
+from secura_kernels.train.retention import base_loss, drift
 
 pytest.importorskip("transformers", reason="the callbacks are transformers'")
 pytest.importorskip("tensorboard", reason="the callbacks' logs are read from its files")
 from retention_models import DATA, HELD_OUT, llama
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
-from secura_kernels.callbacks import RetentionCallback, StageCallback
+from secura_kernels.train.callbacks import RetentionCallback, StageCallback
 
 
 def adapted(kind=CURLoRALinear, **settings):
@@ -84,12 +84,13 @@ def test_a_limit_stops_training_at_the_first_measurement_above_it(limit, name, t
     # Between steps 2 and 3, seen at step 4 by a callback that looks every second step.
     callback = RetentionCallback(
         HELD_OUT, every=2, **{limit: (values[2] + values[3]) / 2}).attach(trainer)
-    with caplog.at_level(logging.WARNING, "secura_kernels.callbacks"):
+    with caplog.at_level(logging.WARNING, "secura_kernels.train.callbacks"):
         trainer.train()
     assert trainer.state.global_step == 4
     assert callback.stopped.startswith(f"step 4: {name} {values[4]:.6g} is not within its limit")
-    assert [r.getMessage() for r in caplog.records if r.name == "secura_kernels.callbacks"] == [
-        f"training stops at {callback.stopped}"]
+    messages = [r.getMessage() for r in caplog.records
+                if r.name == "secura_kernels.train.callbacks"]
+    assert messages == [f"training stops at {callback.stopped}"]
     assert curve(trainer.state.log_history, f"retention/{name}")[4] == values[4]
 
 

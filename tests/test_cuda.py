@@ -10,11 +10,11 @@ import pytest
 import torch
 from cuda_host import SANITIZE, SCHEDULES, host_command, load_cuda
 from devices import DEVICE, GPU, MARKS
-from forms import ALL_NORMS, case, compare, small_change
+from layer_cases import ALL_NORMS, case, compare, small_change
 
 from secura_kernels import SMagNorm
-from secura_kernels.cuda import library, output_domain, passes
-from secura_kernels.cuda.plan import one_pass
+from secura_kernels.backends.cuda import library, linear, passes
+from secura_kernels.backends.cuda.plan import one_pass
 
 pytestmark = MARKS
 simulated = pytest.mark.skipif(GPU, reason="for the simulated GPU")
@@ -106,7 +106,7 @@ def test_columns_of_W_in_several_groups(detach_gate, M, monkeypatch):
                          ids=["no gate", "gate", "full"])
 def test_one_pass_of_any_operands(norm, dtype, monkeypatch):
     """Strides and sizes for which the plan would take the library's product."""
-    monkeypatch.setattr(output_domain, "one_pass", lambda *_: True)
+    monkeypatch.setattr(linear, "one_pass", lambda *_: True)
     for M, N, K, r in ((131, 150, 67, 9), (5, 40, 33, 3), (66, 136, 72, 20)):
         c = small_change(M, N, K, r, dtype=dtype, tied=True, biases=True, device=DEVICE)
         compare(c, norm, "cuda")
@@ -177,7 +177,7 @@ def _a_gpu(monkeypatch):
 
 def test_not_built(_a_gpu):
     reason = library.why_unavailable(torch.device("cuda"), torch.bfloat16, 64)
-    assert "not built: secura_kernels.cuda.build()" in reason
+    assert "not built: secura_kernels.backends.cuda.build()" in reason
 
 
 def test_too_old(_a_gpu, monkeypatch):

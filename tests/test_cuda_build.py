@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from secura_kernels.cuda import compiler as builder
+from secura_kernels.backends.cuda import compiler as builder
 
 ROOT = Path(__file__).parents[1]
 try:
@@ -169,7 +169,8 @@ def test_undefined_symbol_fails_at_link_time(tiny, tmp_path):
 
 @compiles
 def test_two_processes_at_once_compile_once(tiny):
-    program = ("import sys; from pathlib import Path; from secura_kernels.cuda import compiler\n"
+    program = ("import sys; from pathlib import Path\n"
+               "from secura_kernels.backends.cuda import compiler\n"
                "print(compiler.build(['80'], source=Path(sys.argv[1]), progress=False))")
     env = os.environ | {"PYTHONPATH": str(ROOT)}
     both = [subprocess.Popen([sys.executable, "-c", program, str(tiny)], env=env, text=True,
@@ -249,7 +250,7 @@ def test_arches_of_the_visible_gpus(tiny, monkeypatch):
 
 def test_sources(tiny, tmp_path, monkeypatch):
     assert builder.sources() == ROOT / "csrc"
-    package = tmp_path / "site-packages/secura_kernels/cuda"
+    package = tmp_path / "site-packages/secura_kernels/backends/cuda"
     monkeypatch.setattr(builder, "HERE", package)
     with pytest.raises(FileNotFoundError, match="CUDA sources are missing"):
         builder.sources()
@@ -281,12 +282,13 @@ def package(checkout: Path, hook: str, prelude: str = "", **env: str):
 
 
 def inside(wheel: Path) -> set[str]:
-    return {name.removeprefix("secura_kernels/cuda/") for name in zipfile.ZipFile(wheel).namelist()}
+    return {name.removeprefix("secura_kernels/backends/cuda/")
+            for name in zipfile.ZipFile(wheel).namelist()}
 
 
 def test_wheel_is_pure_by_default(checkout):
     # Left by an earlier editable build.
-    (checkout / "secura_kernels/cuda" / builder.LIBRARY).write_bytes(b"")
+    (checkout / "secura_kernels/backends/cuda" / builder.LIBRARY).write_bytes(b"")
     done, wheel = package(checkout, "build_wheel", SECURA_BUILD_CUDA="0")
     assert done.returncode == 0, done.stderr
     assert wheel.name.endswith("-py3-none-any.whl")
@@ -306,7 +308,7 @@ def test_editable_is_pure_by_default(checkout):
     assert done.returncode == 0, done.stderr
     assert wheel.name.endswith("-py3-none-any.whl")
     assert "__editable__.secura_kernels-0.1.0.pth" in inside(wheel)
-    assert not (checkout / "secura_kernels/cuda/csrc").exists()
+    assert not (checkout / "secura_kernels/backends/cuda/csrc").exists()
 
 
 @compiles
@@ -326,7 +328,7 @@ def test_editable_with_the_library(checkout):
     done, wheel = package(checkout, "build_editable", SECURA_BUILD_CUDA="1",
                           SECURA_CUDA_ARCHES="80")
     assert done.returncode == 0, done.stderr
-    assert (checkout / "secura_kernels/cuda" / builder.LIBRARY).is_file()
+    assert (checkout / "secura_kernels/backends/cuda" / builder.LIBRARY).is_file()
     assert builder.LIBRARY not in inside(wheel)
 
 

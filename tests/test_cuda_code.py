@@ -11,15 +11,16 @@ from pathlib import Path
 import pytest
 import torch
 
-from secura_kernels.cuda import compiler, inspect, passes
-from secura_kernels.cuda.library import SCHEMAS
-from secura_kernels.kernel_host import cdiv
+from secura_kernels.backends.cuda import compiler, passes
+from secura_kernels.backends.cuda.library import SCHEMAS
+from secura_kernels.backends.host import cdiv
+from secura_kernels.tools import inspect_cuda
 
 ROOT = Path(__file__).parents[1]
 ARCHES = ("80", "90a", "100a")
 try:
     compiler.tools()
-    inspect.cuobjdump()
+    inspect_cuda.cuobjdump()
     MISSING = ""
 except RuntimeError as error:
     MISSING = str(error)
@@ -30,7 +31,7 @@ LOAD = """
 import json, sys
 from pathlib import Path
 import torch
-from secura_kernels.cuda import load
+from secura_kernels.backends.cuda import load
 load(Path(sys.argv[1]))
 has = torch._C._dispatch_has_kernel_for_dispatch_key
 print(json.dumps({name: [has(name, "CUDA"), has(name, "CPU")]
@@ -53,19 +54,20 @@ def load(library: Path) -> subprocess.CompletedProcess:
 
 
 def test_no_spill_and_the_needed_instructions(built):
-    found = inspect.read(built, ARCHES)
+    found = inspect_cuda.read(built, ARCHES)
     faults = "\n".join(f"{c}: {'; '.join(c.faults())}" for c in found if c.faults())
     assert not faults, faults
     for arch in ARCHES:  # every pass, in every dtype
         here = {(c.kernel, c.dtype) for c in found if c.chip == arch}
-        assert here == {(name, dtype) for name in SCHEMAS for dtype in inspect.DTYPES.values()}
+        assert here == {(name, dtype) for name in SCHEMAS for dtype in inspect_cuda.DTYPES.values()}
 
 
 def test_faults_are_found():
     def faults(kernel="product", dtype="bfloat16", chip="80", stack=0, spills=0, **found):
         wide = {f"{i}.E.128": found.pop(i, 0) for i in ("LDG", "STG")}
-        counts = dict.fromkeys(inspect.INSTRUCTIONS, 0) | wide | found
-        return inspect.Compiled(chip, kernel, dtype, (), 255, stack, spills, 0, counts).faults()
+        counts = dict.fromkeys(inspect_cuda.INSTRUCTIONS, 0) | wide | found
+        return inspect_cuda.Compiled(chip, kernel, dtype, (), 255, stack, spills, 0,
+                                     counts).faults()
 
     tensor = dict(HMMA=4, LDSM=4, LDGSTS=4)
     assert faults(**tensor, STG=4) == []
@@ -81,8 +83,8 @@ def test_faults_are_found():
 
 def test_names_of_kernels():
     def name(kernel: str, arguments: str) -> tuple:
-        return inspect._name(f"_ZN6secura49_GLOBAL__N__1f6571f7_10_product_cu_9248afd214{kernel}I"
-                             f"{arguments}EEvNS_7ProductE")
+        return inspect_cuda._name("_ZN6secura49_GLOBAL__N__1f6571f7_10_product_cu_9248afd214"
+                                  f"{kernel}I{arguments}EEvNS_7ProductE")
 
     assert name("product_kernel", "13__nv_bfloat16Lb1ELNS_5AlongE0E") == (
         "product", "bfloat16", ("gate", "DEPTH"))

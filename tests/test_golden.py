@@ -7,7 +7,8 @@ import pytest
 import torch
 from torch import nn
 
-from secura_kernels import SECURALinear, SMagNorm, cur_linear, reference, select
+from secura_kernels import SECURALinear, SMagNorm, cur_linear, select
+from secura_kernels.backends import reference
 
 GOLDEN = np.load(Path(__file__).parent / "data" / "secura_published.npz")
 CASES = ("plain", "biases", "zero_core")

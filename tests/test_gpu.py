@@ -4,11 +4,11 @@ from dataclasses import replace
 
 import pytest
 import torch
-from forms import case, relative_error
+from layer_cases import case, relative_error
 
 from secura_kernels import SECURALinear, SMagNorm
-from secura_kernels.cuda import output_domain as cuda_output_domain
-from secura_kernels.kernels import dispatch, tuned
+from secura_kernels.backends.cuda import linear as cuda_linear
+from secura_kernels.backends.triton import dispatch, tune_cache
 from secura_kernels.ops import resolve
 
 pytestmark = pytest.mark.gpu
@@ -18,8 +18,8 @@ FORMS = dict(argnames="one_pass", argvalues=[True, False], ids=["one pass", "lib
 def take(one_pass: bool, monkeypatch) -> None:
     """Both backends take this form of a layer, whatever would be chosen."""
     monkeypatch.setattr(dispatch, "ASSUMED_LOSS", -0.9 if one_pass else 9.0)
-    monkeypatch.setattr(tuned, "choice", lambda *_: None)
-    monkeypatch.setattr(cuda_output_domain, "one_pass", lambda *_: one_pass)
+    monkeypatch.setattr(tune_cache, "choice", lambda *_: None)
+    monkeypatch.setattr(cuda_linear, "one_pass", lambda *_: one_pass)
 
 
 def test_auto_is_triton():

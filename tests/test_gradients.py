@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from forms import ALL_NORMS, NORMS, case, check_derivatives
+from layer_cases import ALL_NORMS, NORMS, case, check_derivatives
 from torch.autograd import gradcheck, gradgradcheck
 
 from secura_kernels import SMagNorm

@@ -11,8 +11,9 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from secura_kernels import CURLoRALinear, SECURALinear, cur_linear, functional
-from secura_kernels.ops import library
+from secura_kernels import CURLoRALinear, SECURALinear, cur_linear
+from secura_kernels.functional import linear
+from secura_kernels.ops import registry
 
 pytest.importorskip("triton", reason="the launches are Triton's")
 HOST = Path(__file__).parents[1] / "benchmarks" / "host"
@@ -128,9 +129,9 @@ def test_what_was_checked_once_lets_no_bad_call_through(changed, message):
 
 
 def test_a_good_call_is_checked_once(monkeypatch):
-    checked, check = [], functional._check
-    monkeypatch.setattr(functional, "_check", lambda *a: checked.append(a) or check(*a))
-    monkeypatch.setattr(functional, "_checked", set())
+    checked, check = [], linear._check
+    monkeypatch.setattr(linear, "_check", lambda *a: checked.append(a) or check(*a))
+    monkeypatch.setattr(linear, "_checked", set())
     good = operands()
     for M in (3, 5, 7):
         cur_linear(**good | dict(x=torch.randn(M, 24)))
@@ -141,7 +142,7 @@ def test_a_good_call_is_checked_once(monkeypatch):
 
 def test_ops_pass_the_dispatcher_where_something_watches():
     seen = []
-    original = library._runs[torch.ops.secura.cur_linear_fwd.default]
+    original = registry._runs[torch.ops.secura.cur_linear_fwd.default]
 
     def run(*args):
         seen.append(torch._C._len_torch_dispatch_stack())
@@ -154,13 +155,13 @@ def test_ops_pass_the_dispatcher_where_something_watches():
         watched = layer(x)
     assert torch.equal(plain, watched)
     assert torch.ops.secura.cur_linear_fwd in counter.get_flop_counts()["Global"]
-    library._runs[torch.ops.secura.cur_linear_fwd.default] = run
+    registry._runs[torch.ops.secura.cur_linear_fwd.default] = run
     try:
         layer(x)
         with FlopCounterMode(display=False):
             layer(x)
     finally:
-        library._runs[torch.ops.secura.cur_linear_fwd.default] = original
+        registry._runs[torch.ops.secura.cur_linear_fwd.default] = original
     assert seen == [0]  # past the dispatcher only where nothing watches
 
 

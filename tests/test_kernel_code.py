@@ -16,7 +16,7 @@ def test_no_spill_and_the_claimed_instructions(dtype):
     chips, ranks = (CHIPS, ("64", "150")) if dtype == "bfloat16" else ((80, 100), ("64",))
     clean = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     done = subprocess.run(
-        [sys.executable, "-m", "secura_kernels.kernels.inspect", "--dtype", dtype,
+        [sys.executable, "-m", "secura_kernels.tools.inspect_triton", "--dtype", dtype,
          "--chip", *map(str, chips), "--rank", *ranks],
         capture_output=True, text=True, env=clean)
     lines = done.stdout.splitlines()
@@ -27,8 +27,8 @@ def test_no_spill_and_the_claimed_instructions(dtype):
 
 
 def test_faults_are_found():
-    from secura_kernels.kernels.inspect import INSTRUCTIONS, Compiled
-    from secura_kernels.kernels.tiles import Tile
+    from secura_kernels.backends.triton.tiles import Tile
+    from secura_kernels.tools.inspect_triton import INSTRUCTIONS, Compiled
 
     def faults(stack=0, shared=0, tma=False, name="product", chip=90, **found):
         counts = dict.fromkeys(INSTRUCTIONS, 0) | found

@@ -11,17 +11,18 @@ import torch
 import triton
 import triton.language as tl
 from devices import DEVICE, GPU, MARKS
-from forms import case, relative_error
+from layer_cases import case, relative_error
 from torch.library import opcheck
 
 from secura_kernels import SMagNorm, cur_linear
-from secura_kernels.kernels import chips, plan, tiles, tune, tuned
-from secura_kernels.kernels.cases import RUNS, Inputs, run
-from secura_kernels.kernels.finish import _at_row
-from secura_kernels.kernels.launch import instead_of_launching
+from secura_kernels.backends.triton import chips, plan, tiles, tune_cache
+from secura_kernels.backends.triton.launch import instead_of_launching
+from secura_kernels.backends.triton.passes.tile_ops import _at_row
 from secura_kernels.ops import pack_norm
-from secura_kernels.ops.output_domain import cur_linear_bwd, cur_linear_fwd
-from secura_kernels.ops.weight_domain import cur_weight_linear_bwd, cur_weight_linear_fwd
+from secura_kernels.ops.linear import cur_linear_bwd, cur_linear_fwd
+from secura_kernels.ops.weight import cur_weight_linear_bwd, cur_weight_linear_fwd
+from secura_kernels.tools import tune
+from secura_kernels.tools.cases import RUNS, Inputs, run
 
 pytestmark = MARKS
 
@@ -130,7 +131,7 @@ def test_every_product_tile(name, tile):
         if name == "product":
             expected = b + d
         else:
-            from secura_kernels.reference import smagnorm
+            from secura_kernels.backends.reference import smagnorm
 
             expected = smagnorm(b, d, SMagNorm())
         assert relative_error(inputs.y, expected) < 2**-8  # one rounding to bfloat16
@@ -139,9 +140,9 @@ def test_every_product_tile(name, tile):
 def test_a_pass_finds_what_was_tuned(monkeypatch):
     """Every pass looks its tuned choice up under the key that tuning stores it under."""
     asked = []
-    monkeypatch.setattr(tuned, "choice", lambda device, *rest: asked.append(tuned.key(*rest)))
-    monkeypatch.setattr("secura_kernels.kernels.dispatch.tuned.choice", tuned.choice)
-    tuned.forget()
+    monkeypatch.setattr(tune_cache, "choice",
+                        lambda device, *rest: asked.append(tune_cache.key(*rest)))
+    tune_cache.forget()
     for job in tune.jobs([(192, 128)], [256], [8], torch.bfloat16):
         asked.clear()
         if job.name == "product_of_input_gradient":
@@ -178,8 +179,8 @@ def test_tuning_picks_the_fastest_and_resumes(tmp_path):
 
 def test_a_tuned_choice_is_used_while_the_table_has_it(monkeypatch):
     def choose(choice):
-        monkeypatch.setattr(tuned, "choice", lambda *_: choice)
-        tuned.forget()  # as saving does
+        monkeypatch.setattr(tune_cache, "choice", lambda *_: choice)
+        tune_cache.forget()  # as saving does
 
     device, like = torch.device(DEVICE), torch.empty(0, dtype=torch.bfloat16, device="meta")
     with chips.pretend(90):
@@ -190,11 +191,11 @@ def test_a_tuned_choice_is_used_while_the_table_has_it(monkeypatch):
         choose(asdict(last))
         found = plan(8192, 4096, 4096, 64, torch.bfloat16, device, None)
         assert found.tile == last and "when tuned" in found.reason
-        choose(tuned.LIBRARY)
+        choose(tune_cache.LIBRARY)
         assert not plan(8192, 4096, 4096, 64, torch.bfloat16, device, None).one_pass
         choose({"m": 7})  # of another version
         assert "predicted" in plan(8192, 4096, 4096, 64, torch.bfloat16, device, None).reason
-    tuned.forget()
+    tune_cache.forget()
 
 
 @pytest.mark.parametrize("content", ["{", "[]", '{"format": 99, "entries": {}}',
@@ -203,7 +204,7 @@ def test_a_broken_cache_is_reported_and_not_used(tmp_path, content):
     file = tmp_path / "tiles.json"
     file.write_text(content)
     with pytest.warns(UserWarning, match="are not used"):
-        assert tuned.load(file) == {}
+        assert tune_cache.load(file) == {}
     assert file.read_text() == content
 
 

@@ -6,7 +6,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 from devices import DEVICE, MARKS, poisoned_memory
-from forms import (
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from layer_cases import (
     ALL_NORMS,
     case,
     check_no_more_than_eager,
@@ -14,14 +16,13 @@ from forms import (
     skip_where_low_precision_jumps,
     small_change,
 )
-from forms import PRECISION_NORMS as NORMS
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
+from layer_cases import PRECISION_NORMS as NORMS
 
 from secura_kernels import SMagNorm
-from secura_kernels.cuda import passes
-from secura_kernels.kernels import chips, dispatch, gate_backward, plan
-from secura_kernels.ops.library import backend
+from secura_kernels.backends.cuda import passes
+from secura_kernels.backends.triton import chips, dispatch, plan
+from secura_kernels.backends.triton.passes import gate_backward
+from secura_kernels.ops.registry import backend
 
 pytestmark = MARKS
 
@@ -141,7 +142,7 @@ def test_duplicates_among_indices(norm, N, impl):
 @pytest.mark.parametrize("norm", [None, SMagNorm(), SMagNorm(ref="max"), SMagNorm(domain="weight")],
                          ids=["no gate", "output", "max", "weight"])
 def test_importance_count(norm, impl):
-    from secura_kernels.functional import cur_linear_and_moved
+    from secura_kernels.functional.linear import cur_linear_and_moved
 
     c = case(70, 40, 33, 4, torch.float32, decay=False, device=DEVICE)
     counts = [cur_linear_and_moved(
@@ -163,7 +164,7 @@ STARTS = {
 
 def test_needs_input_grad(impl, monkeypatch):
     """Only what is asked for is computed: with x frozen, no (M, N) gradient is written."""
-    layer = backend(impl, "output_domain", torch.empty(0, device=DEVICE), 4)
+    layer = backend(impl, "linear", torch.empty(0, device=DEVICE), 4)
     c = case(40, 48, 33, 4, torch.float32, decay=False, device=DEVICE)
     y, t, saved, _ = layer.forward(
         c.x.detach(), c.W, c.bias, c.core.detach(), c.cols, c.rows, None, None,
@@ -187,7 +188,7 @@ def test_needs_input_grad(impl, monkeypatch):
 
 
 def test_without_save_nothing_is_saved(impl):
-    layer = backend(impl, "output_domain", torch.empty(0, device=DEVICE), 4)
+    layer = backend(impl, "linear", torch.empty(0, device=DEVICE), 4)
     c = case(40, 48, 33, 4, torch.bfloat16, device=DEVICE)
     for norm in (SMagNorm(), SMagNorm(detach_gate=False), None):
         saved = layer.forward(
@@ -206,7 +207,7 @@ def test_expanded_operands(impl):
 
 
 def test_a_long_stride_is_copied():
-    from secura_kernels.kernels.launch import LARGEST_STRIDE, addressable
+    from secura_kernels.backends.triton.launch import LARGEST_STRIDE, addressable
 
     x = torch.randn(6, 4, device=DEVICE)
     assert addressable(x) is x

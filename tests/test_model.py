@@ -10,7 +10,7 @@ pytest.importorskip("rich", reason="the benchmarks need rich")
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks" / "layer"))
 import model
 
-from secura_kernels.kernels.costs import Layer
+from secura_kernels.tools.costs import Layer
 
 H100 = model.CEILINGS["H100"]
 LAYER = Layer(8192, 4096, 4096, 64)

@@ -2,17 +2,17 @@
 
 import pytest
 import torch
-from forms import ALL_NORMS, case
+from layer_cases import ALL_NORMS, case
 from torch.library import opcheck
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
 from secura_kernels import SMagNorm, cur_linear
+from secura_kernels.backends.reference import linear
 from secura_kernels.ops import pack_norm, resolve, why_unavailable
-from secura_kernels.ops.output_domain import cur_linear_bwd, cur_linear_fwd
-from secura_kernels.ops.weight_domain import cur_weight_linear_bwd, cur_weight_linear_fwd
-from secura_kernels.reference import output_domain
+from secura_kernels.ops.linear import cur_linear_bwd, cur_linear_fwd
+from secura_kernels.ops.weight import cur_weight_linear_bwd, cur_weight_linear_fwd
 
 
 def op_arguments(c, norm):
@@ -129,7 +129,7 @@ def test_auto_is_triton_on_a_gpu_then_cuda_then_the_reference_with_the_reasons(m
     reasons["cuda"] = "nor here"
     with pytest.warns(UserWarning, match="runs impl='reference' on cuda: no luck; nor here"):
         assert resolve("auto", device, dtype, 8) == "reference"
-    monkeypatch.setattr("secura_kernels.ops.library._is_installed", lambda name: False)
+    monkeypatch.setattr("secura_kernels.ops.registry._is_installed", lambda name: False)
     assert why_unavailable("triton", device).startswith("triton is not installed")
 
 
@@ -153,7 +153,7 @@ def test_delta_weight_is_never_formed():
     c = case(M, N, K, r, torch.float32, adapter_bias=False, decay=False)
     parameters = (c.core.detach(), c.cols, c.rows, None, None, None, None)
     with torch.no_grad(), LargestNew(c.W) as largest:
-        y, t, saved, _ = output_domain.forward(
+        y, t, saved, _ = linear.forward(
             c.x.detach(), c.W, c.bias, *parameters, 1.0, SMagNorm(), 0.0, True)
-        output_domain.backward(y, c.W, *parameters, t, saved, 1.0, SMagNorm(), (True, True, False))
+        linear.backward(y, c.W, *parameters, t, saved, 1.0, SMagNorm(), (True, True, False))
     assert 0 < largest.elements <= r * max(N, K)

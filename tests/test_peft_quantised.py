@@ -12,12 +12,12 @@ from torch import nn
 pytest.importorskip("peft")
 pytest.importorskip("transformers")
 
-from forms import relative_error
+from layer_cases import relative_error
 from peft_models import layers, logits, move, peft
 from quantised import KINDS, TORCHAO, bnb_layer, dequantised, quantised, torchao_config
 
-from secura_kernels import reference
-from secura_kernels.reference.gate import decode, encode, inverse_gate
+from secura_kernels.backends import reference
+from secura_kernels.backends.reference.gate import decode, encode, inverse_gate
 
 GATE_FREE = dict(variant="secura", m=12)
 GATED = GATE_FREE | dict(norm="calibrated")

@@ -9,7 +9,7 @@ from torch import nn
 pytest.importorskip("peft")
 pytest.importorskip("transformers")
 
-from forms import relative_error
+from layer_cases import relative_error
 from peft import PeftModel, prepare_model_for_kbit_training
 from peft_models import GATE_FREE, GATED, layers, logits, move, peft, tokens
 from quantised import KINDS, quantised, torchao_config

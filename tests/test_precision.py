@@ -4,18 +4,18 @@ import math
 
 import pytest
 import torch
-from forms import PRECISION_NORMS as NORMS
-from forms import (
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from layer_cases import PRECISION_NORMS as NORMS
+from layer_cases import (
     case,
     check_no_more_than_eager,
     skip_where_low_precision_jumps,
     small_change,
 )
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 from secura_kernels import SMagNorm
-from secura_kernels.reference.gate import decode, encode
+from secura_kernels.backends.reference.gate import decode, encode
 
 # (M, N, K, r): a layer; ragged; the published rank; few tokens.
 SHAPES = [(192, 128, 256, 32), (133, 131, 67, 7), (96, 160, 176, 150), (5, 96, 64, 8)]
@@ -72,7 +72,7 @@ def test_any_shape_and_stride(M, N, K, data, norm, tied, biases, strided):
 
 @pytest.mark.parametrize("norm", NORMS.values(), ids=NORMS)
 def test_more_than_one_block_of_rows(norm, monkeypatch):
-    from secura_kernels.reference import blocks
+    from secura_kernels.backends.reference import blocks
 
     monkeypatch.setattr(blocks, "BLOCK_ELEMENTS", 100)
     assert len(list(blocks.row_blocks(23, 30))) > 5

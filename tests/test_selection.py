@@ -1,10 +1,10 @@
 import pytest
 import torch
-from forms import relative_error
+from layer_cases import relative_error
 
 from secura_kernels import SMagNorm, select
 from secura_kernels.bases import orthonormal_basis
-from secura_kernels.smagnorm import ImportanceDecay
+from secura_kernels.settings import ImportanceDecay
 
 W = torch.randn(30, 20, generator=torch.Generator().manual_seed(5))
 

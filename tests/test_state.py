@@ -6,11 +6,11 @@ import json
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from test_modules import BASES, KINDS, WEIGHT, make, train
+from test_linear import BASES, KINDS, WEIGHT, make, train
 from torch import nn
 
 from secura_kernels import CURLoRALinear, ImportanceDecay, SECURALinear, load_adapter, save_adapter
-from secura_kernels.state import SETTINGS
+from secura_kernels.nn.state import SETTINGS
 
 STAGES = [None, "stage_m1", "stage_m2"]
 

@@ -1,4 +1,4 @@
-"""The formulas of ``kernels/costs.py`` against the loads and stores of the kernels themselves."""
+"""The formulas of ``tools/costs.py`` against the loads and stores of the kernels themselves."""
 
 import numpy as np
 import pytest
@@ -6,9 +6,9 @@ import torch
 from devices import GPU
 from triton.runtime import interpreter
 
-from secura_kernels.kernels.cases import Inputs
-from secura_kernels.kernels.costs import Layer
-from secura_kernels.kernels.tiles import TABLES
+from secura_kernels.backends.triton.tiles import TABLES
+from secura_kernels.tools.cases import Inputs
+from secura_kernels.tools.costs import Layer
 
 pytestmark = pytest.mark.skipif(GPU, reason="counted in the interpreter")
 M, N, K, r = 192, 512, 256, 24
@@ -77,7 +77,7 @@ def test_bytes_of_a_layer(gate, one_pass):
 
 def test_operations_match_the_op():
     """The formulas count the operations that the registered ops report."""
-    from secura_kernels.ops.output_domain import _bwd_flops, _fwd_flops
+    from secura_kernels.ops.linear import _bwd_flops, _fwd_flops
 
     layer = Layer(512, 256, 384, 16)
     forward = _fwd_flops((512, 384), (256, 384), None, (16, 16))

@@ -2,15 +2,15 @@
 
 import pytest
 import torch
-from forms import ALL_NORMS, case
+from epilogue_cases import OUTPUT_NORMS, update
+from layer_cases import ALL_NORMS, case
 from peft import get_peft_model
 from torch import nn
 from torch.utils.checkpoint import checkpoint
-from updates import OUTPUT_NORMS, update
 
 from secura_kernels import CURLoRALinear, ImportanceDecay, SECURALinear, SMagNorm
+from secura_kernels.functional.epilogue import cur_batched
 from secura_kernels.peft import SecuraConfig
-from secura_kernels.update import cur_mixed
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*boxed.*")
 GATED = dict(norm="calibrated")
@@ -166,7 +166,7 @@ def test_forward_mode_of_a_mixed_batch(norm):
     cores, adapter = torch.randn(2, 4, 4).double(), torch.tensor([1, -1, 0])
 
     def function(t, cores):
-        return cur_mixed(y0, t, cores, adapter, C, norm=norm)
+        return cur_batched(y0, t, cores, adapter, C, norm=norm)
 
     for i in (0, 1):
         torch.testing.assert_close(torch.func.jacfwd(function, i)(t, cores),

@@ -24,8 +24,8 @@ sys.path[:0] = [str(ROOT / "examples"), str(ROOT / "benchmarks" / "layer")]
 import machine  # noqa: E402
 
 from secura_kernels import calibrate  # noqa: E402
-from secura_kernels.calibration.natural import OVERSAMPLING  # noqa: E402
 from secura_kernels.peft import SecuraConfig  # noqa: E402
+from secura_kernels.train.calibration.natural import OVERSAMPLING  # noqa: E402
 
 TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 FORMS = (("whitened", None), ("whitened, quiet", None), ("natural", 0), ("natural", 64),
@@ -65,7 +65,7 @@ def adapted(base: nn.Module, basis: str, r: int) -> nn.Module:
 
 def plain(model: nn.Module, batches: list[dict]) -> None:
     """Forwards and backwards, the inputs' gradient included."""
-    from secura_kernels.calibration.measuring import own_loss
+    from secura_kernels.train.calibration.measuring import own_loss
 
     loss = own_loss(model, 0, next(model.parameters()).device)
     embedded = model.get_input_embeddings().register_forward_hook(

@@ -12,7 +12,7 @@ import torch
 from study.report import table
 
 from secura_kernels import SMagNorm
-from secura_kernels.reference.eager import smagnorm
+from secura_kernels.backends.reference.eager import smagnorm
 
 RESULTS = Path(__file__).parents[1] / "results" / "forgetting"
 GATES = {

@@ -26,8 +26,8 @@ from study.search import SEQUENTIAL
 from study.setup import Setup
 
 from secura_kernels import calibrate
-from secura_kernels.calibration import Calibration, natural
-from secura_kernels.own_text import own_text
+from secura_kernels.train.calibration import Calibration, natural
+from secura_kernels.train.own_text import own_text
 
 RESULTS = Path(__file__).parents[1] / "results" / "forgetting"
 METHOD = METHODS["CURLoRA, every layer, natural"]

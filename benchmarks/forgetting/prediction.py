@@ -25,7 +25,7 @@ from study.setup import Setup
 from torch import nn
 
 from secura_kernels import calibrate
-from secura_kernels.retention import base_kl, core_size
+from secura_kernels.train.retention import base_kl, core_size
 
 RESULTS = Path(__file__).parents[1] / "results" / "forgetting"
 RUNS = {basis: METHODS[f"CURLoRA, every layer, {basis}"] for basis in ("whitened", "natural")}

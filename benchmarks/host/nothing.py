@@ -12,7 +12,7 @@ from unittest import mock
 from triton.backends.compiler import GPUTarget
 from triton.runtime.driver import driver
 
-from secura_kernels.kernels import chips
+from secura_kernels.backends.triton import chips
 
 
 class NothingDriver:
@@ -46,7 +46,7 @@ def launching_nothing(chip: int) -> Iterator[NothingDriver]:
     found, before = NothingDriver(chip), driver._active
     driver.set_active(found)
     try:
-        with chips.pretend(chip), mock.patch("secura_kernels.kernels.INTERPRETED", True):
+        with chips.pretend(chip), mock.patch("secura_kernels.backends.triton.INTERPRETED", True):
             yield found
     finally:
         driver._active = before

@@ -1,4 +1,4 @@
-"""The passes of ``kernels/cases.py`` on the CUDA kernels, under the same names and on the same
+"""The passes of ``tools/cases.py`` on the CUDA kernels, under the same names and on the same
 inputs, and the library's products that they stand beside.
 
 The CUDA kernels read R from a gathered copy, the Triton kernels from W itself: a pass that takes R
@@ -11,8 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from secura_kernels.cuda import passes
-from secura_kernels.kernels.cases import Inputs
+from secura_kernels.backends.cuda import passes
+from secura_kernels.tools.cases import Inputs
 
 
 class CudaPasses:

@@ -5,7 +5,7 @@
 A pass takes the longest of its bytes over the copy bandwidth and its operations over the matrix
 rate, and a launch; a layer takes the sum of its passes. An H100 took 5 % longer without a gate and
 15 % with it (benchmarks/results, M, N, K = 8192, 4096, 4096, r = 64). The bytes and operations are
-those of ``secura_kernels/kernels/costs.py``. Left out: what tiles lose at the edges of a shape,
+those of ``secura_kernels/tools/costs.py``. Left out: what tiles lose at the edges of a shape,
 float32 products with the core (several times slower than the matrix rate), and the 32-byte sectors
 that a column of W or y0 is read by.
 """
@@ -16,13 +16,13 @@ from dataclasses import dataclass, replace
 from rich.console import Console
 from rich.table import Table
 
-from secura_kernels.kernels.costs import Cost, Layer
-from secura_kernels.kernels.dispatch import ASSUMED_LOSS, GATE_IN_SPECIAL
+from secura_kernels.backends.triton.dispatch import ASSUMED_LOSS, GATE_IN_SPECIAL
+from secura_kernels.tools.costs import Cost, Layer
 
 # Seconds that a kernel takes beyond its bytes and operations: start, ramp and tail. Assumed.
 LAUNCH = 3e-6
 # Special functions per element of (M, N). Forming the gate: three reciprocals and an exp2
-# (kernels/gate.py ``_gate``); decoding the saved gate: a reciprocal (``_decode``).
+# (backends/triton/passes/gate.py ``_gate``); decoding the saved gate: a reciprocal (``_decode``).
 SPECIAL_TO_GATE = 4
 SPECIAL_TO_DECODE = 1
 
@@ -54,9 +54,9 @@ class Ceilings:
 
 
 # ASSUMED SUSTAINED values, none measured by this project: H100 ``flops`` and ``bandwidth`` are the
-# planning figures behind kernels/README.md, the others are guesses by the same rule, what a large
-# product and a large copy usually reach below the data sheet. ``link`` is half of the data sheet's
-# NVLink figure (both directions); SMs and boost clocks are the data sheets'.
+# planning figures behind backends/triton/README.md, the others are guesses by the same rule, what a
+# large product and a large copy usually reach below the data sheet. ``link`` is half of the data
+# sheet's NVLink figure (both directions); SMs and boost clocks are the data sheets'.
 CEILINGS = {
     "A100": Ceilings("A100 80GB SXM", 250e12, 1.75e12, 300e9, 108 * 16 * 1.41e9),
     "H100": Ceilings("H100 SXM", 790e12, 3.0e12, 450e9, 132 * 16 * 1.755e9),

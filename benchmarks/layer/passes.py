@@ -18,11 +18,11 @@ from cuda_cases import LIBRARY, CudaPasses
 from rich.console import Console
 from rich.table import Table
 
-from secura_kernels.kernels import chips
-from secura_kernels.kernels.cases import RUNS, Inputs
-from secura_kernels.kernels.costs import Layer
-from secura_kernels.kernels.tiles import rows_of
+from secura_kernels.backends.triton import chips
+from secura_kernels.backends.triton.tiles import rows_of
 from secura_kernels.ops import why_unavailable
+from secura_kernels.tools.cases import RUNS, Inputs
+from secura_kernels.tools.costs import Layer
 
 SHAPES = ((8192, 4096, 4096, 16), (8192, 4096, 4096, 64), (8192, 4096, 4096, 150),
           (16384, 8192, 8192, 64))

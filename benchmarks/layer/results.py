@@ -8,7 +8,7 @@ import model
 from rich.console import Console
 from rich.table import Table
 
-from secura_kernels.kernels.costs import Layer
+from secura_kernels.tools.costs import Layer
 
 MODE = "both"
 

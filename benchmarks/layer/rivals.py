@@ -8,7 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from secura_kernels import CURLoRALinear, SECURALinear, SMagNorm, reference
+from secura_kernels import CURLoRALinear, SECURALinear, SMagNorm
+from secura_kernels.backends import reference
 from secura_kernels.ops import why_unavailable
 
 

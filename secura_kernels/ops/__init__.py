@@ -1,12 +1,24 @@
 """The registered ops: schema, shapes (fakes), autograd, FLOPs, vmap, and the ``impl`` switch."""
 
-from .library import IMPLS, apply, forward_mode, pack_norm, resolve, why_unavailable
-from .mixed import cur_mixed
-from .output_domain import CurLinear
+from .batched import cur_batched
+from .epilogue import CurEpilogue
+from .linear import CurLinear
+from .registry import IMPLS, apply, forward_mode, pack_norm, resolve, why_unavailable
 from .sharding import frozen, is_dtensor, prepare
-from .update import CurUpdate
-from .weight_domain import CurWeightLinear
+from .weight import CurWeightLinear
 
-__all__ = ["IMPLS", "CurLinear", "CurUpdate", "CurWeightLinear", "apply", "cur_mixed",
-           "forward_mode", "frozen", "is_dtensor", "pack_norm", "prepare", "resolve",
-           "why_unavailable"]
+__all__ = [
+           "IMPLS",
+           "CurEpilogue",
+           "CurLinear",
+           "CurWeightLinear",
+           "apply",
+           "cur_batched",
+           "forward_mode",
+           "frozen",
+           "is_dtensor",
+           "pack_norm",
+           "prepare",
+           "resolve",
+           "why_unavailable",
+]

@@ -46,7 +46,7 @@ def _register() -> None:
 
     propagator = DTensor._op_dispatcher.sharding_propagator
     for name, rule in (("cur_linear_fwd", _linear_fwd), ("cur_linear_bwd", _linear_bwd),
-                       ("cur_update_fwd", _update_fwd), ("cur_update_bwd", _update_bwd)):
+                       ("cur_epilogue_fwd", _update_fwd), ("cur_epilogue_bwd", _update_bwd)):
         op = getattr(torch.ops.secura, name).default
         register_sharding(op)(rule)
         # Rules depend on the settings and on which operands there are, so the cache of what they

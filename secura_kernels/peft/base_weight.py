@@ -18,8 +18,8 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from transformers.pytorch_utils import Conv1D
 
-from ..base import RUNS_NOWHERE, runs_nowhere
 from ..checks import fail
+from ..nn.linear import RUNS_NOWHERE, runs_nowhere
 from ..ops import is_dtensor
 from . import quantised, sharding
 

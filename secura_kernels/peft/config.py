@@ -10,10 +10,10 @@ from safetensors import SafetensorError, safe_open
 
 from ..bases import BASES
 from ..checks import check_choice, check_int, check_number, fail
+from ..nn.cores import A_INITS
 from ..ops import IMPLS
 from ..selection import RULES
-from ..smagnorm import ImportanceDecay, SMagNorm
-from ..variants import A_INITS
+from ..settings import ImportanceDecay, SMagNorm
 
 VARIANTS = ("secura", "curlora")
 

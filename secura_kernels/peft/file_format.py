@@ -17,10 +17,10 @@ from collections.abc import Iterator
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 
-from ..adapter import Adapter
 from ..checks import fail
+from ..nn.adapter import Adapter
+from ..nn.state import CHECKSUM, FINGERPRINT, check_finite, check_sum, checksum, fingerprint, fits
 from ..selection import check_indices
-from ..state import CHECKSUM, FINGERPRINT, check_finite, check_sum, checksum, fingerprint, fits
 from . import base_weight, places, sharding
 from .config import SecuraConfig
 from .layer import SecuraLinear

@@ -9,15 +9,15 @@ from peft.utils import quantization_extra_repr
 from peft.utils.other import get_pattern_key
 from torch import Tensor, nn
 
-from ..adapter import Adapter
 from ..checks import fail
+from ..nn.adapter import Adapter
+from ..nn.cores import CURLoRAAdapter, SECURAAdapter
+from ..nn.state import fingerprint
 from ..ops import resolve
 from ..selection import select
-from ..state import fingerprint
-from ..variants import CURLoRAAdapter, SECURAAdapter
-from . import base_weight, mixed, places, sharding
+from . import base_weight, batched, places, sharding
 from .config import SecuraConfig
-from .merging import Mergeable
+from .merge import Mergeable
 
 KINDS = {"secura": SECURAAdapter, "curlora": CURLoRAAdapter}
 
@@ -96,7 +96,7 @@ class SecuraLinear(nn.Module, Mergeable, BaseTunerLayer):
                 self.unmerge()
             return self.base_layer(x, *args, **kwargs)
         if adapter_names is not None:
-            return mixed.forward(self, x, adapter_names, *args, **kwargs)
+            return batched.forward(self, x, adapter_names, *args, **kwargs)
         names = [] if self.merged else self._present(self.active_adapters)
         if not names:
             return self.base_layer(x, *args, **kwargs)

@@ -8,8 +8,8 @@ at what lies there before the first use.
 import torch
 from torch import Tensor
 
-from ..adapter import Adapter
-from ..state import CHECKSUM, FINGERPRINT, check_sum, checksum, same_base, similar_base
+from ..nn.adapter import Adapter
+from ..nn.state import CHECKSUM, FINGERPRINT, check_sum, checksum, same_base, similar_base
 from .config import SecuraConfig
 
 NAMES = (FINGERPRINT, CHECKSUM)

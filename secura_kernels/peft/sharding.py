@@ -20,9 +20,9 @@ import sys
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..adapter import Adapter
+from ..functional.epilogue import cur_epilogue
+from ..nn.adapter import Adapter
 from ..ops import is_dtensor
-from ..update import cur_update
 
 
 def is_sharded(base: nn.Module) -> bool:
@@ -158,7 +158,7 @@ def over(base: nn.Module, adapter: Adapter, y0: Tensor, x: Tensor, impl: str) ->
     C = C.to(y0.dtype)
     if long_core is not None and norm is not None:
         y0 = adapter.without_gate(y0, t, C, long_core, impl)
-    y = cur_update(y0, t, core, C, alpha=adapter.alpha, norm=norm, adapter_bias=bias, impl=impl)
+    y = cur_epilogue(y0, t, core, C, alpha=adapter.alpha, norm=norm, adapter_bias=bias, impl=impl)
     if sharded_y is None:
         return y
     return DTensor.from_local(y, mesh, sharded_y.placements, run_check=False,

@@ -14,7 +14,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from secura_kernels.own_text import ROWS, own_text
+from secura_kernels.train.own_text import ROWS, own_text
 
 from . import language_retention
 from .device import DEVICE, mixed_precision

@@ -19,7 +19,7 @@ from transformers import AutoModel, AutoTokenizer, BertConfig, BertModel, PreTra
 from transformers.modeling_outputs import SequenceClassifierOutput
 
 from secura_kernels.checks import check_choice, fail
-from secura_kernels.retention import evaluating
+from secura_kernels.train.retention import evaluating
 
 from .classification import Row
 

@@ -37,7 +37,7 @@ from torch import Tensor, nn
 from wikipedia import wikipedia
 
 from secura_kernels.checks import check_choice, check_int, fail
-from secura_kernels.retention import evaluating
+from secura_kernels.train.retention import evaluating
 
 from .hub_texts import HUB_TEXTS, hub_text
 from .language import Tick, encode

@@ -7,8 +7,8 @@ from strategies import transformers_forward
 from torch import Tensor, nn
 
 from secura_kernels import calibrate
-from secura_kernels.calibration import Calibration
-from secura_kernels.retention import evaluating
+from secura_kernels.train.calibration import Calibration
+from secura_kernels.train.retention import evaluating
 
 from . import hub_texts, language
 from .causal_model import LAYERS, OWN, TARGETS, Speech, general_text, load_causal_model

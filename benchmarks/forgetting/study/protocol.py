@@ -13,8 +13,8 @@ import torch
 from strategies import ON_GENERAL_TEXT, STRATEGIES
 from torch import Tensor, nn
 
-from secura_kernels.calibration import Calibration
-from secura_kernels.callbacks import take_stage
+from secura_kernels.train.calibration import Calibration
+from secura_kernels.train.callbacks import take_stage
 
 from .methods import METHODS, Method
 from .records import Records

@@ -1,0 +1,1 @@
+"""The Triton kernels, one file a pass, and the functions that several of them share."""

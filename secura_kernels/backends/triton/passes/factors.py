@@ -1,0 +1,88 @@
+"""C and R as the kernels read them: stored matrices, or columns and rows of W by index."""
+
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ...host import cdiv, padded_rank
+from ..chips import rank_block
+from ..launch import launch
+from ..tiles import tile_for
+
+
+class Side(NamedTuple):
+    """One side of the CUR product, (long, r): element (j, k) lies at
+    ``j * stride_long + index[k] * stride_rank`` of ``matrix``, index[k] = k where there is none.
+    ``ranks`` of them can be read: r, or more where the matrix is padded with zeros."""
+
+    matrix: Tensor
+    index: Tensor | None
+    stride_long: int
+    stride_rank: int
+    ranks: int
+
+    def arguments(self) -> dict:
+        return dict(side_ptr=self.matrix, index_ptr=self.index, SR=self.ranks,
+                    stride_sl=self.stride_long, stride_sr=self.stride_rank)
+
+
+# Re-reading columns of W costs a 32-byte sector an element; above this many blocks of rows that
+# would each do it, one gathered copy (N, r) is cheaper.
+READS_BEFORE_COPY = 2
+
+
+@triton.jit
+def _gather_kernel(w_ptr, cols_ptr, out_ptr, N, R, stride_wn, stride_wk, stride_on,
+                   BLOCK_N: tl.constexpr, RANK: tl.constexpr):
+    n0 = tl.program_id(0) * BLOCK_N
+    n, k = tl.arange(0, BLOCK_N), tl.arange(0, RANK)
+    col = tl.load(cols_ptr + k, mask=k < R, other=0)
+    w_ptr += tl.cast(n0, tl.int64) * stride_wn
+    out_ptr += tl.cast(n0, tl.int64) * stride_on
+    value = tl.load((w_ptr + col * stride_wk)[None, :] + (n * stride_wn)[:, None],
+                    mask=(n0 + n < N)[:, None] & (k < R)[None, :], other=0.0)
+    tl.store(out_ptr + n[:, None] * stride_on + k[None, :], value,
+             mask=(n0 + n < N)[:, None] & (k < stride_on)[None, :])
+
+
+def _gather(weight: Tensor, cols: Tensor) -> Tensor:
+    """W[:, cols] as (N, padded r), so that every row starts on 16 bytes whatever r is."""
+    N, r = weight.shape[0], cols.shape[0]
+    out = torch.empty(N, padded_rank(r), dtype=weight.dtype, device=weight.device)
+    tile = tile_for("gather", weight, N, r, r)
+    launch(_gather_kernel, cdiv(N, tile.m), tile, weight.device, w_ptr=weight, cols_ptr=cols,
+           out_ptr=out, N=N, R=r, stride_wn=weight.stride(0), stride_wk=weight.stride(1),
+           stride_on=out.stride(0), BLOCK_N=tile.m, RANK=rank_block(r))
+    return out
+
+
+def columns(weight: Tensor, cols: Tensor | None, C: Tensor | None, reads: int) -> Side:
+    """C (N, r), to be read ``reads`` times: of W by index, or gathered once where that pays."""
+    if C is not None:
+        return Side(C, None, C.stride(0), C.stride(1), C.shape[1])
+    if reads <= READS_BEFORE_COPY:
+        return Side(weight, cols, weight.stride(0), weight.stride(1), cols.shape[0])
+    C = _gather(weight, cols)
+    return Side(C, None, C.stride(0), 1, C.shape[1])
+
+
+def rows(weight: Tensor, rows: Tensor | None, R: Tensor | None) -> Side:
+    """R as (K, r): rows of W are contiguous, so they are read in place."""
+    if R is None:
+        return Side(weight, rows, weight.stride(1), weight.stride(0), rows.shape[0])
+    return Side(R, None, R.stride(1), R.stride(0), R.shape[0])
+
+
+@triton.jit
+def _side_tile(side_ptr, index_ptr, stride_sl, stride_sr, j0, j, J, k, SR):
+    """[long, rank] tile of a side at positions ``j0 + j`` and ranks ``k``; zeros outside."""
+    where = k
+    if index_ptr is not None:
+        where = tl.load(index_ptr + k, mask=k < SR, other=0)
+    # One 64-bit move to j0, then offsets inside the tile fit in 32 bits.
+    side_ptr += tl.cast(j0, tl.int64) * stride_sl
+    pointers = (side_ptr + where.to(tl.int64) * stride_sr)[None, :] + (j * stride_sl)[:, None]
+    return tl.load(pointers, mask=(j0 + j < J)[:, None] & (k < SR)[None, :], other=0.0)

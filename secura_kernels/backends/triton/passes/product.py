@@ -1,0 +1,163 @@
+"""*one pass*: y = a B^T + h C^T, biases and S-MagNorm, in one kernel.
+
+The K loop is an ordinary tiled product; without a gate its accumulator starts as h C^T and there is
+no other epilogue than the biases. Forward: a = x, B = W. Input gradient without a gate: a = dY,
+B = W^T, h = dT, C = R^T.
+"""
+
+import triton
+import triton.language as tl
+from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from ...host import NO_GATE, GateNumbers, cdiv
+from ..chips import processors, rank_block
+from ..launch import dot_precision, launch
+from ..tiles import Tile
+from .factors import Side
+from .tile_ops import _at_row, _change, _finish, _store, _vector
+
+
+@triton.jit
+def _tile_position(tile, rows, columns, GROUP: tl.constexpr):
+    """(row, column) of a tile: GROUP rows of tiles at a time, so that both operands stay in L2."""
+    group = tile // (GROUP * columns)
+    first = group * GROUP
+    height = min(rows - first, GROUP)
+    inside = tile % (GROUP * columns)
+    return first + inside % height, inside // height
+
+
+@triton.jit
+def _product_tile(a_ptr, b_ptr, stride_am, stride_ak, stride_bn, stride_bk, m0, M, n0, N, K, acc,
+                  BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+                  TMA: tl.constexpr, K_MAJOR: tl.constexpr, PRECISION: tl.constexpr):
+    """acc + a[m0:, :] b[n0:, :]^T, with descriptors (TMA) or pointers for a and b."""
+    if TMA:
+        for k0 in range(0, K, BLOCK_K):
+            a = a_ptr.load([m0, k0])
+            b = tl.trans(b_ptr.load([n0, k0])) if K_MAJOR else b_ptr.load([k0, n0])
+            acc = tl.dot(a, b, acc, input_precision=PRECISION)
+    else:
+        # Rows and columns outside wrap around rather than being masked: they are never stored.
+        m = (m0 + tl.arange(0, BLOCK_M)) % M
+        n = (n0 + tl.arange(0, BLOCK_N)) % N
+        k = tl.arange(0, BLOCK_K)
+        a_tile = a_ptr + m.to(tl.int64)[:, None] * stride_am + k.to(tl.int64)[None, :] * stride_ak
+        b_tile = b_ptr + n.to(tl.int64)[None, :] * stride_bn + k.to(tl.int64)[:, None] * stride_bk
+        for k0 in range(0, K, BLOCK_K):
+            inside = k0 + k < K
+            a = tl.load(a_tile, mask=inside[None, :], other=0.0)
+            b = tl.load(b_tile, mask=inside[:, None], other=0.0)
+            acc = tl.dot(a, b, acc, input_precision=PRECISION)
+            a_tile += BLOCK_K * stride_ak
+            b_tile += BLOCK_K * stride_bk
+    return acc
+
+
+@triton.jit
+def _parts(acc, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PARTS: tl.constexpr):
+    """acc [BLOCK_M, BLOCK_N] as PARTS (a power of two) matrices, left to right."""
+    if PARTS == 1:
+        return (acc,)
+    else:
+        HALF: tl.constexpr = BLOCK_N // 2
+        left, right = tl.split(tl.permute(tl.reshape(acc, (BLOCK_M, 2, HALF)), (0, 2, 1)))
+        return (_parts(left, BLOCK_M, HALF, PARTS // 2) + _parts(right, BLOCK_M, HALF, PARTS // 2))
+
+
+@triton.jit(do_not_specialize=["M"])
+def _product_kernel(
+    a_ptr, b_ptr, h_ptr, side_ptr, index_ptr, bias_ptr, adapter_bias_ptr, decay_ptr,
+    y_ptr, saved_ptr, moved_ptr, M, N, K, SR,
+    stride_am, stride_ak, stride_bn, stride_bk, stride_hm, stride_sl, stride_sr,
+    slope, offset, eps, beta, top, code_steps, edge,
+    GATE: tl.constexpr, SAVE_BASE: tl.constexpr, RANK: tl.constexpr, BLOCK_R: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP: tl.constexpr,
+    PARTS: tl.constexpr, TMA: tl.constexpr, K_MAJOR: tl.constexpr, PRECISION: tl.constexpr,
+):
+    rows, columns = tl.cdiv(M, BLOCK_M), tl.cdiv(N, BLOCK_N)
+    for tile in range(tl.program_id(0), rows * columns, tl.num_programs(0)):
+        row, column = _tile_position(tile, rows, columns, GROUP)
+        m0, n0 = row * BLOCK_M, column * BLOCK_N
+        m = tl.arange(0, BLOCK_M)
+        n = tl.arange(0, BLOCK_N)
+        h_rows = _at_row(h_ptr, m0, stride_hm)
+        y_rows = _at_row(y_ptr, m0, N)
+        saved_rows = saved_ptr
+        if saved_ptr is not None:
+            saved_rows = _at_row(saved_ptr, m0, N)
+        acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+        if not GATE:
+            acc = _change(h_rows, stride_hm, side_ptr, index_ptr, stride_sl, stride_sr, m, M - m0,
+                          n0, n, N, SR, acc, BLOCK_R, RANK, PRECISION)
+        acc = _product_tile(a_ptr, b_ptr, stride_am, stride_ak, stride_bn, stride_bk, m0, M, n0, N,
+                            K, acc, BLOCK_M, BLOCK_N, BLOCK_K, TMA, K_MAJOR, PRECISION)
+        if not GATE:
+            n += n0
+            acc += (_vector(bias_ptr, n, N, 0.0) + _vector(adapter_bias_ptr, n, N, 0.0))[None, :]
+            _store(acc, m, M - m0, n, N, y_rows)
+        else:
+            # In parts: base, change and gate of a whole tile do not fit in the registers.
+            WIDTH: tl.constexpr = BLOCK_N // PARTS
+            parts = _parts(acc, BLOCK_M, BLOCK_N, PARTS)
+            for part in tl.static_range(PARTS):
+                n = tl.arange(0, WIDTH)
+                d = _change(h_rows, stride_hm, side_ptr, index_ptr, stride_sl, stride_sr, m, M - m0,
+                            n0 + part * WIDTH, n, N, SR, tl.zeros((BLOCK_M, WIDTH), tl.float32),
+                            BLOCK_R, RANK, PRECISION)
+                n += n0 + part * WIDTH
+                d += _vector(adapter_bias_ptr, n, N, 0.0)[None, :]
+                b = parts[part] + _vector(bias_ptr, n, N, 0.0)[None, :]
+                _finish(b, d, _vector(decay_ptr, n, N, 1.0)[None, :], m, M - m0, n, N, y_rows,
+                        saved_rows, moved_ptr, slope, offset, eps, beta, top, code_steps, edge,
+                        SAVE_BASE)
+
+
+def product(a: Tensor, b: Tensor, h: Tensor, side: Side, r: int, y: Tensor, tile: Tile, *,
+            bias: Tensor | None = None, adapter_bias: Tensor | None = None,
+            decay: Tensor | None = None, gate: GateNumbers | None = None,
+            saved: Tensor | None = None, save_base: bool = False, moved: Tensor | None = None,
+            edge: float = 0.0) -> None:
+    """Writes y (M, N) = a b^T + h side^T + biases, gated where ``gate`` is given.
+
+    Args:
+        a: (M, K); b: (N, K); any strides. h: (M, padded r). side: (N, r). y, saved: contiguous.
+        moved: (1,) int64, raised by the count of gates <= ``edge``.
+    """
+    M, K = a.shape
+    N = b.shape[0]
+    if M == 0:
+        return  # a descriptor of nothing is an error
+    tma = tile.tma and has_descriptor(a, b)
+    k_major = b.stride(1) == 1
+    operands = dict(a_ptr=a, b_ptr=b)
+    if tma:
+        operands = dict(
+            a_ptr=TensorDescriptor.from_tensor(a, [tile.m, tile.k]),
+            b_ptr=TensorDescriptor.from_tensor(b, [tile.n, tile.k]) if k_major
+            else TensorDescriptor.from_tensor(b.T, [tile.k, tile.n]))
+    tiles = cdiv(M, tile.m) * cdiv(N, tile.n)
+    programs = min(tiles, processors(a.device)) if tile.persistent else tiles
+    rank = max(64, rank_block(r))  # with narrower blocks more tiles spill (sm_90, sm_100)
+    launch(
+        _product_kernel, programs, tile, a.device, **operands, h_ptr=h, **side.arguments(),
+        bias_ptr=bias, adapter_bias_ptr=adapter_bias, decay_ptr=decay, y_ptr=y, saved_ptr=saved,
+        moved_ptr=moved, M=M, N=N, K=K, stride_am=a.stride(0), stride_ak=a.stride(1),
+        stride_bn=b.stride(0), stride_bk=b.stride(1), stride_hm=h.stride(0),
+        **(gate or NO_GATE).arguments(), edge=edge, GATE=gate is not None, SAVE_BASE=save_base,
+        RANK=rank, BLOCK_R=min(rank, 64), BLOCK_M=tile.m, BLOCK_N=tile.n, BLOCK_K=tile.k,
+        GROUP=tile.group, PARTS=tile.parts, TMA=tma, K_MAJOR=k_major,
+        PRECISION=dot_precision(a.dtype))
+
+
+def has_descriptor(a: Tensor, b: Tensor) -> bool:
+    """Whether the bulk-copy engine can read both operands of a b^T, b by rows or by columns."""
+    return _has_aligned_rows(a) and (_has_aligned_rows(b) or _has_aligned_rows(b.T))
+
+
+def _has_aligned_rows(matrix: Tensor) -> bool:
+    """Rows contiguous, apart, and on 16-byte boundaries."""
+    return (matrix.stride(1) == 1 and matrix.stride(0) >= matrix.shape[1]
+            and matrix.data_ptr() % 16 == 0
+            and matrix.stride(0) * matrix.element_size() % 16 == 0)

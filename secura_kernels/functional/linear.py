@@ -1,0 +1,165 @@
+"""The public function under the layers: ``cur_linear``."""
+
+import torch
+from torch import Tensor
+
+from ..backends import reference
+from ..backends.reference.blocks import chosen_columns, chosen_rows
+from ..checks import check_choice, check_number, fail
+from ..ops import IMPLS, CurLinear, CurWeightLinear, apply, forward_mode, frozen, pack_norm, prepare
+from ..settings import SMagNorm
+
+
+def cur_linear(
+    x: Tensor,
+    weight: Tensor,
+    core: Tensor,
+    *,
+    cols: Tensor | None = None,
+    rows: Tensor | None = None,
+    C: Tensor | None = None,
+    R: Tensor | None = None,
+    bias: Tensor | None = None,
+    alpha: float = 1.0,
+    norm: SMagNorm | None = None,
+    adapter_bias: Tensor | None = None,
+    decay: Tensor | None = None,
+    impl: str = "auto",
+) -> Tensor:
+    """A frozen linear layer with a CUR update: x W^T + bias, changed by alpha x (C core R)^T.
+
+    Without ``norm``: ``y = x W^T + bias + h C^T + adapter_bias`` with ``h = alpha (x R^T) core^T``
+    (CURLoRA, arXiv 2408.14572). With it, S-MagNorm gates the change (SECURA, arXiv 2502.18168),
+    on outputs or on the weight as ``norm.domain`` says. delta_W is never formed.
+
+    Args:
+        x: (..., K). weight: W (N, K), frozen. bias: (N,), frozen. One floating dtype and device.
+        core: (r, r), any floating dtype; float32 beside low-precision weights.
+        cols, rows: (r,) int64, while C = W[:, cols] and R = W[rows, :]. Or instead
+        C, R: (N, r) and (r, K), frozen, in W's dtype, once they are no longer slices of W.
+        alpha: scale of the adapter path.
+        adapter_bias: (N,), part of the change. decay: (N,) importance-decay factors.
+        impl: ``"auto"``, ``"triton"``, ``"cuda"`` or ``"reference"``.
+
+    Returns:
+        (..., N) in x's dtype; under autocast in the autocast dtype.
+
+    Trained through autograd: x, core, adapter_bias; second derivatives included. With a detached
+    gate (the default) they treat the gate as the constant that the first ones treat it as. Under
+    forward-mode transforms (``torch.func.jvp``, ``jacfwd``, ``hessian``) the plain formula runs,
+    whatever ``impl`` is.
+    Deterministic: two runs are bitwise equal.
+
+    Raises:
+        ValueError: shapes, dtypes, devices or names that do not fit; a W, bias, C, R or decay
+            that requires a gradient, since they are constants here.
+        RuntimeError: a named ``impl`` that cannot run here.
+    """
+    check_settings(alpha, norm, impl)
+    return cur_linear_and_moved(
+        x, weight, core, cols=cols, rows=rows, C=C, R=R, bias=bias, alpha=alpha, norm=norm,
+        adapter_bias=adapter_bias, decay=decay, impl=impl)[0]
+
+
+def cur_linear_and_moved(
+    x: Tensor, weight: Tensor, core: Tensor, *, cols, rows, C, R, bias, alpha, norm, adapter_bias,
+    decay, impl, edge: float = 0.0,
+) -> tuple[Tensor, Tensor]:
+    """``cur_linear``, and how many values of the gate lie at or under ``edge``: (1,) int64, or
+    (0,) where ``edge`` is 0. Importance decay is chosen from this count. Settings are taken as
+    checked."""
+    prepare(x, weight)
+    weight, bias = frozen(weight), frozen(bias)
+    x, weight, bias, C, R = autocast(x, weight, bias, C, R)
+    _check_once(x, weight, core, cols, rows, C, R, bias, adapter_bias, decay)
+    if forward_mode():
+        check_uncounted(edge)
+        y = reference.cur_linear(
+            x.reshape(-1, x.shape[-1]), weight, bias, core, chosen_columns(weight, cols, C),
+            chosen_rows(weight, rows, R), alpha=alpha, norm=norm, adapter_bias=adapter_bias,
+            decay=decay)
+        return y.view(*x.shape[:-1], weight.shape[0]), y.new_empty(0, dtype=torch.int64)
+    function = CurWeightLinear if norm is not None and norm.domain == "weight" else CurLinear
+    flat = x if x.ndim == 2 else x.reshape(-1, x.shape[-1])
+    y, *_, moved = apply(
+        function, flat, weight, bias, core, cols, rows, C, R, adapter_bias, decay, float(alpha),
+        pack_norm(norm), norm is None or norm.detach_gate, edge, impl)
+    return y if x.ndim == 2 else y.view(*x.shape[:-1], weight.shape[0]), moved
+
+
+def check_uncounted(edge: float) -> None:
+    """Raises RuntimeError where a forward-mode derivative would have to count the gate."""
+    if edge:
+        raise RuntimeError("forward-mode derivatives of a layer in training mode with importance "
+                           "decay are not possible: its count belongs to a training step; call "
+                           "eval() first")
+
+
+def check_settings(alpha: float, norm: SMagNorm | None, impl: str) -> None:
+    check_choice("impl", impl, IMPLS)
+    check_number("alpha", alpha, "a finite number", -torch.inf)
+    if norm is not None and not isinstance(norm, SMagNorm):
+        raise fail("norm", norm, "an SMagNorm or None (SMagNorm.of makes one from a name)")
+
+
+def autocast(x: Tensor, *others: Tensor | None) -> tuple[Tensor | None, ...]:
+    """``F.linear``'s autocast rule, by hand: the big operands in the autocast dtype, the r x r core
+    and the adapter bias as they are."""
+    device = x.device.type
+    if not torch.is_autocast_enabled(device) or x.dtype == torch.float64:
+        return x, *others
+    dtype = torch.get_autocast_dtype(device)
+    return tuple(None if o is None else o.to(dtype) for o in (x, *others))
+
+
+_checked: set[tuple] = set()
+MOST_CHECKED = 2**12
+
+
+def _check_once(x: Tensor, *others: Tensor | None) -> None:
+    """``_check``, once for operands of which all that it reads is the same."""
+    if torch.compiler.is_compiling():
+        return _check(x, *others)
+    seen = (x.shape[-1:], x.dtype, x.device, *[None if o is None else (
+        o.shape, o.dtype, o.device, o.requires_grad) for o in others])
+    if seen not in _checked:
+        _check(x, *others)
+        if len(_checked) >= MOST_CHECKED:
+            _checked.clear()
+        _checked.add(seen)
+
+
+def _check(x, weight, core, cols, rows, C, R, bias, adapter_bias, decay) -> None:
+    if weight.ndim != 2 or not weight.is_floating_point():
+        raise fail("weight", f"{weight.dtype} {tuple(weight.shape)}", "floating point, (N, K)")
+    N, K = weight.shape
+    if x.ndim == 0 or x.shape[-1] != K:
+        raise fail("x.shape", tuple(x.shape), f"(..., {K}) for a weight {(N, K)}")
+    if core.ndim != 2 or core.shape[0] != core.shape[1] or not core.is_floating_point():
+        raise fail("core", f"{core.dtype} {tuple(core.shape)}", "floating point, (r, r)")
+    r = core.shape[0]
+    tied = cols is not None and rows is not None and C is None and R is None
+    stored = C is not None and R is not None and cols is None and rows is None
+    if not (tied or stored):
+        given = [n for n, v in (("cols", cols), ("rows", rows), ("C", C), ("R", R))
+                 if v is not None]
+        raise fail("cols, rows, C, R", given, "either cols and rows, or C and R")
+    shapes = {"bias": (bias, (N,)), "C": (C, (N, r)), "R": (R, (r, K)), "cols": (cols, (r,)),
+              "rows": (rows, (r,)), "adapter_bias": (adapter_bias, (N,)), "decay": (decay, (N,))}
+    for name, (value, shape) in shapes.items():
+        if value is not None and tuple(value.shape) != shape:
+            raise fail(f"{name}.shape", tuple(value.shape), f"{shape}")
+    for name, value in (("x", x), ("bias", bias), ("C", C), ("R", R)):
+        if value is not None and value.dtype != weight.dtype:
+            raise fail(f"{name}.dtype", value.dtype, f"the weight's, {weight.dtype}, outside "
+                                                     "autocast")
+    for name, value in (("cols", cols), ("rows", rows)):
+        if value is not None and value.dtype != torch.int64:
+            raise fail(f"{name}.dtype", value.dtype, "torch.int64")
+    named = {"x": x, "core": core, "weight": weight} | {n: v for n, (v, _) in shapes.items()}
+    for name, value in named.items():
+        if value is not None and value.device != weight.device:
+            raise fail(f"{name}.device", str(value.device), f"the weight's, {weight.device}")
+    for name in ("weight", "bias", "C", "R", "decay"):
+        if named[name] is not None and named[name].requires_grad:
+            raise fail(f"{name}.requires_grad", True, "False: only x, core and adapter_bias train")

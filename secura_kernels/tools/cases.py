@@ -1,0 +1,161 @@
+"""One run of each pass by name, on inputs of any device: what ``inspect`` compiles (on "meta"
+tensors, which have no memory) and ``tune`` times."""
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..backends.gate_code import saved_dtype
+from ..backends.host import GateNumbers, padded_rank
+from ..backends.triton import batched
+from ..backends.triton.passes import factors
+from ..backends.triton.passes.core_gradient import core_gradient
+from ..backends.triton.passes.decode import decode
+from ..backends.triton.passes.down import down, project
+from ..backends.triton.passes.effective_weight import effective_weight
+from ..backends.triton.passes.epilogue import epilogue
+from ..backends.triton.passes.gate_backward import gate_backward
+from ..backends.triton.passes.product import product
+from ..backends.triton.passes.weight_core_gradient import weight_core_gradient
+from ..backends.triton.tiles import Tile, column_parts, use
+from ..settings import SMagNorm
+
+
+class Inputs:
+    """Operands of a layer of M tokens, N outputs, K inputs, rank r."""
+
+    def __init__(self, M: int, N: int, K: int, r: int, dtype: torch.dtype,
+                 device: torch.device | str) -> None:
+        self.r, self.dtype, self.device = r, dtype, device
+        self.x, self.W, self.dy = self.random(M, K), self.random(N, K), self.random(M, N)
+        self.y = self.random(M, N)
+        self.core = self.random(r, r, dtype=torch.float32)
+        self.cols = torch.arange(r, device=device)
+        self.rows = torch.arange(r, device=device)
+        self.t, self.v = self.random(M, r), self.random(column_parts(M, N), M, r,
+                                                        dtype=torch.float32)
+        self.h = self.random(M, padded_rank(r))
+        ranks = padded_rank(r)
+        self.C = factors.Side(self.random(N, ranks), None, ranks, 1, ranks)
+        self.R = factors.rows(self.W, self.rows, None)
+        self.P = self.random(N, padded_rank(r), dtype=torch.float32)
+        self.gate = GateNumbers.of(SMagNorm(), dtype)
+        self.code = torch.zeros(M, N, dtype=saved_dtype(dtype), device=device)
+
+    def random(self, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
+        return torch.randn(*shape, dtype=dtype or self.dtype, device=self.device)
+
+    def product(self, tile: Tile) -> None:
+        product(self.x, self.W, self.h, self.C, self.r, self.y, tile)
+
+    def product_of_input_gradient(self, tile: Tile) -> None:
+        product(self.dy, self.W.T, self.h, self.R, self.r, torch.empty_like(self.x), tile)
+
+    def product_gate(self, tile: Tile) -> None:
+        product(self.x, self.W, self.h, self.C, self.r, self.y, tile, gate=self.gate,
+                saved=self.code)
+
+    def library(self) -> None:
+        """What ``product`` and ``down`` stand against."""
+        y = F.linear(self.x, self.W)
+        _, h = project(y, self.rows, self.core, 1.0, q_dtype=self.dtype)
+        epilogue(y, h, self.C, self.r)
+
+    def library_gate(self) -> None:
+        """What ``product_gate`` and ``down`` stand against."""
+        y = F.linear(self.x, self.W)
+        _, h = project(y, self.rows, self.core, 1.0, q_dtype=self.dtype)
+        epilogue(y, h, self.C, self.r, gate=self.gate, saved=self.code)
+
+    def library_of_input_gradient(self) -> None:
+        """What ``product_of_input_gradient`` stands against."""
+        epilogue(self.dy @ self.W, self.h, self.R, self.r)
+
+    def epilogue(self) -> None:
+        epilogue(self.y, self.h, self.C, self.r, gate=self.gate, saved=self.code)
+
+    def largest(self) -> None:
+        epilogue(self.y, self.h, self.C, self.r, gate=self.gate, find_largest=True,
+                 largest=torch.zeros(1, dtype=torch.int32, device=self.device))
+
+    def gather(self) -> None:
+        factors.columns(self.W, self.cols, None, reads=factors.READS_BEFORE_COPY + 1)
+
+    def down(self) -> None:
+        down(self.x, self.R, self.core, 1.0, p_dtype=self.dtype)
+
+    def down_of_gradient(self) -> None:
+        down(self.dy, self.C, self.core, 1.0, p_dtype=torch.float32, transpose_core=True)
+
+    def project(self) -> None:
+        project(self.dy, self.rows, self.core, 1.0, q_dtype=self.dtype)
+
+    def project_weight(self) -> None:
+        project(self.W, self.cols, self.core, 1.0, q_dtype=torch.float32, transpose_core=True)
+
+    def gate_backward(self) -> None:
+        gate_backward(self.dy, self.code, self.C, self.r, self.gate, decay=None,
+                      needs=(True, True, False))
+
+    def gate_backward_and_bias(self) -> None:
+        gate_backward(self.dy, self.code, self.C, self.r, self.gate, decay=None,
+                      needs=(True, True, True))
+
+    def gate_backward_full(self) -> None:
+        gate_backward(self.dy, self.y, self.C, self.r, self.gate, decay=None,
+                      needs=(True, True, True), h=self.h)
+
+    def core_gradient(self) -> None:
+        """With dT into columns of G'."""
+        core_gradient(self.v, self.t, self.core, 1.0, self.dy, g=self.y, rows=self.rows)
+
+    def effective_weight(self) -> None:
+        effective_weight(self.W, self.P, self.R, self.r, self.gate, None)
+
+    def weight_core_gradient(self) -> None:
+        weight_core_gradient(self.W, self.W, self.P, self.R, self.r, self.gate, None, decay=None,
+                             full=False)
+
+    def weight_core_gradient_full(self) -> None:
+        weight_core_gradient(self.W, self.W, self.P, self.R, self.r, self.gate, None, decay=None,
+                             full=True)
+
+    def decode(self) -> None:
+        decode(self.x[:16], self.W, self.P, self.R, self.r, self.gate, None, bias=None,
+               adapter_bias=None, decay=None)
+
+    def mixed(self) -> None:
+        """The finding of the maxima too."""
+        samples = 4
+        y0, t = (a.unflatten(0, (samples, -1)) for a in (self.y, self.t))
+        cores = self.random(samples, self.r, self.r, dtype=torch.float32)
+        adapter = torch.arange(samples, device=self.device)
+        batched.forward(y0, t, cores, adapter, self.W[:, :self.r].contiguous(), None, 1.0,
+                      SMagNorm(ref="max"))
+
+
+# Row of the tile table -> the runs that use it.
+RUNS: dict[str, tuple[Callable, ...]] = {
+    "gather": (Inputs.gather,),
+    "down": (Inputs.down, Inputs.down_of_gradient),
+    "project": (Inputs.project, Inputs.project_weight),
+    "product": (Inputs.product, Inputs.product_of_input_gradient),
+    "product_gate": (Inputs.product_gate,),
+    "epilogue": (Inputs.epilogue, Inputs.largest),
+    "gate_backward": (Inputs.gate_backward, Inputs.gate_backward_and_bias),
+    "gate_backward_full": (Inputs.gate_backward_full,),
+    "core_gradient": (Inputs.core_gradient,),
+    "effective_weight": (Inputs.effective_weight,),
+    "weight_core_gradient": (Inputs.weight_core_gradient,),
+    "weight_core_gradient_full": (Inputs.weight_core_gradient_full,),
+    "decode": (Inputs.decode,),
+    "mixed": (Inputs.mixed,),
+}
+
+
+def run(name: str, inputs: Inputs, tile: Tile, function: Callable) -> None:
+    """Runs one of ``RUNS[name]`` with ``tile``, whatever the table would pick."""
+    with use(tile):
+        function(inputs, tile) if name.startswith("product") else function(inputs)

@@ -1,0 +1,157 @@
+"""Compiles every shipped configuration for every supported chip, without a GPU, and reads the code.
+
+``python -m secura_kernels.tools.inspect_triton`` prints registers, stack (spills), shared memory
+and instruction counts, and exits with 1 where a configuration has a fault: a spill, more shared
+memory than the chip gives a block, or a tensor-core or bulk-copy instruction that it claims and
+lacks.
+"""
+
+import argparse
+import re
+import subprocess
+import sys
+import tempfile
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.runtime import driver
+
+from ..backends.triton import DTYPES, chips
+from ..backends.triton.chips import CHIPS, INTERPRETER, rank_block
+from ..backends.triton.launch import INTERPRETED, instead_of_launching
+from ..backends.triton.tiles import Tile, rows_of
+from .cases import RUNS, Inputs, run
+
+SHAPE = (8192, 4096, 4096)  # M, N, K: sizes that are multiples of 16 are compiled for as such
+RANKS = (16, 64, 150)
+INSTRUCTIONS = ("HMMA", "HGMMA", "UTCHMMA", "UTMALDG", "LDGSTS", "LDG", "STG", "LDL", "STL", "MUFU")
+TENSOR_CORES = ("HMMA", "HGMMA", "UTCHMMA")
+
+
+@dataclass(frozen=True)
+class Compiled:
+    """One kernel as compiled for one chip. ``stack``, ``shared``: bytes."""
+
+    chip: int
+    name: str
+    run: str
+    tile: Tile
+    dtype: str
+    r: int
+    registers: int
+    stack: int
+    shared: int
+    instructions: dict[str, int]
+
+    def faults(self) -> list[str]:
+        """What a shipped configuration must not have."""
+        chip, found = CHIPS[self.chip], []
+        if self.stack:
+            found.append(f"{self.stack} bytes of stack: registers spill")
+        if self.shared > chip.shared_memory:
+            found.append(f"{self.shared} bytes of shared memory, above {chip.shared_memory}")
+        if self.dtype != "float32" and self.name != "gather":
+            wanted = (chip.tensor_core,) if self.name.startswith("product") else TENSOR_CORES
+            if not any(self.instructions.get(i) for i in wanted):
+                found.append(f"no {' or '.join(wanted)}")
+        if self.tile.tma and not self.instructions.get("UTMALDG"):
+            found.append("no UTMALDG")
+        return found
+
+    def __str__(self) -> str:
+        counts = " ".join(f"{i} {n}" for i, n in self.instructions.items() if n)
+        t = self.tile
+        return (f"sm_{self.chip:<3} {self.run:26} {self.dtype:8} r {self.r:<3} "
+                f"{t.m}x{t.n}x{t.k} w{t.warps} s{t.stages}{' persistent' * t.persistent:11} "
+                f"{self.registers:3} registers {self.stack:5} stack {self.shared:6} shared  "
+                f"{counts}")
+
+
+class _Absent:
+    """A driver for a chip that is not here: Triton asks it what to compile for."""
+
+    def __init__(self, chip: int) -> None:
+        self.chip = chip
+
+    def get_current_device(self) -> int:
+        return self.chip
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+    def get_current_target(self) -> GPUTarget:
+        return GPUTarget("cuda", self.chip, 32)
+
+
+def compile_rows(chip: int, name: str, dtype: torch.dtype, r: int) -> list[Compiled]:
+    """Every row of a pass for a chip, dtype and rank."""
+    driver.set_active(_Absent(chip))
+    found = []
+    with chips.pretend(chip):
+        inputs = Inputs(*SHAPE, r, dtype, "meta")
+        for tile in rows_of(name, chip, dtype, rank_block(r)):
+            for function in RUNS[name]:
+                kernels = []
+
+                def compile_instead(kernel, programs, arguments, kernels=kernels):
+                    kernels.append(kernel.run(grid=(programs,), warmup=True, **arguments))
+
+                with instead_of_launching(compile_instead):
+                    run(name, inputs, tile, function)
+                found += [_read(k, chip, name, function.__name__, tile, dtype, r) for k in kernels]
+    return found
+
+
+def _read(kernel, chip, name, run_name, tile, dtype, r) -> Compiled:
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(kernel.asm["cubin"])
+        file.flush()
+        usage, code = (_cuobjdump(option, file.name) for option in ("-res-usage", "-sass"))
+    registers, stack = map(int, re.search(r"REG:(\d+) STACK:(\d+)", usage).groups())
+    counts = {i: len(re.findall(rf"\b{i}\b", code)) for i in INSTRUCTIONS}
+    return Compiled(chip, name, run_name, tile, str(dtype).removeprefix("torch."), r, registers,
+                    stack, kernel.metadata.shared, counts)
+
+
+def _cuobjdump(option: str, file: str) -> str:
+    tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+    return subprocess.run([tool, option, file], capture_output=True, text=True, check=True).stdout
+
+
+def tasks(chip_keys, dtypes, ranks) -> list[tuple]:
+    """Arguments of ``compile_rows``; the one-pass product has no float32 rows."""
+    return [(chip, name, dtype, r) for chip in chip_keys for dtype in dtypes for r in ranks
+            for name in RUNS if not (name.startswith("product") and dtype == torch.float32)]
+
+
+def main() -> int:
+    if INTERPRETED:
+        sys.exit("TRITON_INTERPRET is set: the interpreter compiles nothing; unset it")
+    supported = [c for c in CHIPS if c != INTERPRETER]
+    parser = argparse.ArgumentParser(description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--chip", type=int, nargs="+", choices=supported, default=supported)
+    parser.add_argument("--dtype", nargs="+", default=["bfloat16"],
+                        choices=[str(d).removeprefix("torch.") for d in DTYPES])
+    parser.add_argument("--rank", type=int, nargs="+", default=list(RANKS))
+    options = parser.parse_args()
+    work = tasks(options.chip, [getattr(torch, d) for d in options.dtype], options.rank)
+    faulty = done = 0
+    with ProcessPoolExecutor() as pool:
+        for results in pool.map(compile_rows, *zip(*work, strict=True)):
+            done += 1
+            for compiled in results:
+                faults = compiled.faults()
+                faulty += bool(faults)
+                print(f"[{done}/{len(work)}] {compiled}{'  FAULT: ' * bool(faults)}"
+                      f"{'; '.join(faults)}", flush=True)
+    print(f"{faulty} configuration(s) with faults" if faulty else "no faults")
+    return 1 if faulty else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

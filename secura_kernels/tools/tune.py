@@ -1,0 +1,112 @@
+"""Measures the shipped tile configurations on the GPU at hand and keeps each shape's fastest.
+
+``python -m secura_kernels tune`` runs it; the result lies in the user's cache
+(``tune_cache.py``) and is used from then on. A stopped run is resumed: what was measured
+is not measured again.
+"""
+
+from collections.abc import Callable, Iterable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+import triton
+from tqdm import tqdm
+
+from ..backends.triton import chips, tune_cache
+from ..backends.triton.dispatch import tuned_name
+from ..backends.triton.tiles import rows_of
+from .cases import RUNS, Inputs, run
+
+# N, K of the linear layers of common models: Llama-3.1-8B, Qwen2-7B, Gemma-2-2B.
+LAYERS = ((4096, 4096), (1024, 4096), (14336, 4096), (4096, 14336), (3584, 3584), (512, 3584),
+          (18944, 3584), (3584, 18944), (2048, 2304), (9216, 2304), (2304, 9216))
+PASSES = ("down", "project", "epilogue", "gate_backward", "effective_weight",
+          "weight_core_gradient")
+# A product, by the name of its run, and what the library's form of the same needs beside it.
+PRODUCTS = {
+    "product": ("product", Inputs.product, Inputs.down, Inputs.library),
+    "product_gate": ("product_gate", Inputs.product_gate, Inputs.down, Inputs.library_gate),
+    "product_of_input_gradient": ("product", Inputs.product_of_input_gradient, None,
+                                  Inputs.library_of_input_gradient),
+}
+
+
+@dataclass(frozen=True)
+class Job:
+    """One choice to measure: a pass at a shape."""
+
+    name: str
+    M: int
+    N: int
+    K: int
+    r: int
+    dtype: torch.dtype
+
+    @property
+    def key(self) -> str:
+        """As the pass itself looks it up."""
+        rows, columns = {
+            "down": (self.M, self.K), "project": (self.M, self.r),
+            "effective_weight": (self.N, self.K), "weight_core_gradient": (self.N, self.K),
+            "product_of_input_gradient": (self.M, self.K),
+        }.get(self.name, (self.M, self.N))
+        name = self.name
+        if name == "product_of_input_gradient":
+            name = tuned_name("product", self.N, input_gradient=True)
+        elif name in PRODUCTS:
+            name = tuned_name(name, self.K, input_gradient=False)
+        return tune_cache.key(name, self.dtype, rows, columns, chips.rank_block(self.r))
+
+
+def jobs(layers: Iterable[tuple[int, int]], tokens: Iterable[int], ranks: Iterable[int],
+         dtype: torch.dtype) -> list[Job]:
+    """Each choice once: passes that do not see a dimension share what was measured."""
+    found = {}
+    for (N, K), M, r in ((layer, M, r) for layer in layers for M in tokens for r in ranks):
+        for name in (*PASSES, *PRODUCTS):
+            if name in PRODUCTS and dtype == torch.float32:
+                continue  # always the library's product
+            job = Job(name, M, N, K, r, dtype)
+            found.setdefault(job.key, job)
+    return list(found.values())
+
+
+def measure(function: Callable[[], None]) -> float:
+    """Median milliseconds on the GPU; the L2 is flushed before each run."""
+    return triton.testing.do_bench(function, warmup=10, rep=40, return_mode="median")
+
+
+def fastest(job: Job, device: torch.device, time: Callable[[Callable], float]) -> dict | str:
+    """Fields of the fastest tile of a pass, or ``tuned.LIBRARY`` for a product that loses."""
+    inputs = Inputs(job.M, job.N, job.K, job.r, job.dtype, device)
+    name, function, before, library = PRODUCTS.get(
+        job.name, (job.name, RUNS.get(job.name, (None,))[0], None, None))
+    times = {}
+    for tile in rows_of(name, chips.chip_of(device), job.dtype, chips.rank_block(job.r)):
+        times[tile] = time(lambda tile=tile: run(name, inputs, tile, function))
+    best = min(times, key=times.__getitem__)
+    if library is not None:
+        ours = times[best] + (time(lambda: before(inputs)) if before else 0.0)
+        if time(lambda: library(inputs)) < ours:
+            return tune_cache.LIBRARY
+    return asdict(best)
+
+
+def tune(work: list[Job], device: torch.device, file: Path, *, again: bool = False,
+         time: Callable[[Callable], float] = measure) -> dict[str, dict | str]:
+    """Measures every job that ``file`` does not hold (for ``again``: all), saving as it goes.
+
+    Returns the entries of the file.
+    """
+    entries = dict(tune_cache.load(file))
+    about = dict(torch=torch.__version__, triton=triton.__version__, device=str(device))
+    if device.type == "cuda":
+        about["device"] = torch.cuda.get_device_name(device)
+    left = [job for job in work if again or job.key not in entries]
+    progress = tqdm(left, desc="tuning", unit="choice", disable=not left)
+    for job in progress:
+        progress.set_postfix_str(job.key)
+        entries[job.key] = fastest(job, device, time)
+        tune_cache.save(file, entries, about)
+    return entries

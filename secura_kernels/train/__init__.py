@@ -1,0 +1,1 @@
+"""Beside training: calibration, what was kept, a budget, callbacks of transformers' Trainer."""

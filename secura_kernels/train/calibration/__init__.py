@@ -1,0 +1,339 @@
+"""Measures what is to be kept: ``calibrate(model)`` gives a basis its metric.
+
+One run of some thousand general tokens through the model, forwards and backwards. The loss is that
+of labels drawn from the model's own predictions, so that Gamma = E[g g^T] of the outputs' gradients
+is the Fisher metric's (K-FAC, arXiv 1503.05671), and no labels are needed. ``"whitened"`` adds up
+two r x r sums a layer; ``"natural"`` a diagonal and a low-rank part of Sigma = E[x x^T] and Gamma,
+and takes passes over some batches of the task. Nothing of K x K or N x N is formed for wide layers.
+"""
+
+import math
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from ...checks import check_choice, check_int, check_number, fail
+from ...nn.adapter import Adapter
+from ..own_text import own_text
+from ..retention import without_adapters
+from . import natural, quiet, whitened
+from .measuring import Layers, measure, own_loss, task_loss
+
+DAMPING = {"whitened": 0.01, "natural": 0.1}
+Moments = whitened.Moments | natural.Moments
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """What was measured.
+
+    Attributes:
+        tokens: how many tokens of general text each layer saw, by its name.
+        unit: of the cores, the same in every layer: ||V||_F^2 unit^2 / 2 is about the change of the
+            base model's predictions, in nats a token, for a layer's trained core V.
+        left_out: layers that saw too few tokens, or that the task does not reach; their bases are
+            orthonormal.
+        moments: what ``keep`` of a later call joins to what it measures: sums, no text.
+    """
+
+    tokens: dict[str, int]
+    unit: float
+    left_out: tuple[str, ...]
+    moments: dict[str, Moments] = field(repr=False)
+
+
+def calibrate(
+    model: nn.Module,
+    general: Iterable | None = None,
+    task: Iterable | None = None,
+    *,
+    loss: Callable[[nn.Module, dict], Tensor] | None = None,
+    keep: Calibration | None = None,
+    weight: float = 1.0,
+    tokens: int = 4096,
+    tokenizer=None,
+    damping: float | None = None,
+    rank: int = 256,
+    selection: str | None = None,
+    too_few: str = "error",
+    restart: bool = False,
+    adapter_name: str | None = None,
+    seed: int = 0,
+    progress: bool = True,
+) -> Calibration:
+    """Gives every layer with ``basis="whitened"`` or ``"natural"`` the metric of what the model is
+    to keep, and with ``"natural"`` the directions of what it is to learn.
+
+    For plain layers and for PEFT models, on any device, under autocast, with activation
+    checkpointing; under DDP and FSDP2 each rank brings its own share of the text and the sums are
+    added. A later call leaves the outputs what they are. With ``"natural"`` it moves on to another
+    task: what the layers have learned joins what they start from. With ``"whitened"`` it may follow
+    ``stage_m1`` or ``stage_m2``. To keep a task that is done:
+
+        first = calibrate(model, general, task_a)
+        ...                                                    # train on task A
+        calibrate(model, batches_of_a, task_b, keep=first)
+
+    Args:
+        general: batches of general text: dicts of what the model's forward takes (``input_ids``,
+            ``attention_mask``; ``labels`` are left out), or tensors, its one argument. None, and
+            no ``keep``: the model without its adapters writes its own, from its own starts of
+            chats and documents; see ``own_text``.
+        task: with ``"natural"``: some 8 training batches, as the model takes them, with
+            ``labels``; gone through twice, so that their gradient gives the basis.
+        loss: of the model and a batch of ``task``, on the model's device: its mean loss. None: the
+            ``loss`` of what the model returns.
+        keep: of an earlier call on this model: its statistics join those of ``general``, or are
+            all there is where that is None.
+        weight: how much the statistics of ``general`` count beside those of ``keep``, >= 0.
+        tokens: how many the model writes; ``general`` is taken whole.
+        tokenizer: for a chat model that writes its own text: gives it its chat template.
+        damping: what is added to a moment's diagonal, as a part of the mean diagonal, > 0: the
+            less, the further a core may move what general text seems not to use. None: 0.01, and
+            0.1 with ``"natural"``.
+        rank: with ``"natural"``: of what is kept of Sigma and Gamma beside their diagonals, from 0;
+            (N + K) (rank + 1) numbers a layer while it runs.
+        selection: with ``"whitened"``: ``"quiet"`` takes the rows and columns of W that answer
+            general text least, in one more pass of it. None: those that the layers have.
+        too_few: where a layer saw fewer tokens than its rank (an expert that general text never
+            reaches), or the task never reaches it: ``"error"``, or ``"orthonormal"`` for that
+            basis's coordinates there, with the same size of a change; ``left_out`` of what is
+            returned names such layers.
+        restart: calibrate although training has begun; the cores are zero again, and nothing is
+            left of what was learned.
+        adapter_name: of a PEFT model; None: the active one.
+        seed: of the text, of the drawn labels and of the random products.
+
+    Returns:
+        what was measured.
+
+    Raises:
+        ValueError: an argument outside these; a model without such layers; no batches; statistics
+            that are not finite, or of too few tokens. RuntimeError: merged layers; training has
+            begun. The model is then unchanged.
+    """
+    check_number("weight", weight, "a finite number >= 0", 0)
+    check_int("tokens", tokens, 1, 2**31)
+    if damping is not None:
+        check_number("damping", damping, "None or a finite number > 0", 0, open_low=True)
+    check_int("rank", rank, 0, 2**31)
+    check_choice("selection", selection, (None, "quiet"))
+    check_choice("too_few", too_few, ("error", "orthonormal"))
+    check_choice("restart", restart, (True, False))
+    layers = dict(_layers(model, adapter_name))
+    basis = _one_basis(model, layers)
+    _check_start(layers, restart)
+    if basis == "whitened":
+        for argument, value in (("task", task), ("loss", loss)):
+            if value is not None:
+                raise fail(argument, type(value).__name__, "None: no layer has basis='natural'")
+    elif selection is not None:
+        raise fail("selection", selection, "None with basis='natural', which takes no columns and "
+                                           "rows of W")
+    else:
+        task = _listed(task)
+    if selection == "quiet" and keep is not None:
+        raise fail("keep", type(keep).__name__, "None with selection='quiet', which changes what "
+                                                "is measured")
+    damping = DAMPING[basis] if damping is None else damping
+    device = next(iter(layers.values()))[1].cols.device
+
+    def over_general(collectors: dict) -> None:
+        measure(model, layers, collectors, general, own_loss(model, seed, device), "general",
+                progress)
+
+    def over_task(collectors: dict) -> None:
+        measure(model, {name: layers[name] for name in collectors}, collectors, task,
+                task_loss(model, loss), "task", progress, labels=True)
+
+    with _from_the_start(layers) if restart else nullcontext():
+        if general is None and keep is None:
+            with without_adapters(model):  # what the base would say, and sooner
+                general = list(own_text(model, tokens, tokenizer=tokenizer, seed=seed,
+                                        progress=progress))
+        chosen = {}
+        if selection == "quiet":
+            general = list(general)
+            energies = {name: quiet.Energies(*layer) for name, layer in layers.items()}
+            over_general(energies)
+            chosen = {name: energies[name].quietest(adapter.r, name)
+                      for name, (_, adapter) in layers.items()}
+        moments, tests = {}, {}
+        if general is not None:
+            moments = {name: whitened.Moments(*layer, chosen.get(name)) if basis == "whitened"
+                       else natural.Moments(layer[1], rank, seed, tests)
+                       for name, layer in layers.items()}
+            over_general(moments)
+            _check_finite(moments)
+        seen = {name: int(each.tokens) for name, each in moments.items()}
+        if keep is not None:
+            moments = _joined(keep, moments, weight, layers)
+        few = _too_few(layers, moments, seen, too_few)
+        known = {name: layer for name, layer in layers.items() if name not in few}
+        if basis == "whitened":
+            found = {name: moments[name].folds(damping) for name in known}
+        else:
+            found = natural.natural_sides(known, moments, damping, over_task, seed)
+            few += _unreached(found, too_few)
+            found = {name: sides for name, sides in found.items() if sides is not None}
+        whole, unit = _in_one_unit(found)
+        for name in few:
+            orthonormal = moments[name].folds_without_metric() if basis == "whitened" \
+                else natural.sides_without_metric(*layers[name])
+            whole[name] = (*orthonormal, math.nan)
+        learned = any(_has_learned(adapter) for _, adapter in layers.values())
+    for name, (module, adapter) in layers.items():
+        if basis == "natural":
+            adapter.move_on(*whole[name], module.base_matrix(), learned)
+        else:
+            if chosen:
+                adapter.choose(*chosen[name], module.base_matrix())
+            adapter.whiten(*whole[name])
+        _refresh(module)
+    return Calibration(seen or keep.tokens, unit, tuple(few), moments)
+
+
+@contextmanager
+def _from_the_start(layers: Layers) -> Iterator[None]:
+    """Nothing has been learned; after an error all of it comes back."""
+    before = [(adapter, [p.detach().clone() for p in adapter.learned_parameters()],
+               dict(adapter._buffers)) for _, adapter in layers.values()]
+    for module, adapter in layers.values():
+        adapter.begin_anew()
+        _refresh(module)
+    try:
+        yield
+    except BaseException:
+        for adapter, values, buffers in before:
+            with torch.no_grad():
+                for parameter, value in zip(adapter.learned_parameters(), values, strict=True):
+                    parameter.copy_(value)
+            adapter._buffers |= buffers
+        raise
+
+
+def _refresh(module: nn.Module) -> None:
+    if isinstance(module, Adapter):  # a plain layer, which keeps what derives from its stages
+        module.refresh()
+
+
+def _layers(model: nn.Module, adapter_name: str | None) -> Iterator[tuple[str, tuple]]:
+    """Each layer whose basis is to be calibrated, by name, and its adapter, which a plain layer is
+    itself."""
+    for name, module in model.named_modules():
+        if not hasattr(module, "change_factors"):
+            continue
+        if isinstance(module, Adapter):
+            found = module
+        else:
+            names = module.active_adapters if adapter_name is None else [adapter_name]
+            held = [n for n in names if n in module.secura_adapter]
+            if len(held) > 1:
+                raise fail("adapter_name", adapter_name, f"one of {held}, all of which are active")
+            found = module.secura_adapter[held[0]] if held else None
+        if found is not None and found.basis in DAMPING:
+            yield name, (module, found)
+
+
+def _one_basis(model: nn.Module, layers: Layers) -> str:
+    bases = {adapter.basis for _, adapter in layers.values()}
+    if len(bases) != 1:
+        what = f"layers of {sorted(bases)}" if bases else type(model).__name__
+        raise fail("model", what, "one with layers of basis='whitened', or of basis='natural'")
+    return bases.pop()
+
+
+def _check_start(layers: Layers, restart: bool) -> None:
+    for name, (module, adapter) in layers.items():
+        if module.merged:
+            raise RuntimeError(f"layer {name!r} is merged: unmerge before calibrate()")
+        if restart or not adapter.core_parameter().any():
+            continue
+        if adapter.basis == "whitened":
+            raise RuntimeError(
+                f"layer {name!r} has been trained: calibrate before training, or after a stage "
+                "(stage_m1, stage_m2), or pass restart=True, which sets the cores to zero")
+        if adapter.norm is not None:
+            raise RuntimeError(
+                f"layer {name!r} has been trained with a gate (norm), which leaves nothing that a "
+                "later task could start from: use norm=None, or pass restart=True, which sets the "
+                "cores to zero")
+
+
+def _has_learned(adapter: Adapter) -> bool:
+    return bool(adapter.core_parameter().any()) or adapter.long_core() is not None
+
+
+def _listed(task: Iterable | None) -> list:
+    if task is None:
+        raise fail("task", None, "some batches of the task with basis='natural', whose gradient "
+                                 "gives the directions to learn in")
+    task = list(task)
+    if not task:
+        raise fail("task", task, "at least one batch")
+    return task
+
+
+def _check_finite(moments: dict[str, Moments]) -> None:
+    for name, sums in moments.items():
+        if not sums.finite():
+            raise ValueError(f"layer {name!r}: its inputs or gradients on general text are not "
+                             "finite; the model gives NaN there, or float16 overflows")
+
+
+def _joined(keep: Calibration, moments: dict[str, Moments], weight: float,
+            layers: Layers) -> dict[str, Moments]:
+    """The statistics of an earlier call with those measured now."""
+    if not isinstance(keep, Calibration):
+        raise fail("keep", type(keep).__name__, "None or what an earlier calibrate() returned")
+    for name in layers:
+        kept, new = keep.moments.get(name), moments.get(name)
+        sums = [part.shape for part in kept.sums] if kept is not None else None
+        if sums is None or (new is not None and sums != [part.shape for part in new.sums]):
+            raise fail("keep", f"statistics of {len(keep.moments)} layers", "of an earlier "
+                       f"calibrate() of this model, with the same basis and ranks: {name!r} "
+                       "has none in it, or others")
+    return {name: keep.moments[name].joined(moments[name], weight) if moments
+            else keep.moments[name] for name in layers}
+
+
+def _in_one_unit(found: dict[str, tuple]) -> tuple[dict[str, tuple], float]:
+    """Both sides of each layer, in a unit that is the same for all, so that a step of the same
+    length costs the same in each; and so large that a core changes W by about as much as one
+    between orthonormal bases does, which leaves learning rates what they are."""
+    unit = math.exp(sum(math.log(size) for *_, size in found.values()) / len(found))
+    return {name: (unit**0.5 * left, unit**0.5 * right, unit)
+            for name, (left, right, _) in found.items()}, unit
+
+
+def _too_few(layers: Layers, moments: dict[str, Moments], seen: dict[str, int],
+             too_few: str) -> list[str]:
+    """The layers that general text says too little of."""
+    found = []
+    for name, (_, adapter) in layers.items():
+        count = seen.get(name, adapter.r)
+        if count >= adapter.r and moments[name].reached():
+            continue
+        if too_few == "error":
+            raise ValueError(
+                f"layer {name!r} saw {count} tokens of general text, fewer than its "
+                f"rank {adapter.r}, or they do not reach the predictions: bring more text, or pass "
+                "too_few='orthonormal'")
+        found.append(name)
+    if len(found) == len(layers):
+        raise ValueError("no layer saw enough general text: bring more")
+    return found
+
+
+def _unreached(found: dict[str, object], too_few: str) -> list[str]:
+    """The layers that the task never reaches."""
+    names = [name for name, sides in found.items() if sides is None]
+    if names and too_few == "error":
+        raise ValueError(f"the task's batches do not reach layer {names[0]!r}: bring others, or "
+                         "pass too_few='orthonormal'")
+    if names and len(names) == len(found):
+        raise ValueError("the task's batches reach no layer")
+    return names
