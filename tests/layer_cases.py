@@ -38,7 +38,7 @@ class Case:
     tied: bool = True
 
     @property
-    def sides(self) -> tuple[Tensor, Tensor]:
+    def C_and_R(self) -> tuple[Tensor, Tensor]:
         return self.W[:, self.cols], self.W[self.rows, :]
 
     @property

@@ -430,7 +430,7 @@ def test_folding_costs_little_precision(dtype, allowed):
     layer = model[0]
     with torch.no_grad():
         layer.U.normal_()
-        C, R = (s.double() for s in layer.sides(layer.weight))
+        C, R = (s.double() for s in layer.C_and_R(layer.weight))
         A, B = layer.fold_c.double(), layer.fold_r.double()
         truth = x.double() @ (C @ A @ layer.U.double() @ B @ R).T
         stored = dict(C=(C @ A).to(dtype), R=(B @ R).to(dtype))

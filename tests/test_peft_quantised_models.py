@@ -135,7 +135,7 @@ def test_file_on_another_base(first, second, folder, tmp_path):
     again = PeftModel.from_pretrained(load(folder, second), tmp_path / "with").eval()
     for name, layer in layers(again).items():
         before = layers(model)[name]
-        C, R = before.secura_adapter["default"].untied_sides(before.base_matrix())
+        C, R = before.secura_adapter["default"].untied_C_and_R(before.base_matrix())
         adapter = layer.secura_adapter["default"]
         assert torch.equal(adapter.C, C.to(adapter.C.dtype))
         assert torch.equal(adapter.R, R.to(adapter.R.dtype))

@@ -19,7 +19,7 @@ from ..functional.linear import cur_linear_and_moved
 from ..selection import check_indices, check_weight
 from ..settings import ImportanceDecay, SMagNorm
 from .importance import ImportanceState
-from .optional_tensors import LateTensors
+from .optional_tensors import OptionalTensors
 from .past import Past
 
 # Folding S^-1 into the core magnifies rounding with cond(S); past these values the orthonormal
@@ -32,7 +32,7 @@ NOT_CALIBRATED = ("basis={!r} knows nothing yet of what is to be kept: call "
 CALIBRATED = {"whitened": "", "natural": ", task=batches"}  # bases that need it, and how
 
 
-class Adapter(LateTensors, Past, nn.Module):
+class Adapter(OptionalTensors, Past, nn.Module):
     """What CURLoRA's and SECURA's changes share.
 
     Args:
@@ -146,7 +146,7 @@ class Adapter(LateTensors, Past, nn.Module):
         self._count(moved, weight if self.norm and self.norm.domain == "weight" else y)
         return y
 
-    def update(self, y0: Tensor, t: Tensor, C: Tensor, impl: str,
+    def epilogue(self, y0: Tensor, t: Tensor, C: Tensor, impl: str,
                trained: Tensor | None = None) -> Tensor:
         """(..., N): a base output y0 changed; t = x R^T (..., r), C (N, r) of y0's dtype."""
         y, moved = cur_epilogue_and_moved(
@@ -233,12 +233,12 @@ class Adapter(LateTensors, Past, nn.Module):
         for the forward pass."""
         if self.C is None and first is None:
             return dict(cols=self.cols, rows=self.rows, C=None, R=None)
-        C, R = self.sides(first)
+        C, R = self.C_and_R(first)
         if C.dtype != dtype:
             C, R = C.to(dtype), R.to(dtype)
         return dict(cols=None, rows=None, C=C, R=R)
 
-    def sides(self, weight: Tensor) -> tuple[Tensor, Tensor]:
+    def C_and_R(self, weight: Tensor) -> tuple[Tensor, Tensor]:
         """C (N, r) and R (r, K)."""
         if self.C is not None:
             return self.C, self.R
@@ -248,7 +248,7 @@ class Adapter(LateTensors, Past, nn.Module):
     def _set_basis(self, weight: Tensor) -> None:
         """Folds the r x r factors of the orthonormal bases into the core, or stores the bases
         where the factors are ill conditioned for the weight's dtype."""
-        Q_c, S_c, Q_r, S_r = orthonormal_basis(*self.sides(weight))
+        Q_c, S_c, Q_r, S_r = orthonormal_basis(*self.C_and_R(weight))
         worst = max(float(torch.linalg.cond(S)) for S in (S_c, S_r))
         if worst > LARGEST_CONDITION.get(weight.dtype, LARGEST_CONDITION_WIDE):
             self._store(Q_c, Q_r.T, weight.dtype)
@@ -304,13 +304,13 @@ class Adapter(LateTensors, Past, nn.Module):
         self.set_long_core(None)
         self.forget_past()
 
-    def untied_sides(self, weight: Tensor) -> tuple[Tensor, Tensor]:
+    def untied_C_and_R(self, weight: Tensor) -> tuple[Tensor, Tensor]:
         """C and R as ``untie`` would store them: orthonormal ones for that basis."""
         if self.C is not None:
             return self.C, self.R
-        return self._sides_of(weight)
+        return self._C_and_R_of(weight)
 
-    def _sides_of(self, weight: Tensor) -> tuple[Tensor, Tensor]:
+    def _C_and_R_of(self, weight: Tensor) -> tuple[Tensor, Tensor]:
         """C (N, r) and R (r, K) that the columns and rows of W give: orthonormal ones for that
         basis."""
         C, R = weight[:, self.cols.to(weight.device)], weight[self.rows.to(weight.device)]
@@ -322,16 +322,16 @@ class Adapter(LateTensors, Past, nn.Module):
     def untie(self, weight: Tensor) -> None:
         """Stores C and R, so that W may change."""
         if self.C is None:
-            self._store(*self.untied_sides(weight), weight.dtype)
+            self._store(*self.untied_C_and_R(weight), weight.dtype)
 
-    def has_sides_of(self, weight: Tensor) -> bool:
+    def has_C_and_R_of(self, weight: Tensor) -> bool:
         """Whether the stored C and R are what the columns and rows of W give: to the bit in the
         coarser dtype of the two; orthonormal ones to a rounding of each element, and where W is in
         another dtype to a rounding of the whole, which quantising W exceeds. Those of a natural
         basis are of no columns and rows."""
         if self.basis == "natural" and self.calibrated:
             return False
-        for here, stored in zip(self._sides_of(weight), (self.C, self.R), strict=True):
+        for here, stored in zip(self._C_and_R_of(weight), (self.C, self.R), strict=True):
             same = here.dtype == stored.dtype
             coarser = max(here.dtype, stored.dtype, key=lambda dtype: torch.finfo(dtype).eps)
             eps = torch.finfo(coarser).eps if self.basis == "orthonormal" else 0.0
@@ -363,7 +363,7 @@ class Adapter(LateTensors, Past, nn.Module):
         """delta_W (N, K) of a trained core, float32 (float64 for a float64 weight)."""
         wide = torch.promote_types(weight.dtype, torch.float32)
         core = self.core(trained).to(wide)
-        return delta_weight(core, *(side.to(wide) for side in self.sides(weight)), self.alpha)
+        return delta_weight(core, *(side.to(wide) for side in self.C_and_R(weight)), self.alpha)
 
     def changed(self, weight: Tensor, base: Tensor, trained: Tensor) -> Tensor:
         """base + delta_W of a trained core, rounded once; C and R those of ``weight``."""
@@ -380,7 +380,7 @@ class Adapter(LateTensors, Past, nn.Module):
     def factors(self, weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """C (N, q), core (q, q), R (q, K) with delta_W = C core R, M2 stages and the past included;
         q = r without a past. Detached."""
-        (C, R), core = self.sides(weight), self.alpha * self.core(self._whole_core())
+        (C, R), core = self.C_and_R(weight), self.alpha * self.core(self._whole_core())
         if self.C_past is None:
             return C, core, R
         unit = torch.eye(len(self.R_past), dtype=core.dtype, device=core.device)

@@ -130,7 +130,7 @@ def _plan(model: nn.Module, name: str, tensors: dict[str, Tensor], impl: str, fo
             found |= {k: own[k] for k in ("weight", "bias") if k in own}
         about = {FINGERPRINT, CHECKSUM}
         check_state(layer, {k: v for k, v in found.items() if k not in about})
-        unknown = set(found) - set(own) - set(layer.late_shapes()) - about
+        unknown = set(found) - set(own) - set(layer.optional_shapes()) - about
         if unknown:
             raise ValueError(f"it holds unknown tensors {sorted(unknown)}")
         check_sum(found)

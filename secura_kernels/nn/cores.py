@@ -36,8 +36,8 @@ class CURLoRAAdapter(Adapter):
     def set_long_core(self, core: Tensor | None) -> None:
         self.U_long = core
 
-    def late_groups(self) -> list[dict[str, tuple[int, ...]]]:
-        return [*super().late_groups(), {"U_long": (self.r, self.r)}]
+    def optional_groups(self) -> list[dict[str, tuple[int, ...]]]:
+        return [*super().optional_groups(), {"U_long": (self.r, self.r)}]
 
     def accumulate(self, kind: str) -> None:
         self.U_long = self.U.detach() + (0 if self.U_long is None else self.U_long)
@@ -111,8 +111,8 @@ class SECURAAdapter(Adapter):
     def set_long_core(self, core: Tensor | None) -> None:
         self.core_long, self.A_long, self.B_long = core, None, None
 
-    def late_groups(self) -> list[dict[str, tuple[int, ...]]]:
-        return [*super().late_groups(), {"core_long": (self.r, self.r)},
+    def optional_groups(self) -> list[dict[str, tuple[int, ...]]]:
+        return [*super().optional_groups(), {"core_long": (self.r, self.r)},
                 {"A_long": (self.m, self.r), "B_long": (self.r, self.m)}]
 
     def accumulate(self, kind: str) -> None:

@@ -4,11 +4,11 @@ import torch
 from torch import Tensor
 
 
-class LateTensors:
+class OptionalTensors:
     """The part of ``Adapter`` that makes room for them when a state is loaded, and notices that
     what derives from the indices is out of date (``stale``)."""
 
-    def late_groups(self) -> list[dict[str, tuple[int | None, ...]]]:
+    def optional_groups(self) -> list[dict[str, tuple[int | None, ...]]]:
         """Names and shapes of saved tensors that exist only once bases are stored or calibrated or
         a stage has been taken; those of a group exist together. A size of None is any."""
         square, (N, K) = (self.r, self.r), (self.out_features, self.in_features)
@@ -16,8 +16,8 @@ class LateTensors:
                       "natural": [{"unit": ()}, {"C_past": (N, None), "R_past": (None, K)}]}
         return [{"C": (N, self.r), "R": (self.r, K)}, *calibrated.get(self.basis, [])]
 
-    def late_shapes(self) -> dict[str, tuple[int | None, ...]]:
-        return {name: shape for group in self.late_groups() for name, shape in group.items()}
+    def optional_shapes(self) -> dict[str, tuple[int | None, ...]]:
+        return {name: shape for group in self.optional_groups() for name, shape in group.items()}
 
     def __setattr__(self, name: str, value: object) -> None:
         if name in ("cols", "rows") and "shared_key" in self.__dict__:
@@ -38,7 +38,7 @@ class LateTensors:
         if list(buffers)[len(buffers) - len(absent):] != absent:
             buffers |= {name: buffers.pop(name) for name in absent}
 
-    def _apply(self, fn, recurse: bool = True) -> "LateTensors":
+    def _apply(self, fn, recurse: bool = True) -> "OptionalTensors":
         before, folds = (self.cols.device, self.core_parameter().dtype), (self.fold_c, self.fold_r)
         super()._apply(fn, recurse)
         if self.basis == "whitened" and folds[0] is not None and folds[0].device.type != "meta":
@@ -57,14 +57,14 @@ class LateTensors:
 
     @torch.no_grad()
     def reserve(self, names: list[str], weight: Tensor) -> None:
-        """Gives late tensors values that change nothing, for those of a file to take their place.
+        """Gives optional tensors values that change nothing, for those of a file to take their place.
 
         Args:
-            names: of ``late_shapes``, as ``late_name`` writes them; others are left out.
+            names: of ``optional_shapes``, as ``optional_name`` writes them; others are left out.
         """
         sizes = dict(name.split("*") for name in names if "*" in name)
         names = {name.split("*")[0] for name in names}
-        for name, shape in self.late_shapes().items():
+        for name, shape in self.optional_shapes().items():
             if name in ("C", "R") and name in names:
                 self.untie(weight)
             elif name in names:
@@ -73,9 +73,9 @@ class LateTensors:
                                                 device=self.cols.device))
             self.stale = self.stale or name in names
 
-    def late_name(self, name: str) -> str:
+    def optional_name(self, name: str) -> str:
         """``name``, and how many times r the size is that its shape leaves open."""
-        shape = self.late_shapes().get(name, ())
+        shape = self.optional_shapes().get(name, ())
         if None not in shape:
             return name
         return f"{name}*{getattr(self, name).shape[shape.index(None)] // self.r}"
@@ -83,7 +83,7 @@ class LateTensors:
     def _make_room(self, found: dict[str, Tensor]) -> None:
         """For the tensors that only stored bases and stages bring."""
         trained = self.core_parameter()
-        for name, shape in self.late_shapes().items():
+        for name, shape in self.optional_shapes().items():
             if name not in found:
                 setattr(self, name, None)
                 continue

@@ -60,17 +60,17 @@ def check_state(layer: nn.Module, found: dict[str, Tensor], strict: bool = True)
             raise ValueError(f"the state was saved with {name}={content.get(name)!r}, the layer "
                              f"was built with {name}={value!r}")
     own = {k: v for k, v in layer.state_dict().items() if k != SETTINGS}
-    late = layer.late_shapes()
-    expected = {k: tuple(v.shape) for k, v in own.items() if k not in late} | late
+    optional = layer.optional_shapes()
+    expected = {k: tuple(v.shape) for k, v in own.items() if k not in optional} | optional
     for name, shape in expected.items():
         if name not in found:
-            if strict and name not in late:
+            if strict and name not in optional:
                 raise ValueError(f"the state has no {name}")
         elif not fits(found[name], shape):
             raise fail(f"{name}.shape", tuple(found[name].shape), f"{shape} for this layer")
         elif found[name].is_floating_point() != _floating(name, own):
             raise fail(f"{name}.dtype", found[name].dtype, "the kind of number the layer holds")
-    for group in map(set, layer.late_groups()):
+    for group in map(set, layer.optional_groups()):
         if group & set(found) and not group <= set(found):
             raise ValueError(f"the state has {sorted(group & set(found))} without "
                              f"{sorted(group - set(found))}")
@@ -87,7 +87,7 @@ def fits(found: Tensor, shape: tuple[int | None, ...]) -> bool:
 
 
 def _floating(name: str, own: dict[str, Tensor]) -> bool:
-    return name not in own or own[name].is_floating_point()  # all late tensors are floating point
+    return name not in own or own[name].is_floating_point()  # optional ones all are
 
 
 def check_finite(found: dict[str, Tensor]) -> None:

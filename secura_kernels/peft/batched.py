@@ -97,7 +97,7 @@ def shared_key(adapter: Adapter) -> tuple:
 def _gathered(layer: "SecuraLinear", adapters: list[Adapter], impl: str, x: Tensor, y0: Tensor,
               ids: Tensor) -> Tensor:
     first, base = adapters[0], layer.get_base_layer()
-    C, R = layer.sides(first)
+    C, R = layer.C_and_R(first)
     if first.C is None and base.bias is None and base is layer.base_layer \
             and base_weight.is_plain(base):
         t = y0.index_select(-1, first.rows)  # t = x R^T is r columns of the base product

@@ -64,8 +64,8 @@ class SecuraConfig(PeftConfig):
             that has been quantised since; False: the indices only. A fingerprint of the base is
             written in both forms, and checked when loading: to the bit without C and R, with them
             as nearly as quantising to 4 bits leaves it.
-        late_tensors: written when saving, not by hand: which tensors the file has beyond those of
-            a new adapter. transformers loads only what it finds a place for.
+        optional_tensors: written when saving, not by hand: which tensors the file has beyond those
+            of a new adapter. transformers loads only what it finds a place for.
 
     ``force`` is no field, and never saved: ``PeftModel.from_pretrained(model, path, force=True)``
     or ``SecuraConfig.from_pretrained(path, force=True)`` says that a file may be loaded on a base
@@ -98,7 +98,7 @@ class SecuraConfig(PeftConfig):
     importance_decay: dict | bool | None = None
     impl: str = "auto"
     save_projection: bool = True
-    late_tensors: list[str] = field(default_factory=list)
+    optional_tensors: list[str] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -9,7 +9,7 @@ The adapter's own tensors: ``cols``, ``rows``, the trained ones, stages, importa
 
 transformers' own ``load_adapter`` (and its ``from_pretrained`` of an adapter's folder) does not ask
 a PEFT method how to read its file: it copies what it finds a place for, and reports the rest as
-unexpected. The configuration therefore says which late tensors there are; see ``places.py``.
+unexpected. The configuration therefore says which optional tensors there are; see ``places.py``.
 """
 
 from collections.abc import Iterator
@@ -38,7 +38,7 @@ def completed(found: dict[str, Tensor], model: nn.Module, config: SecuraConfig, 
             tensors they are gathered, for which every rank must be here.
     """
     found = {k: sharding.whole(v) for k, v in found.items()}
-    late = set()
+    optional = set()
     for name, layer, adapter in adapters_of(model, adapter_name):
         start = f"{name}.secura_adapter.{adapter_name}."
         # PEFT (0.21) looks for the names of modules, which FSDP1 changes.
@@ -56,9 +56,9 @@ def completed(found: dict[str, Tensor], model: nn.Module, config: SecuraConfig, 
                 found[start + key] = value
         found[start + FINGERPRINT] = layer.fingerprint() if weight is None else fingerprint(weight)
         found[start + CHECKSUM] = checksum(_part(found, start))
-        late |= {adapter.late_name(key) for key in (*adapter.late_shapes(), *places.NAMES)
+        optional |= {adapter.optional_name(key) for key in (*adapter.optional_shapes(), *places.NAMES)
                  if start + key in found}
-    config.late_tensors = sorted(late)
+    config.optional_tensors = sorted(optional)
     return found
 
 
@@ -76,12 +76,12 @@ def _sides(adapter: Adapter, config: SecuraConfig,
     """
     if adapter.C is not None:
         # Those of another base stay: nothing else could bring them back.
-        if config.save_projection or weight is None or not adapter.has_sides_of(weight):
+        if config.save_projection or weight is None or not adapter.has_C_and_R_of(weight):
             return {}
         return dict(C=None, R=None)
     if not config.save_projection:
         return {}
-    C, R = adapter.untied_sides(weight)
+    C, R = adapter.untied_C_and_R(weight)
     return dict(C=C.contiguous(), R=R.contiguous())
 
 
@@ -162,9 +162,9 @@ def _checked(part: dict[str, Tensor], layer: SecuraLinear, adapter: Adapter,
     """A layer's part of a file, checked, ready to be loaded into its adapter."""
     part, whole = dict(part), part
     about = {name: part.pop(name) for name in places.NAMES if name in part}
-    late = adapter.late_shapes()
-    own = {k: v for k, v in adapter.state_dict().items() if k not in (*late, *places.NAMES)}
-    shapes = {k: tuple(v.shape) for k, v in own.items()} | late
+    optional = adapter.optional_shapes()
+    own = {k: v for k, v in adapter.state_dict().items() if k not in (*optional, *places.NAMES)}
+    shapes = {k: tuple(v.shape) for k, v in own.items()} | optional
     missing = sorted(set(own) - set(part))
     if missing:
         raise ValueError(f"it has no {missing[0]}")
@@ -175,7 +175,7 @@ def _checked(part: dict[str, Tensor], layer: SecuraLinear, adapter: Adapter,
             raise fail(f"{name}.shape", tuple(value.shape), f"{shapes[name]} for this layer")
         if value.is_floating_point() != (name not in own or own[name].is_floating_point()):
             raise fail(f"{name}.dtype", value.dtype, "the kind of number the layer holds")
-    for group in map(set, adapter.late_groups()):
+    for group in map(set, adapter.optional_groups()):
         if group & set(part) and not group <= set(part):
             raise ValueError(f"it has {sorted(group & set(part))} without "
                              f"{sorted(group - set(part))}")

@@ -64,10 +64,10 @@ class SecuraLinear(nn.Module, Mergeable, BaseTunerLayer):
             adapter = _build(weight, r, config, key, empty)
         except (ValueError, TypeError) as error:
             raise type(error)(f"layer {key!r}: {error}") from error
-        if self._keeps_sides():
+        if self._keeps_C_and_R():
             adapter.untie(weight)
         self._fingerprint = fingerprint(weight)
-        adapter.reserve(config.late_tensors, weight)
+        adapter.reserve(config.optional_tensors, weight)
         places.reserve(adapter, config, self._fingerprint)
         self.impl[adapter_name] = config.impl
         self.secura_adapter[adapter_name] = adapter.train(self.training)
@@ -130,15 +130,15 @@ class SecuraLinear(nn.Module, Mergeable, BaseTunerLayer):
         adapter, impl = self._ready(name), self.impl[name]
         if sharding.is_sharded(self.get_base_layer()):
             return sharding.over(self.get_base_layer(), adapter, y0, x, impl)
-        C, R = self.sides(adapter)
+        C, R = self.C_and_R(adapter)
         t, C, long_core = F.linear(x, R.to(x.dtype)), C.to(y0.dtype), adapter.long_core()
         if long_core is not None and adapter.norm is not None:
             y0 = adapter.without_gate(y0, t, C, long_core, impl)
-        return adapter.add_past(adapter.update(y0, t, C, impl, adapter.stage_core()), x)
+        return adapter.add_past(adapter.epilogue(y0, t, C, impl, adapter.stage_core()), x)
 
-    def sides(self, adapter: Adapter) -> tuple[Tensor, Tensor]:
+    def C_and_R(self, adapter: Adapter) -> tuple[Tensor, Tensor]:
         """An adapter's C (N, r) and R (r, K); W is asked only where they are its slices."""
-        return adapter.sides(None if adapter.C is not None else self.base_matrix())
+        return adapter.C_and_R(None if adapter.C is not None else self.base_matrix())
 
     def _ready(self, name: str) -> Adapter:
         """The adapter, what derives from W computed anew where it has been moved or loaded."""
@@ -147,7 +147,7 @@ class SecuraLinear(nn.Module, Mergeable, BaseTunerLayer):
             self._settle(adapter)
         if self.is_spread():
             sharding.prepare(self, adapter)
-        if adapter.C is None and (self._keeps_sides() or self.is_spread()):
+        if adapter.C is None and (self._keeps_C_and_R() or self.is_spread()):
             adapter.untie(self.base_matrix())
         return adapter
 
@@ -156,14 +156,14 @@ class SecuraLinear(nn.Module, Mergeable, BaseTunerLayer):
         from them."""
         if places.present(adapter):
             places.settle(adapter, self.fingerprint())
-        weight, kept = self.base_matrix(), self._keeps_sides()
-        if adapter.C is not None and not kept and adapter.has_sides_of(weight):
+        weight, kept = self.base_matrix(), self._keeps_C_and_R()
+        if adapter.C is not None and not kept and adapter.has_C_and_R_of(weight):
             adapter.C = adapter.R = None
         adapter.derive(weight)
         if kept:
             adapter.untie(weight)
 
-    def _keeps_sides(self) -> bool:
+    def _keeps_C_and_R(self) -> bool:
         """Whether C and R are kept, rather than sliced from W in each forward pass."""
         return (self.quantization_backend is not None
                 or sharding.is_partitioned(self.get_base_layer()))

@@ -16,14 +16,14 @@ NAMES = (FINGERPRINT, CHECKSUM)
 
 
 def reserve(adapter: Adapter, config: SecuraConfig, base: Tensor) -> None:
-    """Makes the places that ``config.late_tensors`` names; zeros mean that nothing was loaded.
+    """Makes the places that ``config.optional_tensors`` names; zeros mean that nothing was loaded.
 
     Args:
         base: the base's fingerprint. With ``config.force`` none is asked for.
     """
-    if FINGERPRINT in config.late_tensors and not config.force:
+    if FINGERPRINT in config.optional_tensors and not config.force:
         adapter.register_buffer(FINGERPRINT, torch.zeros_like(base))
-    if CHECKSUM in config.late_tensors:
+    if CHECKSUM in config.optional_tensors:
         adapter.register_buffer(CHECKSUM, torch.zeros_like(checksum({})))
 
 

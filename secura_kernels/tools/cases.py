@@ -38,7 +38,7 @@ class Inputs:
                                                         dtype=torch.float32)
         self.h = self.random(M, padded_rank(r))
         ranks = padded_rank(r)
-        self.C = factors.Side(self.random(N, ranks), None, ranks, 1, ranks)
+        self.C = factors.Factor(self.random(N, ranks), None, ranks, 1, ranks)
         self.R = factors.rows(self.W, self.rows, None)
         self.P = self.random(N, padded_rank(r), dtype=torch.float32)
         self.gate = GateNumbers.of(SMagNorm(), dtype)

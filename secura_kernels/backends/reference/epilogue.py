@@ -33,12 +33,12 @@ def forward(
     edge: float,
     save: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """y0 (M, N) is left as it is; otherwise ``update``."""
-    return update(y0.clone(memory_format=torch.contiguous_format), t, core, C, adapter_bias, decay,
+    """y0 (M, N) is left as it is; otherwise ``apply_change``."""
+    return apply_change(y0.clone(memory_format=torch.contiguous_format), t, core, C, adapter_bias, decay,
                   alpha, norm, edge, save)
 
 
-def update(
+def apply_change(
     y: Tensor,
     t: Tensor,
     core: Tensor,

@@ -50,7 +50,7 @@ def forward(
         t = y.index_select(1, rows)  # identity 1: t = x R^T is r columns of the base product
     else:
         t = x @ chosen_rows(weight, rows, R).T
-    y, saved, moved = epilogue.update(y, t, core, chosen_columns(weight, cols, C), adapter_bias,
+    y, saved, moved = epilogue.apply_change(y, t, core, chosen_columns(weight, cols, C), adapter_bias,
                                     decay, alpha, norm, edge, save)
     return y, t, saved, moved
 

@@ -15,7 +15,7 @@ from ..host import NO_GATE, GateNumbers, cdiv, contiguous
 from .chips import rank_block
 from .launch import WIDE_STEP, addressable, dot_precision, launch, wide_precision
 from .passes.down import _times_core
-from .passes.factors import _side_tile
+from .passes.factors import _factor_tile
 from .passes.gate import _apply_gate, _gate, _relative_magnitude
 from .passes.tile_ops import _at_row, _divided_by_largest, _raise_largest, _store, _vector
 from .tiles import tile_for
@@ -23,9 +23,9 @@ from .tiles import tile_for
 
 @triton.jit(do_not_specialize=["S"])
 def _mixed_kernel(
-    y0_ptr, t_ptr, cores_ptr, adapter_ptr, side_ptr, adapter_bias_ptr, y_ptr, largest_ptr,
-    S, N, R, A, stride_yb, stride_ys, stride_yn, stride_ca, stride_cj, stride_ck, stride_sl,
-    stride_sr, slope, offset, eps, beta, alpha,
+    y0_ptr, t_ptr, cores_ptr, adapter_ptr, factor_ptr, adapter_bias_ptr, y_ptr, largest_ptr,
+    S, N, R, A, stride_yb, stride_ys, stride_yn, stride_ca, stride_cj, stride_ck, stride_fl,
+    stride_fr, slope, offset, eps, beta, alpha,
     GATE: tl.constexpr, FIND_LARGEST: tl.constexpr, RANK: tl.constexpr, BLOCK_R: tl.constexpr,
     STEP: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr,
     WIDE: tl.constexpr,
@@ -52,9 +52,9 @@ def _mixed_kernel(
             r = r0 + tl.arange(0, BLOCK_R)
             h = _times_core(t_ptr, core_ptr, stride_cj, stride_ck, m, M, r, R, alpha, BLOCK_R,
                             STEP, WIDE)  # [BLOCK_M, BLOCK_R]
-            side = _side_tile(side_ptr, None, stride_sl, stride_sr, n0, tl.arange(0, BLOCK_N), N, r,
+            factor = _factor_tile(factor_ptr, None, stride_fl, stride_fr, n0, tl.arange(0, BLOCK_N), N, r,
                               R)
-            d = tl.dot(h.to(side.dtype), tl.trans(side), d, input_precision=PRECISION)
+            d = tl.dot(h.to(factor.dtype), tl.trans(factor), d, input_precision=PRECISION)
         if adapter_bias_ptr is not None:
             d += _vector(_at_row(adapter_bias_ptr, adapter, N), n, N, 0.0)[None, :]
         b = tl.load(y0_ptr, mask=inside, other=0.0).to(tl.float32)
@@ -83,11 +83,11 @@ def forward(y0: Tensor, t: Tensor, cores: Tensor, adapter: Tensor, C: Tensor,
     def run(find_largest: bool) -> None:
         launch(
             _mixed_kernel, B * cdiv(S, tile.m) * cdiv(N, tile.n), tile, y0.device, y0_ptr=y0,
-            t_ptr=t, cores_ptr=cores, adapter_ptr=adapter, side_ptr=C,
+            t_ptr=t, cores_ptr=cores, adapter_ptr=adapter, factor_ptr=C,
             adapter_bias_ptr=adapter_bias, y_ptr=y, largest_ptr=largest, S=S, N=N, R=r, A=A,
             stride_yb=y0.stride(0), stride_ys=y0.stride(1), stride_yn=y0.stride(2),
             stride_ca=cores.stride(0), stride_cj=cores.stride(1), stride_ck=cores.stride(2),
-            stride_sl=C.stride(0), stride_sr=C.stride(1), slope=gate.slope, offset=gate.offset,
+            stride_fl=C.stride(0), stride_fr=C.stride(1), slope=gate.slope, offset=gate.offset,
             eps=gate.eps, beta=gate.beta, alpha=alpha, GATE=norm is not None,
             FIND_LARGEST=find_largest, RANK=rank, BLOCK_R=min(rank, 64), STEP=min(rank, WIDE_STEP),
             BLOCK_M=tile.m, BLOCK_N=tile.n, PRECISION=dot_precision(y0.dtype),

@@ -18,7 +18,7 @@ from .passes import factors
 from .passes.core_gradient import core_gradient
 from .passes.down import down, project
 from .passes.epilogue import epilogue
-from .passes.factors import Side
+from .passes.factors import Factor
 from .passes.gate_backward import gate_backward
 from .tiles import tile_for
 
@@ -50,21 +50,21 @@ def outputs(like: Tensor, N: int, adapter_bias: Tensor | None, decay: Tensor | N
         save_base=save_base, moved=moved if counting else None, edge=edge)
 
 
-def apply_change(y: Tensor, h: Tensor, columns: Callable[..., Side], r: int, norm: SMagNorm | None,
+def apply_change(y: Tensor, h: Tensor, columns: Callable[..., Factor], r: int, norm: SMagNorm | None,
            change: dict) -> None:
     """Turns y (M, N), the base output, into the layer's; ``change``: from ``outputs``."""
     M, N = y.shape
-    side = columns(reads=cdiv(M, tile_for("epilogue", y, M, N, r).m))
+    factor = columns(reads=cdiv(M, tile_for("epilogue", y, M, N, r).m))
     if norm is not None and norm.ref == "max":
-        change["largest"] = _largest(y, h, side, r, change["adapter_bias"], change["gate"])
-    epilogue(y, h, side, r, **change)
+        change["largest"] = _largest(y, h, factor, r, change["adapter_bias"], change["gate"])
+    epilogue(y, h, factor, r, **change)
 
 
-def _largest(b: Tensor, h: Tensor, side: Side, r: int, adapter_bias: Tensor | None,
+def _largest(b: Tensor, h: Tensor, factor: Factor, r: int, adapter_bias: Tensor | None,
              gate: GateNumbers) -> Tensor:
     """(1,) int32: the bits of max(rho)."""
     largest = b.new_zeros(1, dtype=torch.int32)
-    epilogue(b, h, side, r, adapter_bias=adapter_bias, gate=gate, largest=largest,
+    epilogue(b, h, factor, r, adapter_bias=adapter_bias, gate=gate, largest=largest,
              find_largest=True)
     return largest
 
@@ -94,7 +94,7 @@ class Gradients(NamedTuple):
     dadapter_bias: Tensor | None
 
 
-def gradients(dy: Tensor, columns: Callable[..., Side], rows: Tensor | None, core: Tensor,
+def gradients(dy: Tensor, columns: Callable[..., Factor], rows: Tensor | None, core: Tensor,
               adapter_bias: Tensor | None, decay: Tensor | None, t: Tensor, saved: Tensor,
               alpha: float, norm: SMagNorm | None,
               needs: tuple[bool, bool, bool]) -> Gradients:
@@ -105,8 +105,8 @@ def gradients(dy: Tensor, columns: Callable[..., Side], rows: Tensor | None, cor
     if norm is None:
         dT = dcore = None
         if needs[0] or needs[1]:
-            side = columns(reads=cdiv(M, tile_for("down", dy, M, N, r).m))
-            v, dT = down(dy, side, core, alpha, p_dtype=torch.float32, transpose_core=True)
+            factor = columns(reads=cdiv(M, tile_for("down", dy, M, N, r).m))
+            v, dT = down(dy, factor, core, alpha, p_dtype=torch.float32, transpose_core=True)
             dcore = core_gradient(v, t, core, alpha, dy) if needs[1] else None
         return Gradients(dy, dT, dcore, dy.sum(0, dtype=torch.float32) if needs[2] else None)
     gate = GateNumbers.of(norm, dy.dtype)
@@ -115,8 +115,8 @@ def gradients(dy: Tensor, columns: Callable[..., Side], rows: Tensor | None, cor
         _, h = project(t, None, core, alpha, q_dtype=dy.dtype)
         more = dict(h=h, adapter_bias=adapter_bias)
         if norm.ref == "max":
-            side = columns(reads=cdiv(M, tile_for("epilogue", dy, M, N, r).m))
-            more["largest"] = _largest(saved, h, side, r, adapter_bias, gate)
+            factor = columns(reads=cdiv(M, tile_for("epilogue", dy, M, N, r).m))
+            more["largest"] = _largest(saved, h, factor, r, adapter_bias, gate)
     tile = tile_for("gate_backward" if norm.detach_gate else "gate_backward_full", dy, M, N, r)
     g, v, dadapter_bias = gate_backward(dy, saved, columns(reads=cdiv(M, tile.m)), r, gate,
                                         decay=decay, needs=needs, **more)

@@ -75,11 +75,11 @@ def _dx_without_gate(dy, weight, r, rows, R, dT):
     (M, N), K = dy.shape, weight.shape[1]
     plan = dispatch.plan(M, K, N, r, dy.dtype, dy.device, None, input_gradient=True,
                          operands=(dy, weight.T))
-    side = factors.rows(weight, rows, R)
+    factor = factors.rows(weight, rows, R)
     if plan.one_pass:
         dx = dy.new_empty(M, K)
-        product(dy, weight.T, dT, side, r, dx, plan.tile)
+        product(dy, weight.T, dT, factor, r, dx, plan.tile)
         return dx
     dx = dy @ weight
-    epilogue(dx, dT, side, r)
+    epilogue(dx, dT, factor, r)
     return dx

@@ -26,7 +26,7 @@ class _Change:
         self.weight, self.r = weight, core.shape[0]
         source = (weight, cols) if C is None else (C, None)
         self.C, self.P = project(*source, core, alpha, q_dtype=torch.float32, transpose_core=True)
-        self.side = factors.rows(weight, rows, R)
+        self.factor = factors.rows(weight, rows, R)
         self.gate = GateNumbers.of(norm, weight.dtype)
         self.largest = None
         if norm.ref == "max":
@@ -34,7 +34,7 @@ class _Change:
             effective_weight(*self.arguments(), find_largest=True)
 
     def arguments(self) -> tuple:
-        return self.weight, self.P, self.side, self.r, self.gate, self.largest
+        return self.weight, self.P, self.factor, self.r, self.gate, self.largest
 
 
 def forward(

@@ -71,5 +71,5 @@ class Moments:
 
 
 def sides(module: nn.Module, adapter: Adapter) -> tuple[Tensor, Tensor]:
-    return tuple(side.detach() for side in adapter.sides(
+    return tuple(side.detach() for side in adapter.C_and_R(
         None if adapter.C is not None else module.base_matrix()))

@@ -12,7 +12,7 @@ from ..chips import rank_block
 from ..launch import WIDE_STEP, dot_precision, launch, wide_precision
 from ..tiles import tile_for
 from .effective_weight import _delta_weight_tile, _weight_tile
-from .factors import Side
+from .factors import Factor
 from .gate import _apply_gate, _gate
 from .tile_ops import _divided_by_largest, _store, _vector
 
@@ -21,9 +21,9 @@ MOST_TOKENS = 64
 
 @triton.jit(do_not_specialize=["M"])
 def _decode_kernel(
-    x_ptr, w_ptr, p_ptr, side_ptr, index_ptr, bias_ptr, adapter_bias_ptr, decay_ptr, largest_ptr,
-    y_ptr, M, N, K, SR,
-    stride_xm, stride_xk, stride_wn, stride_wk, stride_pn, stride_sl, stride_sr,
+    x_ptr, w_ptr, p_ptr, factor_ptr, index_ptr, bias_ptr, adapter_bias_ptr, decay_ptr, largest_ptr,
+    y_ptr, M, N, K, FR,
+    stride_xm, stride_xk, stride_wn, stride_wk, stride_pn, stride_fl, stride_fr,
     slope, offset, eps, beta, top, code_steps,
     RANK: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr, PRECISION: tl.constexpr, WIDE: tl.constexpr,
@@ -38,8 +38,8 @@ def _decode_kernel(
         x = tl.load(x_tile, mask=(m < M)[:, None] & (k0 + k < K)[None, :], other=0.0)
         x_tile += BLOCK_K * stride_xk
         b = _weight_tile(w_ptr, stride_wn, stride_wk, n0, n, N, k0, k, K)
-        d = _delta_weight_tile(p_ptr, stride_pn, side_ptr, index_ptr, stride_sl, stride_sr, n0, n,
-                               N, k0, k, K, SR, RANK, BLOCK_R, WIDE)
+        d = _delta_weight_tile(p_ptr, stride_pn, factor_ptr, index_ptr, stride_fl, stride_fr, n0, n,
+                               N, k0, k, K, FR, RANK, BLOCK_R, WIDE)
         s = _gate(b, d, slope, offset, eps, beta)[1]
         effective = _apply_gate(b, d, s, beta, c).to(x.dtype)  # [BLOCK_N, BLOCK_K]
         acc = tl.dot(x, tl.trans(effective), acc, input_precision=PRECISION)
@@ -48,7 +48,7 @@ def _decode_kernel(
     _store(acc, m, M, n, N, y_ptr)
 
 
-def decode(x: Tensor, weight: Tensor, P: Tensor, side: Side, r: int, gate: GateNumbers,
+def decode(x: Tensor, weight: Tensor, P: Tensor, factor: Factor, r: int, gate: GateNumbers,
            largest: Tensor | None, *, bias: Tensor | None, adapter_bias: Tensor | None,
            decay: Tensor | None) -> Tensor:
     """y (M, N) of x (M, K), M <= MOST_TOKENS; other arguments as in ``effective_weight``."""
@@ -58,7 +58,7 @@ def decode(x: Tensor, weight: Tensor, P: Tensor, side: Side, r: int, gate: GateN
     rank = rank_block(r)
     launch(
         _decode_kernel, cdiv(N, tile.m) if M else 0, tile, x.device, x_ptr=x, w_ptr=weight, p_ptr=P,
-        **side.arguments(), bias_ptr=bias, adapter_bias_ptr=adapter_bias, decay_ptr=decay,
+        **factor.arguments(), bias_ptr=bias, adapter_bias_ptr=adapter_bias, decay_ptr=decay,
         largest_ptr=largest, y_ptr=y, M=M, N=N, K=K, stride_xm=x.stride(0),
         stride_xk=x.stride(1), stride_wn=weight.stride(0), stride_wk=weight.stride(1),
         stride_pn=P.stride(0), **gate.arguments(), RANK=rank, BLOCK_R=min(rank, WIDE_STEP),

@@ -14,7 +14,7 @@ from ...host import cdiv, padded_rank
 from ..chips import rank_block
 from ..launch import WIDE_STEP, dot_precision, launch, strides, wide_precision
 from ..tiles import tile_for
-from .factors import Side, _side_tile
+from .factors import Factor, _factor_tile
 from .tile_ops import _at_row
 
 
@@ -56,8 +56,8 @@ def _store_and_project(p, m, M, R, p_ptr, q_ptr, core_ptr, stride_cj, stride_ck,
 
 @triton.jit(do_not_specialize=["M"])
 def _down_kernel(
-    a_ptr, side_ptr, index_ptr, core_ptr, p_ptr, q_ptr, M, K, R, SR,
-    stride_am, stride_ak, stride_sl, stride_sr, stride_cj, stride_ck, stride_qm, alpha,
+    a_ptr, factor_ptr, index_ptr, core_ptr, p_ptr, q_ptr, M, K, R, FR,
+    stride_am, stride_ak, stride_fl, stride_fr, stride_cj, stride_ck, stride_qm, alpha,
     BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, RANK: tl.constexpr, BLOCK_J: tl.constexpr,
     STEP: tl.constexpr, PRECISION: tl.constexpr, WIDE: tl.constexpr,
 ):
@@ -71,8 +71,8 @@ def _down_kernel(
     p = tl.zeros((BLOCK_M, RANK), tl.float32)
     for k0 in range(0, K, BLOCK_K):
         a = tl.load(a_tile, mask=(m < M)[:, None] & (k0 + k < K)[None, :], other=0.0)
-        side = _side_tile(side_ptr, index_ptr, stride_sl, stride_sr, k0, k, K, r, SR)
-        p = tl.dot(a, side, p, input_precision=PRECISION)  # [BLOCK_M, RANK]
+        factor = _factor_tile(factor_ptr, index_ptr, stride_fl, stride_fr, k0, k, K, r, FR)
+        p = tl.dot(a, factor, p, input_precision=PRECISION)  # [BLOCK_M, RANK]
         a_tile += BLOCK_K * stride_ak
     _store_and_project(p, m, M, R, p_ptr, q_ptr, core_ptr, stride_cj, stride_ck, stride_qm, alpha,
                        RANK, BLOCK_J, STEP, WIDE)
@@ -100,17 +100,17 @@ def _project_kernel(
                        RANK, BLOCK_J, STEP, WIDE)
 
 
-def down(a: Tensor, side: Side, core: Tensor, alpha: float, *,
+def down(a: Tensor, factor: Factor, core: Tensor, alpha: float, *,
          p_dtype: torch.dtype, transpose_core: bool = False) -> tuple[Tensor, Tensor]:
     """p = a S^T (M, r) in ``p_dtype``, and q = alpha p core^T (M, padded r) in a's dtype.
 
     Args:
-        a: (M, K), any strides. side: S^T, (K, r). core: (r, r); ``transpose_core``: alpha p core.
+        a: (M, K), any strides. factor: S^T, (K, r). core: (r, r); ``transpose_core``: alpha p core.
     """
     M, K = a.shape
     tile = tile_for("down", a, M, K, core.shape[0])
     outputs, arguments = _outputs(a, core, alpha, tile, p_dtype, a.dtype, transpose_core)
-    launch(_down_kernel, cdiv(M, tile.m), tile, a.device, a_ptr=a, **side.arguments(), K=K,
+    launch(_down_kernel, cdiv(M, tile.m), tile, a.device, a_ptr=a, **factor.arguments(), K=K,
            stride_am=a.stride(0), stride_ak=a.stride(1), BLOCK_K=tile.k,
            PRECISION=dot_precision(a.dtype), **arguments)
     return outputs

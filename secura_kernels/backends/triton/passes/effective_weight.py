@@ -12,9 +12,9 @@ from ...host import GateNumbers, cdiv
 from ..chips import rank_block
 from ..launch import WIDE_STEP, launch, wide_precision
 from ..tiles import tile_for
-from .factors import Side, _side_tile
+from .factors import Factor, _factor_tile
 from .gate import _relative_magnitude
-from .tile_ops import _at_row, _divided_by_largest, _finish, _raise_largest, _vector
+from .tile_ops import _at_row, _divided_by_largest, _gate_and_store, _raise_largest, _vector
 
 
 @triton.jit
@@ -26,8 +26,8 @@ def _weight_tile(w_ptr, stride_wn, stride_wk, n0, n, N, k0, k, K):
 
 
 @triton.jit
-def _delta_weight_tile(p_ptr, stride_pn, side_ptr, index_ptr, stride_sl, stride_sr, n0, n, N,
-                       k0, k, K, SR, RANK: tl.constexpr, BLOCK_R: tl.constexpr, WIDE: tl.constexpr):
+def _delta_weight_tile(p_ptr, stride_pn, factor_ptr, index_ptr, stride_fl, stride_fr, n0, n, N,
+                       k0, k, K, FR, RANK: tl.constexpr, BLOCK_R: tl.constexpr, WIDE: tl.constexpr):
     """delta_W = P R at rows ``n0 + n``, columns ``k0 + k``: [BLOCK_N, BLOCK_K] float32."""
     p_ptr = _at_row(p_ptr, n0, stride_pn)
     delta = tl.zeros((n.shape[0], k.shape[0]), tl.float32)
@@ -35,16 +35,16 @@ def _delta_weight_tile(p_ptr, stride_pn, side_ptr, index_ptr, stride_sl, stride_
         r = r0 + tl.arange(0, BLOCK_R)
         p = tl.load(p_ptr + n[:, None] * stride_pn + r[None, :],
                     mask=(n0 + n < N)[:, None] & (r < stride_pn)[None, :], other=0.0)
-        side = _side_tile(side_ptr, index_ptr, stride_sl, stride_sr, k0, k, K, r, SR)
-        side = side.to(tl.float32)
-        delta = tl.dot(p, tl.trans(side), delta, input_precision=WIDE)
+        factor = _factor_tile(factor_ptr, index_ptr, stride_fl, stride_fr, k0, k, K, r, FR)
+        factor = factor.to(tl.float32)
+        delta = tl.dot(p, tl.trans(factor), delta, input_precision=WIDE)
     return delta
 
 
 @triton.jit
 def _effective_weight_kernel(
-    w_ptr, p_ptr, side_ptr, index_ptr, decay_ptr, out_ptr, moved_ptr, largest_ptr, N, K, SR,
-    stride_wn, stride_wk, stride_pn, stride_sl, stride_sr,
+    w_ptr, p_ptr, factor_ptr, index_ptr, decay_ptr, out_ptr, moved_ptr, largest_ptr, N, K, FR,
+    stride_wn, stride_wk, stride_pn, stride_fl, stride_fr,
     slope, offset, eps, beta, top, code_steps, edge,
     FIND_LARGEST: tl.constexpr, RANK: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr, WIDE: tl.constexpr,
@@ -53,26 +53,26 @@ def _effective_weight_kernel(
     n0, k0 = (tl.program_id(0) // columns) * BLOCK_N, (tl.program_id(0) % columns) * BLOCK_K
     n, k = tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_K)
     b = _weight_tile(w_ptr, stride_wn, stride_wk, n0, n, N, k0, k, K)
-    d = _delta_weight_tile(p_ptr, stride_pn, side_ptr, index_ptr, stride_sl, stride_sr, n0, n, N,
-                           k0, k, K, SR, RANK, BLOCK_R, WIDE)
+    d = _delta_weight_tile(p_ptr, stride_pn, factor_ptr, index_ptr, stride_fl, stride_fr, n0, n, N,
+                           k0, k, K, FR, RANK, BLOCK_R, WIDE)
     k += k0
     if FIND_LARGEST:
         _raise_largest(_relative_magnitude(b, d, eps), n, N - n0, k, K, largest_ptr)
     else:
         slope = _divided_by_largest(slope, largest_ptr)
-        _finish(b, d, _vector(decay_ptr, n0 + n, N, 1.0)[:, None], n, N - n0, k, K,
+        _gate_and_store(b, d, _vector(decay_ptr, n0 + n, N, 1.0)[:, None], n, N - n0, k, K,
                 _at_row(out_ptr, n0, K), None, moved_ptr, slope, offset, eps, beta, top, code_steps,
                 edge, False)
 
 
-def effective_weight(weight: Tensor, P: Tensor, side: Side, r: int, gate: GateNumbers,
+def effective_weight(weight: Tensor, P: Tensor, factor: Factor, r: int, gate: GateNumbers,
                      largest: Tensor | None, *, decay: Tensor | None = None,
                      moved: Tensor | None = None, edge: float = 0.0,
                      find_largest: bool = False) -> Tensor | None:
     """W_eff (N, K), contiguous, in W's dtype; ``find_largest`` only raises ``largest``.
 
     Args:
-        weight: (N, K), any strides. P: (N, padded r) float32. side: R as (K, r). largest: (1,)
+        weight: (N, K), any strides. P: (N, padded r) float32. factor: R as (K, r). largest: (1,)
             int32, the bits of max(rho), where ``ref`` is "max".
     """
     N, K = weight.shape
@@ -83,7 +83,7 @@ def effective_weight(weight: Tensor, P: Tensor, side: Side, r: int, gate: GateNu
     rank = rank_block(r)
     launch(
         _effective_weight_kernel, cdiv(N, tile.m) * cdiv(K, tile.n), tile, weight.device,
-        w_ptr=weight, p_ptr=P, **side.arguments(), decay_ptr=decay, out_ptr=out, moved_ptr=moved,
+        w_ptr=weight, p_ptr=P, **factor.arguments(), decay_ptr=decay, out_ptr=out, moved_ptr=moved,
         largest_ptr=largest, N=N, K=K, stride_wn=weight.stride(0),
         stride_wk=weight.stride(1), stride_pn=P.stride(0), **gate.arguments(), edge=edge,
         FIND_LARGEST=find_largest, RANK=rank, BLOCK_R=min(rank, WIDE_STEP), BLOCK_N=tile.m,

@@ -11,13 +11,13 @@ from ...host import NO_GATE, GateNumbers, cdiv
 from ..chips import rank_block
 from ..launch import dot_precision, launch
 from ..tiles import tile_for
-from .factors import Side
+from .factors import Factor
 from .gate import _relative_magnitude
 from .tile_ops import (
     _at_row,
     _change,
     _divided_by_largest,
-    _finish,
+    _gate_and_store,
     _raise_largest,
     _store,
     _vector,
@@ -26,8 +26,8 @@ from .tile_ops import (
 
 @triton.jit(do_not_specialize=["M"])
 def _epilogue_kernel(
-    y_ptr, h_ptr, side_ptr, index_ptr, adapter_bias_ptr, decay_ptr, saved_ptr, moved_ptr,
-    largest_ptr, M, N, SR, stride_hm, stride_sl, stride_sr,
+    y_ptr, h_ptr, factor_ptr, index_ptr, adapter_bias_ptr, decay_ptr, saved_ptr, moved_ptr,
+    largest_ptr, M, N, FR, stride_hm, stride_fl, stride_fr,
     slope, offset, eps, beta, top, code_steps, edge,
     GATE: tl.constexpr, SAVE_BASE: tl.constexpr, FIND_LARGEST: tl.constexpr, RANK: tl.constexpr,
     BLOCK_R: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr,
@@ -44,8 +44,8 @@ def _epilogue_kernel(
                 other=0.0)
     if saved_ptr is not None:
         saved_ptr = _at_row(saved_ptr, m0, N)
-    d = _change(_at_row(h_ptr, m0, stride_hm), stride_hm, side_ptr, index_ptr, stride_sl,
-                stride_sr, m, M, n0, tl.arange(0, BLOCK_N), N, SR,
+    d = _change(_at_row(h_ptr, m0, stride_hm), stride_hm, factor_ptr, index_ptr, stride_fl,
+                stride_fr, m, M, n0, tl.arange(0, BLOCK_N), N, FR,
                 tl.zeros((BLOCK_M, BLOCK_N), tl.float32), BLOCK_R, RANK, PRECISION)
     b = b.to(tl.float32)
     d += _vector(adapter_bias_ptr, n, N, 0.0)[None, :]
@@ -53,13 +53,13 @@ def _epilogue_kernel(
         _raise_largest(_relative_magnitude(b, d, eps), m, M, n, N, largest_ptr)
     elif GATE:
         slope = _divided_by_largest(slope, largest_ptr)
-        _finish(b, d, _vector(decay_ptr, n, N, 1.0)[None, :], m, M, n, N, y_ptr, saved_ptr,
+        _gate_and_store(b, d, _vector(decay_ptr, n, N, 1.0)[None, :], m, M, n, N, y_ptr, saved_ptr,
                 moved_ptr, slope, offset, eps, beta, top, code_steps, edge, SAVE_BASE)
     else:
         _store(b + d, m, M, n, N, y_ptr)
 
 
-def epilogue(y: Tensor, h: Tensor, side: Side, r: int, *, adapter_bias: Tensor | None = None,
+def epilogue(y: Tensor, h: Tensor, factor: Factor, r: int, *, adapter_bias: Tensor | None = None,
              decay: Tensor | None = None, gate: GateNumbers | None = None,
              largest: Tensor | None = None, saved: Tensor | None = None, save_base: bool = False,
              moved: Tensor | None = None, edge: float = 0.0, find_largest: bool = False) -> None:
@@ -74,7 +74,7 @@ def epilogue(y: Tensor, h: Tensor, side: Side, r: int, *, adapter_bias: Tensor |
     rank = rank_block(r)
     launch(
         _epilogue_kernel, cdiv(M, tile.m) * cdiv(N, tile.n), tile, y.device, y_ptr=y, h_ptr=h,
-        **side.arguments(), adapter_bias_ptr=adapter_bias, decay_ptr=decay, saved_ptr=saved,
+        **factor.arguments(), adapter_bias_ptr=adapter_bias, decay_ptr=decay, saved_ptr=saved,
         moved_ptr=moved, largest_ptr=largest, M=M, N=N, stride_hm=h.stride(0),
         **(gate or NO_GATE).arguments(), edge=edge, GATE=gate is not None, SAVE_BASE=save_base,
         FIND_LARGEST=find_largest, RANK=rank, BLOCK_R=min(rank, 64), BLOCK_M=tile.m,

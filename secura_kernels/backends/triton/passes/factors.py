@@ -13,8 +13,8 @@ from ..launch import launch
 from ..tiles import tile_for
 
 
-class Side(NamedTuple):
-    """One side of the CUR product, (long, r): element (j, k) lies at
+class Factor(NamedTuple):
+    """One factor of the CUR product, (long, r): element (j, k) lies at
     ``j * stride_long + index[k] * stride_rank`` of ``matrix``, index[k] = k where there is none.
     ``ranks`` of them can be read: r, or more where the matrix is padded with zeros."""
 
@@ -25,8 +25,8 @@ class Side(NamedTuple):
     ranks: int
 
     def arguments(self) -> dict:
-        return dict(side_ptr=self.matrix, index_ptr=self.index, SR=self.ranks,
-                    stride_sl=self.stride_long, stride_sr=self.stride_rank)
+        return dict(factor_ptr=self.matrix, index_ptr=self.index, FR=self.ranks,
+                    stride_fl=self.stride_long, stride_fr=self.stride_rank)
 
 
 # Re-reading columns of W costs a 32-byte sector an element; above this many blocks of rows that
@@ -59,30 +59,30 @@ def _gather(weight: Tensor, cols: Tensor) -> Tensor:
     return out
 
 
-def columns(weight: Tensor, cols: Tensor | None, C: Tensor | None, reads: int) -> Side:
+def columns(weight: Tensor, cols: Tensor | None, C: Tensor | None, reads: int) -> Factor:
     """C (N, r), to be read ``reads`` times: of W by index, or gathered once where that pays."""
     if C is not None:
-        return Side(C, None, C.stride(0), C.stride(1), C.shape[1])
+        return Factor(C, None, C.stride(0), C.stride(1), C.shape[1])
     if reads <= READS_BEFORE_COPY:
-        return Side(weight, cols, weight.stride(0), weight.stride(1), cols.shape[0])
+        return Factor(weight, cols, weight.stride(0), weight.stride(1), cols.shape[0])
     C = _gather(weight, cols)
-    return Side(C, None, C.stride(0), 1, C.shape[1])
+    return Factor(C, None, C.stride(0), 1, C.shape[1])
 
 
-def rows(weight: Tensor, rows: Tensor | None, R: Tensor | None) -> Side:
+def rows(weight: Tensor, rows: Tensor | None, R: Tensor | None) -> Factor:
     """R as (K, r): rows of W are contiguous, so they are read in place."""
     if R is None:
-        return Side(weight, rows, weight.stride(1), weight.stride(0), rows.shape[0])
-    return Side(R, None, R.stride(1), R.stride(0), R.shape[0])
+        return Factor(weight, rows, weight.stride(1), weight.stride(0), rows.shape[0])
+    return Factor(R, None, R.stride(1), R.stride(0), R.shape[0])
 
 
 @triton.jit
-def _side_tile(side_ptr, index_ptr, stride_sl, stride_sr, j0, j, J, k, SR):
-    """[long, rank] tile of a side at positions ``j0 + j`` and ranks ``k``; zeros outside."""
+def _factor_tile(factor_ptr, index_ptr, stride_fl, stride_fr, j0, j, J, k, FR):
+    """[long, rank] tile of a factor at positions ``j0 + j`` and ranks ``k``; zeros outside."""
     where = k
     if index_ptr is not None:
-        where = tl.load(index_ptr + k, mask=k < SR, other=0)
+        where = tl.load(index_ptr + k, mask=k < FR, other=0)
     # One 64-bit move to j0, then offsets inside the tile fit in 32 bits.
-    side_ptr += tl.cast(j0, tl.int64) * stride_sl
-    pointers = (side_ptr + where.to(tl.int64) * stride_sr)[None, :] + (j * stride_sl)[:, None]
-    return tl.load(pointers, mask=(j0 + j < J)[:, None] & (k < SR)[None, :], other=0.0)
+    factor_ptr += tl.cast(j0, tl.int64) * stride_fl
+    pointers = (factor_ptr + where.to(tl.int64) * stride_fr)[None, :] + (j * stride_fl)[:, None]
+    return tl.load(pointers, mask=(j0 + j < J)[:, None] & (k < FR)[None, :], other=0.0)

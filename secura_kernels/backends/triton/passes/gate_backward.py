@@ -20,7 +20,7 @@ from ...host import GateNumbers, cdiv, through_largest
 from ..chips import rank_block
 from ..launch import dot_precision, launch
 from ..tiles import column_parts, tile_for
-from .factors import Side, _side_tile
+from .factors import Factor, _factor_tile
 from .gate import _at_largest, _by_relative_magnitude, _decode, _gate, _relative_magnitude, _sign
 from .tile_ops import _at_row, _change, _divided_by_largest, _store, _vector
 
@@ -41,9 +41,9 @@ def _full_gradients(dy, b, d, c, slope, offset, eps, beta, slope_z, through, lar
 
 @triton.jit(do_not_specialize=["M"])
 def _gate_backward_kernel(
-    dy_ptr, saved_ptr, h_ptr, side_ptr, index_ptr, adapter_bias_ptr, decay_ptr, largest_ptr,
-    through_ptr, g_ptr, v_ptr, bias_part_ptr, statistics_ptr, M, N, R, SR, columns,
-    stride_dm, stride_dn, stride_vp, stride_hm, stride_sl, stride_sr,
+    dy_ptr, saved_ptr, h_ptr, factor_ptr, index_ptr, adapter_bias_ptr, decay_ptr, largest_ptr,
+    through_ptr, g_ptr, v_ptr, bias_part_ptr, statistics_ptr, M, N, R, FR, columns,
+    stride_dm, stride_dn, stride_vp, stride_hm, stride_fl, stride_fr,
     slope, offset, eps, beta, top, code_steps,
     FULL: tl.constexpr, STATISTICS: tl.constexpr, RANK: tl.constexpr, BLOCK_R: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr,
@@ -88,8 +88,8 @@ def _gate_backward_kernel(
         c = _vector(decay_ptr, n, N, 1.0)[None, :]
         if FULL:
             b = saved.to(tl.float32)
-            d = _change(h_ptr, stride_hm, side_ptr, index_ptr, stride_sl, stride_sr, m, M, n0,
-                        tl.arange(0, BLOCK_N), N, SR, tl.zeros((BLOCK_M, BLOCK_N), tl.float32),
+            d = _change(h_ptr, stride_hm, factor_ptr, index_ptr, stride_fl, stride_fr, m, M, n0,
+                        tl.arange(0, BLOCK_N), N, FR, tl.zeros((BLOCK_M, BLOCK_N), tl.float32),
                         BLOCK_R, RANK, PRECISION)
             # Rows outside must not count as the largest change of a zero base.
             d = tl.where(inside, d + _vector(adapter_bias_ptr, n, N, 0.0)[None, :], 0.0)
@@ -111,10 +111,10 @@ def _gate_backward_kernel(
             if bias_part_ptr is not None:
                 tl.store(bias_part_ptr + n, tl.sum(dd, 0), mask=n < N)
             if v_ptr is not None:
-                side = _side_tile(side_ptr, index_ptr, stride_sl, stride_sr, n0,
-                                  tl.arange(0, BLOCK_N), N, k, SR)
+                factor = _factor_tile(factor_ptr, index_ptr, stride_fl, stride_fr, n0,
+                                  tl.arange(0, BLOCK_N), N, k, FR)
                 factor = db if PROPORTIONAL else dd  # rounded once, as stored
-                v = tl.dot(factor.to(side.dtype), side, v, input_precision=PRECISION)
+                v = tl.dot(factor.to(factor.dtype), factor, v, input_precision=PRECISION)
     if STATISTICS:
         tl.store(statistics_ptr + tl.program_id(0) * 2, tl.sum(total, 0))
         tl.store(statistics_ptr + tl.program_id(0) * 2 + 1, tl.sum(maxima, 0))
@@ -124,7 +124,7 @@ def _gate_backward_kernel(
         tl.store(v_ptr + m[:, None] * R + k[None, :], v, mask=(m < M)[:, None] & (k < R)[None, :])
 
 
-def gate_backward(dy: Tensor, saved: Tensor, side: Side, r: int, gate: GateNumbers, *,
+def gate_backward(dy: Tensor, saved: Tensor, factor: Factor, r: int, gate: GateNumbers, *,
                   decay: Tensor | None, needs: tuple[bool, bool, bool], h: Tensor | None = None,
                   adapter_bias: Tensor | None = None, largest: Tensor | None = None,
                   ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
@@ -132,7 +132,7 @@ def gate_backward(dy: Tensor, saved: Tensor, side: Side, r: int, gate: GateNumbe
     asked for.
 
     Args:
-        dy: (M, N), any strides. saved: (M, N), what the forward pass saved. side: C.
+        dy: (M, N), any strides. saved: (M, N), what the forward pass saved. factor: C.
         needs: of x, core, adapter_bias. h: given for a full-derivative gate; then adapter_bias and
         largest count as well.
     """
@@ -143,7 +143,7 @@ def gate_backward(dy: Tensor, saved: Tensor, side: Side, r: int, gate: GateNumbe
     blocks, parts = cdiv(M, tile.m), cdiv(N, columns)
     rank = rank_block(r)
     fixed = dict(
-        dy_ptr=dy, saved_ptr=saved, h_ptr=h, **side.arguments(),
+        dy_ptr=dy, saved_ptr=saved, h_ptr=h, **factor.arguments(),
         adapter_bias_ptr=adapter_bias if full else None, decay_ptr=decay, largest_ptr=largest,
         M=M, N=N, R=r, columns=columns, stride_dm=dy.stride(0), stride_dn=dy.stride(1),
         stride_vp=M * r, stride_hm=h.stride(0) if full else 0, **gate.arguments(), FULL=full,

@@ -14,8 +14,8 @@ from ...host import NO_GATE, GateNumbers, cdiv
 from ..chips import processors, rank_block
 from ..launch import dot_precision, launch
 from ..tiles import Tile
-from .factors import Side
-from .tile_ops import _at_row, _change, _finish, _store, _vector
+from .factors import Factor
+from .tile_ops import _at_row, _change, _gate_and_store, _store, _vector
 
 
 @triton.jit
@@ -68,9 +68,9 @@ def _parts(acc, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PARTS: tl.constexp
 
 @triton.jit(do_not_specialize=["M"])
 def _product_kernel(
-    a_ptr, b_ptr, h_ptr, side_ptr, index_ptr, bias_ptr, adapter_bias_ptr, decay_ptr,
-    y_ptr, saved_ptr, moved_ptr, M, N, K, SR,
-    stride_am, stride_ak, stride_bn, stride_bk, stride_hm, stride_sl, stride_sr,
+    a_ptr, b_ptr, h_ptr, factor_ptr, index_ptr, bias_ptr, adapter_bias_ptr, decay_ptr,
+    y_ptr, saved_ptr, moved_ptr, M, N, K, FR,
+    stride_am, stride_ak, stride_bn, stride_bk, stride_hm, stride_fl, stride_fr,
     slope, offset, eps, beta, top, code_steps, edge,
     GATE: tl.constexpr, SAVE_BASE: tl.constexpr, RANK: tl.constexpr, BLOCK_R: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP: tl.constexpr,
@@ -89,8 +89,8 @@ def _product_kernel(
             saved_rows = _at_row(saved_ptr, m0, N)
         acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
         if not GATE:
-            acc = _change(h_rows, stride_hm, side_ptr, index_ptr, stride_sl, stride_sr, m, M - m0,
-                          n0, n, N, SR, acc, BLOCK_R, RANK, PRECISION)
+            acc = _change(h_rows, stride_hm, factor_ptr, index_ptr, stride_fl, stride_fr, m, M - m0,
+                          n0, n, N, FR, acc, BLOCK_R, RANK, PRECISION)
         acc = _product_tile(a_ptr, b_ptr, stride_am, stride_ak, stride_bn, stride_bk, m0, M, n0, N,
                             K, acc, BLOCK_M, BLOCK_N, BLOCK_K, TMA, K_MAJOR, PRECISION)
         if not GATE:
@@ -103,26 +103,26 @@ def _product_kernel(
             parts = _parts(acc, BLOCK_M, BLOCK_N, PARTS)
             for part in tl.static_range(PARTS):
                 n = tl.arange(0, WIDTH)
-                d = _change(h_rows, stride_hm, side_ptr, index_ptr, stride_sl, stride_sr, m, M - m0,
-                            n0 + part * WIDTH, n, N, SR, tl.zeros((BLOCK_M, WIDTH), tl.float32),
+                d = _change(h_rows, stride_hm, factor_ptr, index_ptr, stride_fl, stride_fr, m, M - m0,
+                            n0 + part * WIDTH, n, N, FR, tl.zeros((BLOCK_M, WIDTH), tl.float32),
                             BLOCK_R, RANK, PRECISION)
                 n += n0 + part * WIDTH
                 d += _vector(adapter_bias_ptr, n, N, 0.0)[None, :]
                 b = parts[part] + _vector(bias_ptr, n, N, 0.0)[None, :]
-                _finish(b, d, _vector(decay_ptr, n, N, 1.0)[None, :], m, M - m0, n, N, y_rows,
+                _gate_and_store(b, d, _vector(decay_ptr, n, N, 1.0)[None, :], m, M - m0, n, N, y_rows,
                         saved_rows, moved_ptr, slope, offset, eps, beta, top, code_steps, edge,
                         SAVE_BASE)
 
 
-def product(a: Tensor, b: Tensor, h: Tensor, side: Side, r: int, y: Tensor, tile: Tile, *,
+def product(a: Tensor, b: Tensor, h: Tensor, factor: Factor, r: int, y: Tensor, tile: Tile, *,
             bias: Tensor | None = None, adapter_bias: Tensor | None = None,
             decay: Tensor | None = None, gate: GateNumbers | None = None,
             saved: Tensor | None = None, save_base: bool = False, moved: Tensor | None = None,
             edge: float = 0.0) -> None:
-    """Writes y (M, N) = a b^T + h side^T + biases, gated where ``gate`` is given.
+    """Writes y (M, N) = a b^T + h factor^T + biases, gated where ``gate`` is given.
 
     Args:
-        a: (M, K); b: (N, K); any strides. h: (M, padded r). side: (N, r). y, saved: contiguous.
+        a: (M, K); b: (N, K); any strides. h: (M, padded r). factor: (N, r). y, saved: contiguous.
         moved: (1,) int64, raised by the count of gates <= ``edge``.
     """
     M, K = a.shape
@@ -141,7 +141,7 @@ def product(a: Tensor, b: Tensor, h: Tensor, side: Side, r: int, y: Tensor, tile
     programs = min(tiles, processors(a.device)) if tile.persistent else tiles
     rank = max(64, rank_block(r))  # with narrower blocks more tiles spill (sm_90, sm_100)
     launch(
-        _product_kernel, programs, tile, a.device, **operands, h_ptr=h, **side.arguments(),
+        _product_kernel, programs, tile, a.device, **operands, h_ptr=h, **factor.arguments(),
         bias_ptr=bias, adapter_bias_ptr=adapter_bias, decay_ptr=decay, y_ptr=y, saved_ptr=saved,
         moved_ptr=moved, M=M, N=N, K=K, stride_am=a.stride(0), stride_ak=a.stride(1),
         stride_bn=b.stride(0), stride_bk=b.stride(1), stride_hm=h.stride(0),

@@ -7,7 +7,7 @@ there once in 64 bits: offsets inside a tile then fit in 32, which halves the re
 import triton
 import triton.language as tl
 
-from .factors import _side_tile
+from .factors import _factor_tile
 from .gate import _apply_gate, _encode, _gate
 
 
@@ -18,8 +18,8 @@ def _at_row(ptr, row, stride):
 
 
 @triton.jit
-def _change(h_ptr, stride_hm, side_ptr, index_ptr, stride_sl, stride_sr, m, M, n0, n, N,
-            SR, change, BLOCK_R: tl.constexpr, RANK: tl.constexpr, PRECISION: tl.constexpr):
+def _change(h_ptr, stride_hm, factor_ptr, index_ptr, stride_fl, stride_fr, m, M, n0, n, N,
+            FR, change, BLOCK_R: tl.constexpr, RANK: tl.constexpr, PRECISION: tl.constexpr):
     """``change`` + h C^T at rows ``m`` and columns ``n0 + n``: [BLOCK_M, BLOCK_N] float32.
 
     h is (M, stride_hm) with zeros beyond its R columns.
@@ -28,8 +28,8 @@ def _change(h_ptr, stride_hm, side_ptr, index_ptr, stride_sl, stride_sr, m, M, n
         r = r0 + tl.arange(0, BLOCK_R)
         h = tl.load(h_ptr + m[:, None] * stride_hm + r[None, :],
                     mask=(m < M)[:, None] & (r < stride_hm)[None, :], other=0.0)
-        side = _side_tile(side_ptr, index_ptr, stride_sl, stride_sr, n0, n, N, r, SR)
-        change = tl.dot(h, tl.trans(side.to(h.dtype)), change, input_precision=PRECISION)
+        factor = _factor_tile(factor_ptr, index_ptr, stride_fl, stride_fr, n0, n, N, r, FR)
+        change = tl.dot(h, tl.trans(factor.to(h.dtype)), change, input_precision=PRECISION)
     return change
 
 
@@ -49,7 +49,7 @@ def _store(out, m, M, n, N, y_ptr):
 
 
 @triton.jit
-def _finish(b, d, decay, m, M, n, N, y_ptr, saved_ptr, moved_ptr, slope, offset, eps, beta, top,
+def _gate_and_store(b, d, decay, m, M, n, N, y_ptr, saved_ptr, moved_ptr, slope, offset, eps, beta, top,
             code_steps, largest_gate_moved, SAVE_BASE: tl.constexpr):
     """S-MagNorm of base ``b`` and change ``d``; stores the value, what backward needs, the count.
 

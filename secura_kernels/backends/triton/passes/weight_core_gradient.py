@@ -12,15 +12,15 @@ from ..chips import processors, rank_block
 from ..launch import WIDE_STEP, launch, wide_precision
 from ..tiles import tile_for
 from .effective_weight import _delta_weight_tile, _weight_tile
-from .factors import Side, _side_tile
+from .factors import Factor, _factor_tile
 from .gate import _at_largest, _by_relative_magnitude, _gate, _relative_magnitude, _sign
 from .tile_ops import _at_row, _divided_by_largest, _vector
 
 
 @triton.jit
 def _weight_core_gradient_kernel(
-    grad_ptr, w_ptr, p_ptr, side_ptr, index_ptr, decay_ptr, largest_ptr, through_ptr, q_ptr,
-    statistics_ptr, N, K, R, SR, stride_wn, stride_wk, stride_pn, stride_sl, stride_sr,
+    grad_ptr, w_ptr, p_ptr, factor_ptr, index_ptr, decay_ptr, largest_ptr, through_ptr, q_ptr,
+    statistics_ptr, N, K, R, FR, stride_wn, stride_wk, stride_pn, stride_fl, stride_fr,
     slope, offset, eps, beta, top, code_steps, tiles_per_program,
     FULL: tl.constexpr, STATISTICS: tl.constexpr, RANK: tl.constexpr, BLOCK_R: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, WIDE: tl.constexpr,
@@ -48,8 +48,8 @@ def _weight_core_gradient_kernel(
         grad = tl.load(_at_row(grad_ptr, n0, K) + n[:, None] * K + (k0 + k)[None, :], mask=inside,
                        other=0.0).to(tl.float32)
         b = _weight_tile(w_ptr, stride_wn, stride_wk, n0, n, N, k0, k, K)
-        d = _delta_weight_tile(p_ptr, stride_pn, side_ptr, index_ptr, stride_sl, stride_sr, n0, n,
-                               N, k0, k, K, SR, RANK, BLOCK_R, WIDE)
+        d = _delta_weight_tile(p_ptr, stride_pn, factor_ptr, index_ptr, stride_fl, stride_fr, n0, n,
+                               N, k0, k, K, FR, RANK, BLOCK_R, WIDE)
         dd = c * _gate(b, d, slope, offset, eps, beta)[1] * grad
         if FULL:
             rho = _relative_magnitude(b, d, eps)
@@ -61,8 +61,8 @@ def _weight_core_gradient_kernel(
                 by_rho -= through * _at_largest(rho, largest)
             dd += by_rho / (tl.abs(b) + eps) * _sign(d)
         if not STATISTICS:
-            side = _side_tile(side_ptr, index_ptr, stride_sl, stride_sr, k0, k, K, r, SR)
-            q = tl.dot(dd, side.to(tl.float32), q, input_precision=WIDE)  # [BLOCK_N, RANK]
+            factor = _factor_tile(factor_ptr, index_ptr, stride_fl, stride_fr, k0, k, K, r, FR)
+            q = tl.dot(dd, factor.to(tl.float32), q, input_precision=WIDE)  # [BLOCK_N, RANK]
     if STATISTICS:
         tl.store(statistics_ptr + tl.program_id(0) * 2, tl.sum(total, 0))
         tl.store(statistics_ptr + tl.program_id(0) * 2 + 1, tl.sum(maxima, 0))
@@ -72,7 +72,7 @@ def _weight_core_gradient_kernel(
                  mask=(n0 + n < N)[:, None] & (r < R)[None, :])
 
 
-def weight_core_gradient(grad: Tensor, weight: Tensor, P: Tensor, side: Side, r: int,
+def weight_core_gradient(grad: Tensor, weight: Tensor, P: Tensor, factor: Factor, r: int,
                          gate: GateNumbers, largest: Tensor | None, *, decay: Tensor | None,
                          full: bool) -> Tensor:
     """Q (N, r) float32. grad: dW_eff (N, K), contiguous; ``full``: with the gate's own derivative;
@@ -87,7 +87,7 @@ def weight_core_gradient(grad: Tensor, weight: Tensor, P: Tensor, side: Side, r:
     programs = groups * cdiv(N, tile.m)
     rank = rank_block(r)
     fixed = dict(
-        grad_ptr=grad, w_ptr=weight, p_ptr=P, **side.arguments(), decay_ptr=decay,
+        grad_ptr=grad, w_ptr=weight, p_ptr=P, **factor.arguments(), decay_ptr=decay,
         largest_ptr=largest, N=N, K=K, R=r, stride_wn=weight.stride(0),
         stride_wk=weight.stride(1), stride_pn=P.stride(0), **gate.arguments(),
         tiles_per_program=tiles_per_program, FULL=full, RANK=rank, BLOCK_R=min(rank, WIDE_STEP),
