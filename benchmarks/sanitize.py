@@ -26,6 +26,7 @@ from torch import Tensor
 from secura_kernels import SMagNorm
 from secura_kernels.backends import cuda
 from secura_kernels.backends.cuda import linear
+from secura_kernels.backends.operands import CurOperands
 from secura_kernels.functional.linear import cur_linear_and_moved
 
 TOOLS = ("memcheck", "racecheck", "initcheck")
@@ -105,8 +106,10 @@ def run_case(case: Case, impl: str, device: str) -> None:
 
     W = (random(N, K) / K**0.5).to(device)
     cols, rows = (torch.randint(n, (r,), generator=generator).to(device) for n in (K, N))
-    sides = (dict(cols=cols, rows=rows, C=None, R=None) if case.tied else
-             dict(cols=None, rows=None, C=W[:, cols], R=W[rows]))
+    if case.tied:
+        C = R = None
+    else:
+        C, R, cols, rows = W[:, cols], W[rows], None, None
     wide = dict(dtype=torch.float32)
     x, core = laid_out(random(M, K)), (random(r, r, **wide) / r).to(device)
     bias = adapter_bias = decay = None
@@ -116,9 +119,9 @@ def run_case(case: Case, impl: str, device: str) -> None:
         decay = torch.where(torch.rand(N, generator=generator) > 0.5, 0.9, 1.0).to(device)
         trained.append(adapter_bias.requires_grad_())
     with mock.patch.object(linear, "one_pass", lambda *_: case.one_pass):
-        y, moved = cur_linear_and_moved(
-            x, W, core, bias=bias, alpha=0.7, norm=NORMS[case.form], adapter_bias=adapter_bias,
-            decay=decay, impl=impl, edge=1.2 if case.biases else 0.0, **sides)
+        layer = CurOperands(W, bias, core, cols, rows, C, R, adapter_bias, decay, 0.7,
+                            NORMS[case.form])
+        y, moved = cur_linear_and_moved(x, layer, impl, 1.2 if case.biases else 0.0)
         gradients = torch.autograd.grad(y, trained, laid_out(random(M, N)))
     names = ("y", "moved", "dx", "dcore", "dadapter_bias")
     for name, value in zip(names, (y.detach(), moved, *gradients), strict=False):

@@ -9,6 +9,7 @@ from layer_cases import NORMS, case, rounded_again
 from torch import Tensor
 
 from secura_kernels.backends import reference
+from secura_kernels.backends.operands import CurOperands
 from secura_kernels.functional.epilogue import cur_epilogue
 
 OUTPUT_NORMS = {name: norm for name, norm in NORMS.items()
@@ -18,7 +19,7 @@ EVERY_IMPL = pytest.mark.parametrize("impl", ["reference", "triton", "cuda"], in
 
 
 @dataclass
-class Update:
+class EpilogueCase:
     """Arguments of one update of y0 (M, N); t (M, r), C (N, r)."""
 
     y0: Tensor
@@ -37,7 +38,7 @@ class Update:
     def trained(self) -> list[Tensor]:
         return [self.y0, self.t, self.core, self.adapter_bias]
 
-    def rounded_again(self) -> "Update":
+    def rounded_again(self) -> "EpilogueCase":
         """The core and the bias too: h and d are rounded once more on the way than they are."""
         again = {name: rounded_again(getattr(self, name), self.dtype) for name in ("y0", "t", "C")}
         return replace(self, **again, core=rounded_again(self.core, self.core.dtype),
@@ -48,6 +49,10 @@ class Update:
         return cur_epilogue(y0, t, core, self.C, alpha=self.alpha, norm=norm, decay=self.decay,
                           adapter_bias=adapter_bias, impl=impl)
 
+    def operands(self, norm) -> CurOperands:
+        return CurOperands.of_epilogue(self.core, self.C, self.adapter_bias, self.decay, self.alpha,
+                                       norm)
+
     def eager(self, norm, dtype=None):
         """The plain formula, in ``dtype`` (its own by default), on leaves of its own."""
         leaves = [t.detach().to(dtype or t.dtype).requires_grad_() for t in self.trained()]
@@ -57,13 +62,13 @@ class Update:
                                     adapter_bias=adapter_bias, decay=decay), leaves
 
 
-def update(M=7, N=12, K=10, r=4, dtype=torch.float64, *, decay=True, small=False,
-           device="cpu") -> Update:
+def epilogue_case(M=7, N=12, K=10, r=4, dtype=torch.float64, *, decay=True, small=False,
+           device="cpu") -> EpilogueCase:
     """``small``: a core as small as a trained one's."""
     c = case(M, N, K, r, dtype, decay=decay, device=device)
-    C, R = c.sides
+    C, R = c.C_and_R
     with torch.no_grad():
         y0, t = F.linear(c.x, c.W, c.bias), c.x @ R.T
         if small:
             c.core.mul_(0.3 / r)
-    return Update(y0.requires_grad_(), t.requires_grad_(), c.core, C, c.adapter_bias, c.decay)
+    return EpilogueCase(y0.requires_grad_(), t.requires_grad_(), c.core, C, c.adapter_bias, c.decay)

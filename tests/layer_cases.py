@@ -12,6 +12,7 @@ from torch import Tensor
 
 from secura_kernels import SMagNorm, cur_linear
 from secura_kernels.backends import reference
+from secura_kernels.backends.operands import CurOperands
 
 NORMS = {"no gate": None} | {
     f"{preset}, {domain}, ref {ref}, {'detached' if detach else 'full'}":
@@ -59,12 +60,18 @@ class Case:
                        W=rounded_again(self.W, self.dtype))
 
     def ours(self, norm, x=None, core=None, adapter_bias=None, impl="auto"):
-        C, R = self.sides
+        C, R = self.C_and_R
         where = dict(cols=self.cols, rows=self.rows) if self.tied else dict(C=C, R=R)
         return cur_linear(
             self.x if x is None else x, self.W, self.core if core is None else core,
             bias=self.bias, alpha=self.alpha, norm=norm, decay=self.decay, impl=impl,
             adapter_bias=self.adapter_bias if adapter_bias is None else adapter_bias, **where)
+
+    def operands(self, norm) -> CurOperands:
+        C, R = (None, None) if self.tied else self.C_and_R
+        cols, rows = (self.cols, self.rows) if self.tied else (None, None)
+        return CurOperands(self.W, self.bias, self.core, cols, rows, C, R, self.adapter_bias,
+                           self.decay, self.alpha, norm)
 
     def eager(self, norm, dtype=None):
         """The plain formula, in ``dtype`` (its own by default), on leaves of its own."""
@@ -73,7 +80,7 @@ class Case:
 
         leaves = [None if t is None else to(t).requires_grad_()
                   for t in (self.x, self.core, self.adapter_bias)]
-        C, R = self.sides
+        C, R = self.C_and_R
         y = reference.cur_linear(
             leaves[0], to(self.W), to(self.bias), leaves[1], to(C), to(R), alpha=self.alpha,
             norm=norm, adapter_bias=leaves[2], decay=to(self.decay))

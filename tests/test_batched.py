@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import pytest
 import torch
 from devices import DEVICE, MARKS, poisoned_memory
-from epilogue_cases import EVERY_IMPL, Update
+from epilogue_cases import EVERY_IMPL, EpilogueCase
 from layer_cases import PRECISION_NORMS, relative_error, skip_where_low_precision_jumps
 from torch import Tensor
 from torch.library import opcheck
@@ -50,10 +50,10 @@ class Batch:
                        adapter_bias=self.adapter_bias) | changes
         return cur_batched(**tensors, alpha=self.alpha, norm=norm, impl=impl)
 
-    def single(self, i: int) -> Update:
+    def single(self, i: int) -> EpilogueCase:
         k = self.adapter[i]
         bias = self.C.new_zeros(len(self.C)) if self.adapter_bias is None else self.adapter_bias[k]
-        return Update(self.y0[i], self.t[i], self.cores[k], self.C, bias, None, self.alpha)
+        return EpilogueCase(self.y0[i], self.t[i], self.cores[k], self.C, bias, None, self.alpha)
 
 
 def batch(S=7, N=45, r=5, dtype=torch.float32, bias=True, adapters=ADAPTERS) -> Batch:

@@ -7,7 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from devices import DEVICE, MARKS, poisoned_memory
-from epilogue_cases import EVERY_IMPL, OUTPUT_NORMS, update
+from epilogue_cases import EVERY_IMPL, OUTPUT_NORMS, epilogue_case
 from layer_cases import (
     PRECISION_NORMS,
     case,
@@ -51,7 +51,7 @@ def _poisoned():
 @pytest.mark.parametrize("norm", PRECISION.values(), ids=PRECISION)
 def test_error_is_no_more_than_eager(norm, dtype, impl):
     skip_where_low_precision_jumps(norm, dtype)
-    cases = [update(*shape, dtype, decay=False, small=True, device=DEVICE)
+    cases = [epilogue_case(*shape, dtype, decay=False, small=True, device=DEVICE)
              for shape in SHAPES for _ in range(3)]
     beside = {}
     if dtype == torch.bfloat16 and norm is not None and norm.detach_gate:
@@ -76,14 +76,14 @@ def error_of_the_code(cases, norm) -> float:
 @pytest.mark.parametrize("norm", **ALL)
 def test_every_form(norm, impl):
     for shape in ((70, 45, 38, 5), (1, 45, 38, 3)):
-        compare(update(*shape, torch.float32, device=DEVICE), norm, impl)
+        compare(epilogue_case(*shape, torch.float32, device=DEVICE), norm, impl)
 
 
 @EVERY_IMPL
 @pytest.mark.parametrize("norm", FORMS.values(), ids=FORMS)
 def test_strides(norm, impl):
     """Sliced, transposed and expanded operands and gradients."""
-    c = update(70, 45, 38, 5, torch.float32, device=DEVICE)
+    c = epilogue_case(70, 45, 38, 5, torch.float32, device=DEVICE)
     wide = torch.randn(140, 48, device=DEVICE)
     c = replace(
         c, y0=wide[::2, 1:46].requires_grad_(), t=c.t.detach().T.contiguous().T.requires_grad_(),
@@ -97,10 +97,10 @@ def test_strides(norm, impl):
 @EVERY_IMPL
 @pytest.mark.parametrize("norm", FORMS.values(), ids=FORMS)
 def test_no_tokens_and_more_dimensions(norm, impl):
-    c = update(0, 12, 10, 4, torch.float32, device=DEVICE)
+    c = epilogue_case(0, 12, 10, 4, torch.float32, device=DEVICE)
     gradients = torch.autograd.grad(c.ours(norm, impl=impl).sum(), c.trained())
     assert gradients[0].shape == (0, 12) and not gradients[2].any() and not gradients[3].any()
-    c = update(6, 12, 10, 4, torch.float32, device=DEVICE)
+    c = epilogue_case(6, 12, 10, 4, torch.float32, device=DEVICE)
     y = c.ours(norm, c.y0.view(2, 3, 12), c.t.view(2, 3, 4), c.core, c.adapter_bias, impl=impl)
     assert y.shape == (2, 3, 12) and torch.equal(y.view(6, 12), c.ours(norm, impl=impl))
 
@@ -108,7 +108,7 @@ def test_no_tokens_and_more_dimensions(norm, impl):
 @EVERY_IMPL
 @pytest.mark.parametrize("norm", **ALL)
 def test_an_untrained_core_keeps_the_base_to_the_bit(norm, impl):
-    c = update(40, 48, 30, 4, torch.bfloat16, decay=False, device=DEVICE)
+    c = epilogue_case(40, 48, 30, 4, torch.bfloat16, decay=False, device=DEVICE)
     with torch.no_grad():
         c.core.zero_()
         c.adapter_bias.zero_()
@@ -122,7 +122,7 @@ def test_an_untrained_core_keeps_the_base_to_the_bit(norm, impl):
 @EVERY_IMPL
 def test_the_base_output_is_left_alone(impl):
     for norm in FORMS.values():
-        c = update(70, 45, 38, 5, torch.float32, device=DEVICE)
+        c = epilogue_case(70, 45, 38, 5, torch.float32, device=DEVICE)
         before = [v.detach().clone() for v in (c.y0, c.t, c.C)]
         c.ours(norm, impl=impl).sum().backward()
         for value, was in zip((c.y0, c.t, c.C), before, strict=True):
@@ -136,7 +136,7 @@ def test_equals_cur_linear_over_its_base_product(norm, impl):
     c = case(70, 45, 38, 5, dtype, tied=False, device=DEVICE)
     with torch.no_grad():
         c.core.mul_(0.1)
-    C, R = c.sides
+    C, R = c.C_and_R
     y = c.ours(norm, impl=impl)
     z = cur_epilogue(F.linear(c.x, c.W, c.bias), c.x @ R.T, c.core, C, alpha=c.alpha, norm=norm,
                    adapter_bias=c.adapter_bias, decay=c.decay, impl=impl)
@@ -150,12 +150,12 @@ def test_equals_cur_linear_over_its_base_product(norm, impl):
 
 @pytest.mark.parametrize("norm", **ALL)
 def test_equals_the_eager_formula_and_its_derivatives(norm):
-    check_derivatives(update(), norm)
+    check_derivatives(epilogue_case(), norm)
 
 
 @pytest.mark.parametrize("norm", FULL.values(), ids=FULL)
 def test_gradcheck(norm):
-    c = update(M=3, N=6, K=5, r=2)
+    c = epilogue_case(M=3, N=6, K=5, r=2)
     assert gradcheck(lambda *a: c.ours(norm, *a), c.trained())
     assert gradgradcheck(lambda *a: c.ours(norm, *a), c.trained())
 
@@ -163,7 +163,7 @@ def test_gradcheck(norm):
 @EVERY_IMPL
 @pytest.mark.parametrize("norm", FORMS.values(), ids=FORMS)
 def test_only_what_is_asked_for(norm, impl):
-    c = update(40, 48, 33, 4, torch.float32, device=DEVICE)
+    c = epilogue_case(40, 48, 33, 4, torch.float32, device=DEVICE)
     dy = torch.randn(40, 48, device=DEVICE)
     everything = torch.autograd.grad(c.ours(norm, impl=impl), c.trained(), dy)
     for i, tensor in enumerate(c.trained()):
@@ -172,10 +172,9 @@ def test_only_what_is_asked_for(norm, impl):
         assert torch.equal(torch.autograd.grad(c.ours(norm, impl=impl), tensor, dy)[0],
                            everything[i])
     module = backend(impl, "epilogue", c.y0, 4)
-    arguments = (c.core.detach(), c.C, c.adapter_bias.detach(), c.decay)
-    _, saved, _ = module.forward(c.y0.detach(), c.t.detach(), *arguments, 0.7, norm, 0.0, True)
-    found = module.backward(dy, *arguments, c.t.detach(), saved, 0.7, norm,
-                            (False, False, True, False))
+    with torch.no_grad():
+        _, saved, _ = module.forward(c.y0, c.t, c.operands(norm), 0.0, True)
+        found = module.backward(dy, c.operands(norm), c.t, saved, (False, False, True, False))
     assert [g is not None for g in found] == [False, False, True, False]
 
 
@@ -183,7 +182,7 @@ def test_only_what_is_asked_for(norm, impl):
 @pytest.mark.parametrize(("dtype", "gate_dtype"), [
     (torch.bfloat16, torch.uint8), (torch.float16, torch.int16), (torch.float32, torch.float32)])
 def test_saves_t_and_the_gate(dtype, gate_dtype, impl):
-    c = update(33, 24, 40, 4, dtype, decay=False, device=DEVICE)
+    c = epilogue_case(33, 24, 40, 4, dtype, decay=False, device=DEVICE)
 
     def saved(norm):
         kept = []
@@ -200,12 +199,10 @@ def test_saves_t_and_the_gate(dtype, gate_dtype, impl):
 @EVERY_IMPL
 @pytest.mark.parametrize("norm", FORMS.values(), ids=FORMS)
 def test_importance_count(norm, impl):
-    c = update(70, 40, 33, 4, torch.float32, decay=False, device=DEVICE)
+    c = epilogue_case(70, 40, 33, 4, torch.float32, decay=False, device=DEVICE)
 
     def count(impl, edge=1.2):
-        return cur_epilogue_and_moved(
-            c.y0, c.t, c.core, c.C, alpha=0.7, norm=norm, adapter_bias=c.adapter_bias, decay=None,
-            impl=impl, edge=edge)[1]
+        return cur_epilogue_and_moved(c.y0, c.t, c.operands(norm), impl, edge)[1]
 
     assert torch.equal(count(impl), count("reference"))
     assert count(impl, 0.0).shape == (0,)
@@ -215,7 +212,7 @@ def test_importance_count(norm, impl):
 @pytest.mark.parametrize("norm", FORMS.values(), ids=FORMS)
 def test_opcheck(norm, impl):
     dtype = torch.bfloat16
-    c = update(9, 12, 10, 5, dtype, device=DEVICE)
+    c = epilogue_case(9, 12, 10, 5, dtype, device=DEVICE)
     core, bias, t, y0 = (v.detach() for v in (c.core, c.adapter_bias, c.t, c.y0))
     for save, edge in ((True, 0.0), (False, 0.0 if norm is None else 1.2)):
         forward = (y0, t, core, c.C, bias, c.decay, c.alpha, pack_norm(norm), edge, save, impl)
@@ -233,7 +230,7 @@ def test_opcheck(norm, impl):
 @pytest.mark.parametrize("norm", FORMS.values(), ids=FORMS)
 def test_compiles_as_one_graph(norm, impl):
     torch.compiler.reset()
-    c = update(9, 12, 10, 4, torch.float32, device=DEVICE)
+    c = epilogue_case(9, 12, 10, 4, torch.float32, device=DEVICE)
     dy = torch.randn(9, 12, device=DEVICE)
     compiled = torch.compile(lambda *a: c.ours(norm, *a, impl=impl), fullgraph=True,
                              backend="aot_eager")
@@ -245,7 +242,7 @@ def test_compiles_as_one_graph(norm, impl):
 
 def test_flops():
     M, N, r = 64, 48, 4
-    c = update(M, N, 32, r, torch.float32, decay=False)
+    c = epilogue_case(M, N, 32, r, torch.float32, decay=False)
     with FlopCounterMode(display=False) as counter:
         y = c.ours(SMagNorm())
     assert counter.get_total_flops() == 2 * M * r * (r + N)
@@ -256,7 +253,7 @@ def test_flops():
 
 def test_transforms():
     """torch.func.grad, vmap over any argument, and autocast, equal their loops and casts."""
-    c, norm = update(), SMagNorm()
+    c, norm = epilogue_case(), SMagNorm()
     dy = torch.randn(7, 12).double()
     expected = torch.autograd.grad(c.ours(norm), c.trained(), dy)
     got = torch.func.grad(lambda *a: (c.ours(norm, *a) * dy).sum(), argnums=(0, 1, 2, 3))(
@@ -266,7 +263,7 @@ def test_transforms():
     got = torch.vmap(lambda core: c.ours(norm, c.y0, c.t, core, c.adapter_bias))(many)
     torch.testing.assert_close(
         got, torch.stack([c.ours(norm, c.y0, c.t, core, c.adapter_bias) for core in many]))
-    low = update(dtype=torch.float32)
+    low = epilogue_case(dtype=torch.float32)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         y = low.ours(norm)
         got = torch.autograd.grad(y, low.trained(), dy.bfloat16())

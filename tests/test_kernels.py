@@ -145,10 +145,8 @@ def test_importance_count(norm, impl):
     from secura_kernels.functional.linear import cur_linear_and_moved
 
     c = case(70, 40, 33, 4, torch.float32, decay=False, device=DEVICE)
-    counts = [cur_linear_and_moved(
-        c.x, c.W, c.core, cols=c.cols, rows=c.rows, C=None, R=None, bias=c.bias, alpha=0.7,
-        norm=norm, adapter_bias=c.adapter_bias, decay=None, impl=impl, edge=1.2)[1]
-        for impl in (impl, "reference")]
+    counts = [cur_linear_and_moved(c.x, c.operands(norm), impl, 1.2)[1]
+              for impl in (impl, "reference")]
     assert torch.equal(*counts)
 
 
@@ -166,11 +164,11 @@ def test_needs_input_grad(impl, monkeypatch):
     """Only what is asked for is computed: with x frozen, no (M, N) gradient is written."""
     layer = backend(impl, "linear", torch.empty(0, device=DEVICE), 4)
     c = case(40, 48, 33, 4, torch.float32, decay=False, device=DEVICE)
-    y, t, saved, _ = layer.forward(
-        c.x.detach(), c.W, c.bias, c.core.detach(), c.cols, c.rows, None, None,
-        c.adapter_bias.detach(), None, 0.7, SMagNorm(), 0.0, True)
-    arguments = (torch.randn_like(y), c.W, c.core.detach(), c.cols, c.rows, None, None,
-                 c.adapter_bias.detach(), None, t, saved, 0.7, SMagNorm())
+    for tensor in c.trained():
+        tensor.requires_grad_(False)
+    operands = c.operands(SMagNorm())
+    y, t, saved, _ = layer.forward(c.x, operands, 0.0, True)
+    arguments = (torch.randn_like(y), operands, t, saved)
     everything = layer.backward(*arguments, (True, True, True))
     module, name, written = STARTS[impl]
     start, found = getattr(module, name), []
@@ -191,9 +189,8 @@ def test_without_save_nothing_is_saved(impl):
     layer = backend(impl, "linear", torch.empty(0, device=DEVICE), 4)
     c = case(40, 48, 33, 4, torch.bfloat16, device=DEVICE)
     for norm in (SMagNorm(), SMagNorm(detach_gate=False), None):
-        saved = layer.forward(
-            c.x.detach(), c.W, c.bias, c.core.detach(), c.cols, c.rows, None, None, None, None,
-            0.7, norm, 0.0, False)[2]
+        with torch.no_grad():
+            saved = layer.forward(c.x, c.operands(norm), 0.0, False)[2]
         assert saved.numel() == 0
 
 

@@ -16,7 +16,7 @@ from secura_kernels.ops.weight import cur_weight_linear_bwd, cur_weight_linear_f
 
 
 def op_arguments(c, norm):
-    C, R = c.sides
+    C, R = c.C_and_R
     sides = (c.cols, c.rows, None, None) if c.tied else (None, None, C, R)
     parameters = (c.core.detach(), *sides, c.adapter_bias.detach(), c.decay)
     settings = (c.alpha, pack_norm(norm), norm is None or norm.detach_gate)
@@ -151,9 +151,8 @@ class LargestNew(TorchDispatchMode):
 def test_delta_weight_is_never_formed():
     M, N, K, r = 3, 200, 300, 4
     c = case(M, N, K, r, torch.float32, adapter_bias=False, decay=False)
-    parameters = (c.core.detach(), c.cols, c.rows, None, None, None, None)
+    operands = c.operands(SMagNorm())
     with torch.no_grad(), LargestNew(c.W) as largest:
-        y, t, saved, _ = linear.forward(
-            c.x.detach(), c.W, c.bias, *parameters, 1.0, SMagNorm(), 0.0, True)
-        linear.backward(y, c.W, *parameters, t, saved, 1.0, SMagNorm(), (True, True, False))
+        y, t, saved, _ = linear.forward(c.x, operands, 0.0, True)
+        linear.backward(y, operands, t, saved, (True, True, False))
     assert 0 < largest.elements <= r * max(N, K)

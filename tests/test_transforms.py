@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from epilogue_cases import OUTPUT_NORMS, update
+from epilogue_cases import OUTPUT_NORMS, epilogue_case
 from layer_cases import ALL_NORMS, case
 from peft import get_peft_model
 from torch import nn
@@ -127,7 +127,7 @@ def of_layer(norm):
 
 def of_update(norm):
     """The same of a base output that somebody else computed."""
-    c = update()
+    c = epilogue_case()
     return lambda *a: c.ours(norm, *a), [t.detach() for t in c.trained()]
 
 

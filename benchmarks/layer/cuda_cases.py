@@ -22,10 +22,10 @@ class CudaPasses:
         self.gated = passes.Finish(gate=inputs.gate, saved=inputs.code)
 
     def R(self) -> Tensor:
-        return passes.rows(self.on.W, self.on.rows, None)
+        return passes.rows(self.on.layer)
 
     def gather(self) -> None:
-        passes.columns(self.on.W, self.on.cols, None)
+        passes.columns(self.on.layer)
 
     def down(self) -> None:
         passes.down(self.on.x, self.R(), self.on.core, 1.0, p_dtype=self.on.dtype)

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from ..backends import reference
+from ..backends.operands import CurOperands
 from ..checks import fail
 from ..ops import CurEpilogue, apply, forward_mode, pack_norm, prepare
 from ..ops import cur_batched as cur_batched_op
@@ -53,19 +54,19 @@ def cur_epilogue(
             or decay that requires a gradient.
         RuntimeError: a named ``impl`` that cannot run here.
     """
-    return cur_epilogue_and_moved(y0, t, core, C, alpha=alpha, norm=norm, adapter_bias=adapter_bias,
-                                decay=decay, impl=impl)[0]
+    layer = CurOperands.of_epilogue(core, C, adapter_bias, decay, alpha, norm)
+    return cur_epilogue_and_moved(y0, t, layer, impl)[0]
 
 
-def cur_epilogue_and_moved(
-    y0: Tensor, t: Tensor, core: Tensor, C: Tensor, *, alpha, norm, adapter_bias, decay, impl,
-    edge: float = 0.0,
-) -> tuple[Tensor, Tensor]:
+def cur_epilogue_and_moved(y0: Tensor, t: Tensor, layer: CurOperands, impl: str,
+                           edge: float = 0.0) -> tuple[Tensor, Tensor]:
     """``cur_epilogue``, and how many values of the gate lie at or under ``edge``: (1,) int64, or
     (0,) where ``edge`` is 0 or there is no gate."""
+    core, adapter_bias, decay, alpha = layer.core, layer.adapter_bias, layer.decay, layer.alpha
+    norm = layer.norm
     _check_settings(alpha, norm, impl)
-    prepare(y0, C)
-    y0, t, C = autocast(y0, t, C)
+    prepare(y0, layer.C)
+    y0, t, C = autocast(y0, t, layer.C)
     N, r = _check_base(y0, t, C)
     if core.shape != (r, r) or not core.is_floating_point():
         raise fail("core", _described(core), f"floating point, {(r, r)}")

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from ..backends import reference
-from ..backends.reference.blocks import chosen_columns, chosen_rows
+from ..backends.operands import CurOperands
 from ..checks import check_choice, check_number, fail
 from ..ops import IMPLS, CurLinear, CurWeightLinear, apply, forward_mode, frozen, pack_norm, prepare
 from ..settings import SMagNorm
@@ -56,35 +56,39 @@ def cur_linear(
         RuntimeError: a named ``impl`` that cannot run here.
     """
     check_settings(alpha, norm, impl)
-    return cur_linear_and_moved(
-        x, weight, core, cols=cols, rows=rows, C=C, R=R, bias=bias, alpha=alpha, norm=norm,
-        adapter_bias=adapter_bias, decay=decay, impl=impl)[0]
+    layer = CurOperands(weight, bias, core, cols, rows, C, R, adapter_bias, decay, alpha, norm)
+    return cur_linear_and_moved(x, layer, impl)[0]
 
 
-def cur_linear_and_moved(
-    x: Tensor, weight: Tensor, core: Tensor, *, cols, rows, C, R, bias, alpha, norm, adapter_bias,
-    decay, impl, edge: float = 0.0,
-) -> tuple[Tensor, Tensor]:
+def cur_linear_and_moved(x: Tensor, layer: CurOperands, impl: str,
+                         edge: float = 0.0) -> tuple[Tensor, Tensor]:
     """``cur_linear``, and how many values of the gate lie at or under ``edge``: (1,) int64, or
     (0,) where ``edge`` is 0. Importance decay is chosen from this count. Settings are taken as
     checked."""
-    prepare(x, weight)
-    weight, bias = frozen(weight), frozen(bias)
-    x, weight, bias, C, R = autocast(x, weight, bias, C, R)
-    _check_once(x, weight, core, cols, rows, C, R, bias, adapter_bias, decay)
+    prepare(x, layer.weight)
+    layer = layer._replace(weight=frozen(layer.weight), bias=frozen(layer.bias))
+    x, layer = _autocast(x, layer)
+    _check_once(x, layer)
+    norm = layer.norm
     if forward_mode():
         check_uncounted(edge)
         y = reference.cur_linear(
-            x.reshape(-1, x.shape[-1]), weight, bias, core, chosen_columns(weight, cols, C),
-            chosen_rows(weight, rows, R), alpha=alpha, norm=norm, adapter_bias=adapter_bias,
-            decay=decay)
-        return y.view(*x.shape[:-1], weight.shape[0]), y.new_empty(0, dtype=torch.int64)
+            x.reshape(-1, x.shape[-1]), layer.weight, layer.bias, layer.core, layer.whole_C(),
+            layer.whole_R(), alpha=layer.alpha, norm=norm, adapter_bias=layer.adapter_bias,
+            decay=layer.decay)
+        return y.view(*x.shape[:-1], y.shape[-1]), y.new_empty(0, dtype=torch.int64)
     function = CurWeightLinear if norm is not None and norm.domain == "weight" else CurLinear
     flat = x if x.ndim == 2 else x.reshape(-1, x.shape[-1])
-    y, *_, moved = apply(
-        function, flat, weight, bias, core, cols, rows, C, R, adapter_bias, decay, float(alpha),
-        pack_norm(norm), norm is None or norm.detach_gate, edge, impl)
-    return y if x.ndim == 2 else y.view(*x.shape[:-1], weight.shape[0]), moved
+    y, *_, moved = apply(function, flat, *layer.tensors(), float(layer.alpha), pack_norm(norm),
+                         norm is None or norm.detach_gate, edge, impl)
+    return y if x.ndim == 2 else y.view(*x.shape[:-1], y.shape[-1]), moved
+
+
+def _autocast(x: Tensor, layer: CurOperands) -> tuple[Tensor, CurOperands]:
+    cast, weight, bias, C, R = autocast(x, layer.weight, layer.bias, layer.C, layer.R)
+    if cast is x and weight is layer.weight:
+        return x, layer
+    return cast, layer._replace(weight=weight, bias=bias, C=C, R=R)
 
 
 def check_uncounted(edge: float) -> None:
@@ -116,20 +120,21 @@ _checked: set[tuple] = set()
 MOST_CHECKED = 2**12
 
 
-def _check_once(x: Tensor, *others: Tensor | None) -> None:
+def _check_once(x: Tensor, layer: CurOperands) -> None:
     """``_check``, once for operands of which all that it reads is the same."""
     if torch.compiler.is_compiling():
-        return _check(x, *others)
+        return _check(x, layer)
     seen = (x.shape[-1:], x.dtype, x.device, *[None if o is None else (
-        o.shape, o.dtype, o.device, o.requires_grad) for o in others])
+        o.shape, o.dtype, o.device, o.requires_grad) for o in layer.tensors()])
     if seen not in _checked:
-        _check(x, *others)
+        _check(x, layer)
         if len(_checked) >= MOST_CHECKED:
             _checked.clear()
         _checked.add(seen)
 
 
-def _check(x, weight, core, cols, rows, C, R, bias, adapter_bias, decay) -> None:
+def _check(x: Tensor, layer: CurOperands) -> None:
+    weight, bias, core, cols, rows, C, R, adapter_bias, decay = layer.tensors()
     if weight.ndim != 2 or not weight.is_floating_point():
         raise fail("weight", f"{weight.dtype} {tuple(weight.shape)}", "floating point, (N, K)")
     N, K = weight.shape

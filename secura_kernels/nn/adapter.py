@@ -10,6 +10,7 @@ from dataclasses import asdict
 import torch
 from torch import Tensor, nn
 
+from ..backends.operands import CurOperands
 from ..backends.reference import delta_weight
 from ..backends.reference.weight import effective_weight
 from ..bases import BASES, orthonormal_basis, orthonormal_folds
@@ -140,17 +141,17 @@ class Adapter(OptionalTensors, Past, nn.Module):
                trained: Tensor | None = None, first: Tensor | None = None) -> Tensor:
         """(..., K) -> (..., N): x W^T + bias, changed. ``trained``: (r, r) in the place of what
         ``trained_core`` gives. ``first``: the W of C and R, where ``weight`` is a later one."""
-        y, moved = cur_linear_and_moved(
-            x, weight, self.core(trained), bias=bias, impl=impl,
-            **self.operands(weight.dtype, first), **self._gate())
+        y, moved = cur_linear_and_moved(x, self.operands(weight, bias, trained, first), impl,
+                                        self._edge())
         self._count(moved, weight if self.norm and self.norm.domain == "weight" else y)
         return y
 
     def epilogue(self, y0: Tensor, t: Tensor, C: Tensor, impl: str,
                trained: Tensor | None = None) -> Tensor:
         """(..., N): a base output y0 changed; t = x R^T (..., r), C (N, r) of y0's dtype."""
-        y, moved = cur_epilogue_and_moved(
-            y0, t, self.core(trained), C, impl=impl, **self._gate())
+        layer = CurOperands.of_epilogue(self.core(trained), C, self.adapter_bias, self._decay(),
+                                        self.alpha, self.norm)
+        y, moved = cur_epilogue_and_moved(y0, t, layer, impl, self._edge())
         self._count(moved, y)
         return y
 
@@ -159,14 +160,15 @@ class Adapter(OptionalTensors, Past, nn.Module):
         """y0 + alpha t core^T C^T of a given trained core: an earlier stage's change."""
         return cur_epilogue(y0, t, self.core(trained), C, alpha=self.alpha, impl=impl)
 
-    def _gate(self) -> dict:
-        importance = self.importance
-        counting = importance is not None and self.training
-        if counting:
-            self._watch()
-        return dict(alpha=self.alpha, norm=self.norm, adapter_bias=self.adapter_bias,
-                    decay=None if importance is None else importance.factor,
-                    edge=self.importance_decay.edge if counting else 0.0)
+    def _decay(self) -> Tensor | None:
+        return None if self.importance is None else self.importance.factor
+
+    def _edge(self) -> float:
+        """What the gate's values are counted under in this forward pass; 0: they are not."""
+        if self.importance is None or not self.training:
+            return 0.0
+        self._watch()
+        return self.importance_decay.edge
 
     def _watch(self) -> None:
         if self.importance is not None and self.core_parameter().requires_grad:
@@ -226,17 +228,18 @@ class Adapter(OptionalTensors, Past, nn.Module):
 
     # C and R.
 
-    def operands(self, dtype: torch.dtype,
-                 first: Tensor | None = None) -> dict[str, Tensor | None]:
-        """What C and R are: indices while tied to W, else the stored matrices, or the slices of
-        ``first``, a W that the layer has left; in W's dtype, which FSDP's mixed precision changes
-        for the forward pass."""
-        if self.C is None and first is None:
-            return dict(cols=self.cols, rows=self.rows, C=None, R=None)
-        C, R = self.C_and_R(first)
-        if C.dtype != dtype:
-            C, R = C.to(dtype), R.to(dtype)
-        return dict(cols=None, rows=None, C=C, R=R)
+    def operands(self, weight: Tensor, bias: Tensor | None = None, trained: Tensor | None = None,
+                 first: Tensor | None = None) -> CurOperands:
+        """Of this change of W. C and R are indices while tied to W, else the stored matrices, or
+        the slices of ``first``, a W that the layer has left; in W's dtype, which FSDP's mixed
+        precision changes for the forward pass."""
+        cols, rows, C, R = self.cols, self.rows, None, None
+        if self.C is not None or first is not None:
+            (C, R), cols, rows = self.C_and_R(first), None, None
+            if C.dtype != weight.dtype:
+                C, R = C.to(weight.dtype), R.to(weight.dtype)
+        return CurOperands(weight, bias, self.core(trained), cols, rows, C, R, self.adapter_bias,
+                           self._decay(), self.alpha, self.norm)
 
     def C_and_R(self, weight: Tensor) -> tuple[Tensor, Tensor]:
         """C (N, r) and R (r, K)."""
@@ -373,9 +376,7 @@ class Adapter(OptionalTensors, Past, nn.Module):
     def effective(self, weight: Tensor, first: Tensor | None = None) -> Tensor:
         """W_eff (N, K): S-MagNorm of W and delta_W, for a gate in the weight domain. ``first``: see
         ``linear``."""
-        factor = None if self.importance is None else self.importance.factor
-        return effective_weight(weight, core=self.core(), decay=factor, alpha=self.alpha,
-                                norm=self.norm, **self.operands(weight.dtype, first))[0]
+        return effective_weight(self.operands(weight, first=first))[0]
 
     def factors(self, weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """C (N, q), core (q, q), R (q, K) with delta_W = C core R, M2 stages and the past included;

@@ -57,7 +57,7 @@ class OptionalTensors:
 
     @torch.no_grad()
     def reserve(self, names: list[str], weight: Tensor) -> None:
-        """Gives optional tensors values that change nothing, for those of a file to take their place.
+        """Gives optional tensors values that change nothing, to be replaced by those of a file.
 
         Args:
             names: of ``optional_shapes``, as ``optional_name`` writes them; others are left out.

@@ -1,15 +1,21 @@
-"""``secura::cur_epilogue_fwd`` and ``secura::cur_epilogue_bwd``: the update of a base output."""
+"""``secura::cur_epilogue_fwd`` and ``secura::cur_epilogue_bwd``: the change of a base output."""
 
 import torch
 
 from ..backends.gate_code import saved_dtype
+from ..backends.operands import CurOperands
 from ..backends.reference import epilogue as reference
 from .registry import backend, call, empty_if_none, register, unpack_norm
 
 
+def _layer(core, C, adapter_bias, decay, alpha, norm, detach_gate) -> CurOperands:
+    return CurOperands.of_epilogue(core, C, adapter_bias, decay, alpha,
+                                   unpack_norm(norm, "output", detach_gate))
+
+
 def _fwd(y0, t, core, C, adapter_bias, decay, alpha, norm, edge, save, impl):
-    return backend(impl, "epilogue", y0, core.shape[0]).forward(
-        y0, t, core, C, adapter_bias, decay, alpha, unpack_norm(norm, "output", True), edge, save)
+    layer = _layer(core, C, adapter_bias, decay, alpha, norm, True)
+    return backend(impl, "epilogue", y0, layer.r).forward(y0, t, layer, edge, save)
 
 
 def _fwd_fake(y0, t, core, C, adapter_bias, decay, alpha, norm, edge, save, impl):
@@ -27,9 +33,8 @@ def _fwd_flops(y0, t, *_, **__):
 
 
 def _bwd(dy, core, C, adapter_bias, decay, t, saved, alpha, norm, detach_gate, needs, impl):
-    gradients = backend(impl, "epilogue", dy, core.shape[0]).backward(
-        dy, core, C, adapter_bias, decay, t, saved, alpha,
-        unpack_norm(norm, "output", detach_gate), needs)
+    layer = _layer(core, C, adapter_bias, decay, alpha, norm, detach_gate)
+    gradients = backend(impl, "epilogue", dy, layer.r).backward(dy, layer, t, saved, needs)
     # Elementwise results take the strides of dy.
     return empty_if_none(tuple(g if g is None else g.contiguous() for g in gradients), dy)
 
@@ -87,8 +92,9 @@ class CurEpilogue(torch.autograd.Function):
         wanted = ctx.needs_input_grad
         needs = (wanted[0], wanted[1], wanted[2], wanted[4])
         if torch.is_grad_enabled():  # to be differentiated again
-            found = reference.backward(dy, *ctx.saved_tensors, ctx.alpha,
-                                       unpack_norm(ctx.norm, "output", ctx.detach_gate), needs)
+            *tensors, t, saved = ctx.saved_tensors
+            layer = _layer(*tensors, ctx.alpha, ctx.norm, ctx.detach_gate)
+            found = reference.backward(dy, layer, t, saved, needs)
         else:
             # Without a gate the gradient of y0 is dy itself, which no op may return.
             computed = (needs[0] and bool(ctx.norm), *needs[1:])

@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from ..backends.gate_code import saved_dtype
+from ..backends.operands import CurOperands
 from ..backends.reference import linear as reference
 from .registry import (
     backend,
@@ -21,11 +22,15 @@ _PARAMETERS = """Tensor core, Tensor? cols, Tensor? rows, Tensor? C, Tensor? R,
 _SETTINGS = "float alpha, float[] norm, bool detach_gate"
 
 
-def _fwd(x, weight, bias, core, cols, rows, C, R, adapter_bias, decay,
-         alpha, norm, detach_gate, edge, save, impl):
-    return backend(impl, "linear", x, core.shape[0]).forward(
-        x, weight, bias, core, cols, rows, C, R, adapter_bias, decay,
-        alpha, unpack_norm(norm, "output", detach_gate), edge, save)
+def _layer(tensors: tuple[Tensor | None, ...], alpha: float, norm: list[float],
+           detach_gate: bool) -> CurOperands:
+    return CurOperands(*tensors, alpha, unpack_norm(norm, "output", detach_gate))
+
+
+def _fwd(x, *arguments):
+    *tensors, alpha, norm, detach_gate, edge, save, impl = arguments
+    layer = _layer(tensors, alpha, norm, detach_gate)
+    return backend(impl, "linear", x, layer.r).forward(x, layer, edge, save)
 
 
 def _fwd_fake(x, weight, bias, core, cols, rows, C, R, adapter_bias, decay,
@@ -59,11 +64,10 @@ def _fwd_vmap(info, in_dims, x, *rest):
             tuple(0 if o.ndim == 2 else None for o in outputs))
 
 
-def _bwd(dy, weight, core, cols, rows, C, R, adapter_bias, decay, t, saved,
-         alpha, norm, detach_gate, needs, impl):
-    gradients = backend(impl, "linear", dy, core.shape[0]).backward(
-        dy, weight, core, cols, rows, C, R, adapter_bias, decay, t, saved,
-        alpha, unpack_norm(norm, "output", detach_gate), needs)
+def _bwd(dy, weight, *arguments):
+    *tensors, t, saved, alpha, norm, detach_gate, needs, impl = arguments
+    layer = _layer((weight, None, *tensors), alpha, norm, detach_gate)
+    gradients = backend(impl, "linear", dy, layer.r).backward(dy, layer, t, saved, needs)
     return empty_if_none(gradients, dy)
 
 
@@ -99,37 +103,33 @@ class CurLinear(torch.autograd.Function):
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(x, weight, bias, core, cols, rows, C, R, adapter_bias, decay,
-                alpha, norm, detach_gate, edge, impl):
-        return call(cur_linear_fwd, x, weight, bias, core, cols, rows, C, R, adapter_bias, decay,
-                    alpha, norm, detach_gate, edge, True, impl)
+    def forward(x, *arguments):
+        *operands, impl = arguments
+        return call(cur_linear_fwd, x, *operands, True, impl)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
-        _, weight, _, core, cols, rows, C, R, adapter_bias, decay, *settings = inputs
+        _, weight, _, *others = inputs[:10]
         _, t, saved, moved = output
-        ctx.alpha, ctx.norm, ctx.detach_gate, _, ctx.impl = settings
+        ctx.alpha, ctx.norm, ctx.detach_gate, _, ctx.impl = inputs[10:]
         if ctx.detach_gate:
             ctx.mark_non_differentiable(saved, moved)
         else:
             ctx.mark_non_differentiable(moved)
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(weight, core, cols, rows, C, R, adapter_bias, decay, t, saved)
+        ctx.save_for_backward(weight, *others, t, saved)
 
     @staticmethod
     def backward(ctx, dy, dt, dsaved, _):
-        saved = ctx.saved_tensors
-        weight, rows, R = saved[0], saved[3], saved[5]
+        kept = ctx.saved_tensors
         wanted = ctx.needs_input_grad
         needs = (wanted[0], wanted[3], wanted[8])
         dx = dcore = dbias = None
         if dy is not None:
             if torch.is_grad_enabled():  # to be differentiated again
-                dx, dcore, dbias = reference.backward(
-                    dy, *saved, ctx.alpha,
-                    unpack_norm(ctx.norm, "output", ctx.detach_gate), needs)
+                dx, dcore, dbias = reference.backward(dy, CurLinear.layer(ctx), *kept[8:], needs)
             else:
-                gradients = call(cur_linear_bwd, dy, *saved, ctx.alpha, ctx.norm, ctx.detach_gate,
+                gradients = call(cur_linear_bwd, dy, *kept, ctx.alpha, ctx.norm, ctx.detach_gate,
                                  needs, ctx.impl)
                 dx, dcore, dbias = (
                     g if n else None for g, n in zip(gradients, needs, strict=True))
@@ -137,10 +137,15 @@ class CurLinear(torch.autograd.Function):
         # and would trace products with zeros here.
         if needs[0] and not torch.compiler.is_compiling():
             if dt is not None:
-                dx = _plus(dx, reference.backward_of_saved(dt, weight, rows, R))
+                dx = _plus(dx, reference.backward_of_saved(dt, CurLinear.layer(ctx)))
             if dsaved is not None:
-                dx = _plus(dx, dsaved @ weight)
+                dx = _plus(dx, dsaved @ kept[0])
         return (dx, None, None, dcore, None, None, None, None, dbias, *[None] * 6)
+
+    @staticmethod
+    def layer(ctx) -> CurOperands:
+        weight, *others = ctx.saved_tensors[:8]
+        return _layer((weight, None, *others), ctx.alpha, ctx.norm, ctx.detach_gate)
 
 
 def _plus(value: Tensor | None, more: Tensor) -> Tensor:

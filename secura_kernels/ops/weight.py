@@ -1,7 +1,9 @@
 """``secura::cur_weight_linear_fwd`` and ``_bwd``: S-MagNorm in the weight domain."""
 
 import torch
+from torch import Tensor
 
+from ..backends.operands import CurOperands
 from ..backends.reference import weight as reference
 from .registry import backend, call, empty_if_none, fake_gradients, register, unpack_norm
 
@@ -9,11 +11,15 @@ _ARGUMENTS = """Tensor x, Tensor weight, {bias} Tensor core, Tensor? cols, Tenso
     Tensor? R, Tensor? adapter_bias, Tensor? decay, float alpha, float[] norm, bool detach_gate"""
 
 
-def _fwd(x, weight, bias, core, cols, rows, C, R, adapter_bias, decay,
-         alpha, norm, detach_gate, edge, impl):
-    return backend(impl, "weight", x, core.shape[0]).forward(
-        x, weight, bias, core, cols, rows, C, R, adapter_bias, decay,
-        alpha, unpack_norm(norm, "weight", detach_gate), edge)
+def _layer(tensors: tuple[Tensor | None, ...], alpha: float, norm: list[float],
+           detach_gate: bool) -> CurOperands:
+    return CurOperands(*tensors, alpha, unpack_norm(norm, "weight", detach_gate))
+
+
+def _fwd(x, *arguments):
+    *tensors, alpha, norm, detach_gate, edge, impl = arguments
+    layer = _layer(tensors, alpha, norm, detach_gate)
+    return backend(impl, "weight", x, layer.r).forward(x, layer, edge)
 
 
 def _fwd_fake(x, weight, bias, core, cols, rows, C, R, adapter_bias, decay,
@@ -28,12 +34,10 @@ def _fwd_flops(x, weight, bias, core, *_, **__):
     return 2 * r * K * (r + N) + 2 * M * N * K
 
 
-def _bwd(dy, x, weight, core, cols, rows, C, R, adapter_bias, decay,
-         alpha, norm, detach_gate, needs, impl):
-    gradients = backend(impl, "weight", dy, core.shape[0]).backward(
-        dy, x, weight, core, cols, rows, C, R, adapter_bias, decay,
-        alpha, unpack_norm(norm, "weight", detach_gate), needs)
-    return empty_if_none(gradients, dy)
+def _bwd(dy, x, weight, *arguments):
+    *tensors, alpha, norm, detach_gate, needs, impl = arguments
+    layer = _layer((weight, None, *tensors), alpha, norm, detach_gate)
+    return empty_if_none(backend(impl, "weight", dy, layer.r).backward(dy, x, layer, needs), dy)
 
 
 def _bwd_fake(dy, x, weight, core, cols, rows, C, R, adapter_bias, decay,
@@ -65,18 +69,16 @@ class CurWeightLinear(torch.autograd.Function):
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(x, weight, bias, core, cols, rows, C, R, adapter_bias, decay,
-                alpha, norm, detach_gate, edge, impl):
-        return call(cur_weight_linear_fwd, x, weight, bias, core, cols, rows, C, R, adapter_bias,
-                    decay, alpha, norm, detach_gate, edge, impl)
+    def forward(*arguments):
+        return call(cur_weight_linear_fwd, *arguments)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
-        x, weight, _, core, cols, rows, C, R, adapter_bias, decay, *settings = inputs
-        ctx.alpha, ctx.norm, ctx.detach_gate, _, ctx.impl = settings
+        x, weight, _, *others = inputs[:10]
+        ctx.alpha, ctx.norm, ctx.detach_gate, _, ctx.impl = inputs[10:]
         ctx.mark_non_differentiable(output[1])
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(x, weight, core, cols, rows, C, R, adapter_bias, decay)
+        ctx.save_for_backward(x, weight, *others)
 
     @staticmethod
     def backward(ctx, dy, _):
@@ -84,9 +86,9 @@ class CurWeightLinear(torch.autograd.Function):
             return (None,) * 15
         needs = tuple(ctx.needs_input_grad[i] for i in (0, 3, 8))
         if torch.is_grad_enabled():  # to be differentiated again
-            dx, dcore, dbias = reference.backward(
-                dy, *ctx.saved_tensors, ctx.alpha,
-                unpack_norm(ctx.norm, "weight", ctx.detach_gate), needs)
+            x, weight, *others = ctx.saved_tensors
+            layer = _layer((weight, None, *others), ctx.alpha, ctx.norm, ctx.detach_gate)
+            dx, dcore, dbias = reference.backward(dy, x, layer, needs)
         else:
             gradients = call(cur_weight_linear_bwd, dy, *ctx.saved_tensors, ctx.alpha, ctx.norm,
                              ctx.detach_gate, needs, ctx.impl)

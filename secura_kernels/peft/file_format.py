@@ -56,8 +56,9 @@ def completed(found: dict[str, Tensor], model: nn.Module, config: SecuraConfig, 
                 found[start + key] = value
         found[start + FINGERPRINT] = layer.fingerprint() if weight is None else fingerprint(weight)
         found[start + CHECKSUM] = checksum(_part(found, start))
-        optional |= {adapter.optional_name(key) for key in (*adapter.optional_shapes(), *places.NAMES)
-                 if start + key in found}
+        optional |= {adapter.optional_name(key)
+                     for key in (*adapter.optional_shapes(), *places.NAMES)
+                     if start + key in found}
     config.optional_tensors = sorted(optional)
     return found
 

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from ..backends.gate_code import saved_dtype
 from ..backends.host import GateNumbers, padded_rank
+from ..backends.operands import CurOperands
 from ..backends.triton import batched
 from ..backends.triton.passes import factors
 from ..backends.triton.passes.core_gradient import core_gradient
@@ -39,7 +40,9 @@ class Inputs:
         self.h = self.random(M, padded_rank(r))
         ranks = padded_rank(r)
         self.C = factors.Factor(self.random(N, ranks), None, ranks, 1, ranks)
-        self.R = factors.rows(self.W, self.rows, None)
+        self.layer = CurOperands(self.W, None, self.core, self.cols, self.rows, None, None, None,
+                                 None, 1.0, None)
+        self.R = factors.rows(self.layer)
         self.P = self.random(N, padded_rank(r), dtype=torch.float32)
         self.gate = GateNumbers.of(SMagNorm(), dtype)
         self.code = torch.zeros(M, N, dtype=saved_dtype(dtype), device=device)
@@ -81,7 +84,7 @@ class Inputs:
                  largest=torch.zeros(1, dtype=torch.int32, device=self.device))
 
     def gather(self) -> None:
-        factors.columns(self.W, self.cols, None, reads=factors.READS_BEFORE_COPY + 1)
+        factors.columns(self.layer, reads=factors.READS_BEFORE_COPY + 1)
 
     def down(self) -> None:
         down(self.x, self.R, self.core, 1.0, p_dtype=self.dtype)
@@ -126,7 +129,7 @@ class Inputs:
         decode(self.x[:16], self.W, self.P, self.R, self.r, self.gate, None, bias=None,
                adapter_bias=None, decay=None)
 
-    def mixed(self) -> None:
+    def batched(self) -> None:
         """The finding of the maxima too."""
         samples = 4
         y0, t = (a.unflatten(0, (samples, -1)) for a in (self.y, self.t))
@@ -151,7 +154,7 @@ RUNS: dict[str, tuple[Callable, ...]] = {
     "weight_core_gradient": (Inputs.weight_core_gradient,),
     "weight_core_gradient_full": (Inputs.weight_core_gradient_full,),
     "decode": (Inputs.decode,),
-    "mixed": (Inputs.mixed,),
+    "batched": (Inputs.batched,),
 }
 
 

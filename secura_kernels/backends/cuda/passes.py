@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from ..host import GateNumbers, cdiv, padded_rank, through_largest
+from ..operands import CurOperands
 from .library import call
 
 # As in csrc/passes.h.
@@ -14,14 +15,14 @@ ROWS_PER_PROGRAM, BIAS_PARTS, ROWS_PER_PART = 64, 4, 256
 COLUMNS_OF_W, MOST_TOKENS = 128, 64
 
 
-def columns(weight: Tensor, cols: Tensor | None, C: Tensor | None) -> Tensor:
+def columns(layer: CurOperands) -> Tensor:
     """C as (N, padded r)."""
-    return _gather(weight, cols) if C is None else _gather(C, None)
+    return _gather(layer.weight, layer.cols) if layer.C is None else _gather(layer.C, None)
 
 
-def rows(weight: Tensor, rows: Tensor | None, R: Tensor | None) -> Tensor:
+def rows(layer: CurOperands) -> Tensor:
     """R as (K, padded r)."""
-    return _gather(weight.T, rows) if R is None else _gather(R.T, None)
+    return _gather(layer.weight.T, layer.rows) if layer.R is None else _gather(layer.R.T, None)
 
 
 def _gather(matrix: Tensor, index: Tensor | None) -> Tensor:

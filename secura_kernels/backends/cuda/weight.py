@@ -8,8 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ...settings import SMagNorm
-from ..host import GateNumbers, contiguous
+from ..host import GateNumbers
+from ..operands import CurOperands
 from .passes import (
     MOST_TOKENS,
     WeightChange,
@@ -23,23 +23,20 @@ from .passes import (
 )
 
 
-def _change(weight, core, cols, row_index, C, R, decay, alpha, norm):
+def _change(layer: CurOperands) -> tuple[Tensor, WeightChange, Tensor | None]:
     """C, the change of W, and the bits of max(rho) where ``ref`` is "max"."""
-    cols, row_index, decay = contiguous(cols, row_index, None if decay is None else decay.float())
-    source = (weight, cols) if C is None else (C, None)
-    C, P = project(*source, core.float().T, alpha, q_dtype=torch.float32)
-    change = WeightChange(weight, P, rows(weight, row_index, R), decay,
-                          GateNumbers.of(norm, weight.dtype))
+    weight, norm = layer.weight, layer.norm
+    source = (weight, layer.cols) if layer.C is None else (layer.C, None)
+    C, P = project(*source, layer.core.float().T, layer.alpha, q_dtype=torch.float32)
+    decay = None if layer.decay is None else layer.decay.float()
+    change = WeightChange(weight, P, rows(layer), decay, GateNumbers.of(norm, weight.dtype))
     return C, change, largest_weight_change(change) if norm.ref == "max" else None
 
 
-def forward(
-    x: Tensor, weight: Tensor, bias: Tensor | None, core: Tensor, cols: Tensor | None,
-    row_index: Tensor | None, C: Tensor | None, R: Tensor | None, adapter_bias: Tensor | None,
-    decay: Tensor | None, alpha: float, norm: SMagNorm, edge: float,
-) -> tuple[Tensor, Tensor]:
+def forward(x: Tensor, layer: CurOperands, edge: float) -> tuple[Tensor, Tensor]:
     """y (M, N) and the count of gates <= ``edge``."""
-    _, change, largest = _change(weight, core, cols, row_index, C, R, decay, alpha, norm)
+    bias, adapter_bias = layer.bias, layer.adapter_bias
+    _, change, largest = _change(layer.with_contiguous_vectors())
     moved = x.new_zeros(1 if edge else 0, dtype=torch.int64)
     if x.shape[0] <= MOST_TOKENS and not edge:
         y = decode(x, change, largest)
@@ -51,20 +48,19 @@ def forward(
 
 
 def backward(
-    dy: Tensor, x: Tensor, weight: Tensor, core: Tensor, cols: Tensor | None,
-    row_index: Tensor | None, C: Tensor | None, R: Tensor | None, adapter_bias: Tensor | None,
-    decay: Tensor | None, alpha: float, norm: SMagNorm, needs: tuple[bool, bool, bool],
+    dy: Tensor, x: Tensor, layer: CurOperands, needs: tuple[bool, bool, bool],
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """Gradients of x, core and adapter_bias; None where ``needs`` is False."""
     dx = dcore = dbias = None
     if needs[0] or needs[1]:
-        C, change, largest = _change(weight, core, cols, row_index, C, R, decay, alpha, norm)
+        C, change, largest = _change(layer.with_contiguous_vectors())
     if needs[0]:
         dx = dy @ effective_weight(change, largest)
     if needs[1]:
-        Q = weight_core_gradient(dy, x, change, largest, full=not norm.detach_gate)
+        Q = weight_core_gradient(dy, x, change, largest, full=not layer.norm.detach_gate)
         # The pass takes its float32 matrix first, so what it gives is (alpha C^T Q)^T.
-        dcore = core_gradient(Q[:, :core.shape[0]], C, alpha).T.contiguous().to(core.dtype)
+        dcore = core_gradient(Q[:, :layer.r], C, layer.alpha).T.contiguous()
+        dcore = dcore.to(layer.core.dtype)
     if needs[2]:
-        dbias = dy.sum(0, dtype=torch.float32).to(adapter_bias.dtype)
+        dbias = dy.sum(0, dtype=torch.float32).to(layer.adapter_bias.dtype)
     return dx, dcore, dbias

@@ -1,4 +1,4 @@
-"""The update of a base output y0 that somebody else computed: forward and explicit backward.
+"""The change of a base output y0 that somebody else computed: forward and explicit backward.
 
 ``delta = h C^T + adapter_bias`` with ``h = alpha t core^T``; y = y0 + delta, or S-MagNorm(y0,
 delta). The output-domain layer is a base product, t, and this.
@@ -7,8 +7,8 @@ delta). The output-domain layer is a base product, t, and this.
 import torch
 from torch import Tensor
 
-from ...settings import SMagNorm
 from ..gate_code import saved_dtype
+from ..operands import CurOperands
 from .blocks import row_blocks, wide_dtype
 from .gate import (
     apply_gate,
@@ -21,41 +21,20 @@ from .gate import (
 )
 
 
-def forward(
-    y0: Tensor,
-    t: Tensor,
-    core: Tensor,
-    C: Tensor,
-    adapter_bias: Tensor | None,
-    decay: Tensor | None,
-    alpha: float,
-    norm: SMagNorm | None,
-    edge: float,
-    save: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
+def forward(y0: Tensor, t: Tensor, layer: CurOperands, edge: float,
+            save: bool) -> tuple[Tensor, Tensor, Tensor]:
     """y0 (M, N) is left as it is; otherwise ``apply_change``."""
-    return apply_change(y0.clone(memory_format=torch.contiguous_format), t, core, C, adapter_bias, decay,
-                  alpha, norm, edge, save)
+    y = y0.clone(memory_format=torch.contiguous_format)
+    return apply_change(y, t, layer, edge, save)
 
 
-def apply_change(
-    y: Tensor,
-    t: Tensor,
-    core: Tensor,
-    C: Tensor,
-    adapter_bias: Tensor | None,
-    decay: Tensor | None,
-    alpha: float,
-    norm: SMagNorm | None,
-    edge: float,
-    save: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
+def apply_change(y: Tensor, t: Tensor, layer: CurOperands, edge: float,
+                 save: bool) -> tuple[Tensor, Tensor, Tensor]:
     """Turns a base output into the layer's.
 
     Args:
         y: (M, N), contiguous; it is written over, or becomes one of the results.
-        t: (M, r), x R^T; C: (N, r); of y's dtype. core: (r, r), any float dtype.
-        adapter_bias, decay: (N,), any float dtype.
+        t: (M, r), x R^T, of y's dtype. layer: its W, bias and R are not read where C is stored.
         edge: count the gate's values at or under it (importance decay); 0: do not.
         save: whether a backward pass will follow.
 
@@ -64,8 +43,9 @@ def apply_change(
         or the base output b where the gate is not detached, or nothing (0,); the count (1,) int64,
         or nothing (0,).
     """
+    adapter_bias, norm = layer.adapter_bias, layer.norm
     wide = wide_dtype(y.dtype)
-    h, Ct = project(t, core, alpha), C.T
+    h, Ct = project(t, layer), layer.whole_C().T
     if norm is None:
         if adapter_bias is not None:  # as one rank more: y is rounded once
             h = torch.cat([h, h.new_ones(h.shape[0], 1)], 1)
@@ -94,7 +74,7 @@ def apply_change(
             moved += (s >= 1 / edge).sum()
         if save:
             saved = _put(saved, block, encode(s, norm, t.dtype) if norm.detach_gate else b)
-        y = _put(y, block, apply_gate(b, d, s, norm, decay))
+        y = _put(y, block, apply_gate(b, d, s, norm, layer.decay))
     return y, saved, moved
 
 
@@ -107,15 +87,7 @@ def _put(whole: Tensor, block: slice, part: Tensor) -> Tensor:
 
 
 def backward(
-    dy: Tensor,
-    core: Tensor,
-    C: Tensor,
-    adapter_bias: Tensor | None,
-    decay: Tensor | None,
-    t: Tensor,
-    saved: Tensor,
-    alpha: float,
-    norm: SMagNorm | None,
+    dy: Tensor, layer: CurOperands, t: Tensor, saved: Tensor,
     needs: tuple[bool, bool, bool, bool],
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
     """Gradients of y0 (M, N), t (M, r), core (r, r) and adapter_bias (N,); None where ``needs`` is
@@ -129,24 +101,25 @@ def backward(
     gate dy0 is dy itself.
     """
     wide = wide_dtype(dy.dtype)
-    db, dd, scale = _gradients_of_base_and_change(
-        dy, core, C, adapter_bias, decay, t, saved, alpha, norm)
+    db, dd, scale = _gradients_of_base_and_change(dy, layer, t, saved)
     dt = dcore = dbias = None
     if needs[1] or needs[2]:
-        v = (dd @ C).to(wide) * scale
+        v = (dd @ layer.whole_C()).to(wide) * scale
     if needs[1]:
-        dt = (alpha * (v @ core.to(wide))).to(dy.dtype)
+        dt = (layer.alpha * (v @ layer.core.to(wide))).to(dy.dtype)
     if needs[2]:
-        dcore = (alpha * (v.T @ t.to(wide))).to(core.dtype)
+        dcore = (layer.alpha * (v.T @ t.to(wide))).to(layer.core.dtype)
     if needs[3]:
-        dbias = (dd.sum(0, dtype=wide) * scale).to(adapter_bias.dtype)
+        dbias = (dd.sum(0, dtype=wide) * scale).to(layer.adapter_bias.dtype)
     return db if needs[0] else None, dt, dcore, dbias
 
 
-def _gradients_of_base_and_change(dy, core, C, adapter_bias, decay, t, saved, alpha, norm):
+def _gradients_of_base_and_change(dy: Tensor, layer: CurOperands, t: Tensor,
+                                  saved: Tensor) -> tuple[Tensor, Tensor, float]:
     """(M, N) gradients of b and d of out = (beta b + d) / g in dy's dtype; d's is to be multiplied
     by the number returned third. Without decay the two are proportional, and one matrix serves:
     b's, beta s dy, which is dy itself where nothing moved."""
+    norm, decay = layer.norm, layer.decay
     if norm is None:
         return dy, dy, 1.0
     wide = wide_dtype(dy.dtype)
@@ -158,9 +131,9 @@ def _gradients_of_base_and_change(dy, core, C, adapter_bias, decay, t, saved, al
             return db, db, 1 / norm.base_weight
         db, dd = split_gradient(grad, s, norm, decay)
     else:
-        b, d = saved.to(wide), (project(t, core, alpha) @ C.T).to(wide)
-        if adapter_bias is not None:
-            d = d + adapter_bias
+        b, d = saved.to(wide), (project(t, layer) @ layer.whole_C().T).to(wide)
+        if layer.adapter_bias is not None:
+            d = d + layer.adapter_bias
         largest = None
         if norm.ref == "max":
             rho = relative_magnitude(b, d, norm.eps)
@@ -172,7 +145,7 @@ def _gradients_of_base_and_change(dy, core, C, adapter_bias, decay, t, saved, al
     return db.to(dy.dtype), dd.to(dy.dtype), 1.0
 
 
-def project(t: Tensor, core: Tensor, alpha: float) -> Tensor:
+def project(t: Tensor, layer: CurOperands) -> Tensor:
     """h = alpha t core^T (M, r) in t's dtype, computed wide: it costs M r^2 only."""
     wide = wide_dtype(t.dtype)
-    return (alpha * (t.to(wide) @ core.to(wide).T)).to(t.dtype)
+    return (layer.alpha * (t.to(wide) @ layer.core.to(wide).T)).to(t.dtype)

@@ -8,24 +8,23 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ...settings import SMagNorm
-from .blocks import chosen_columns, chosen_rows, row_blocks, wide_dtype
+from ..operands import CurOperands
+from .blocks import row_blocks, wide_dtype
 from .gate import apply_gate, gate_gradient, inverse_gate, relative_magnitude, split_gradient
 
 
 class _Blocks:
     """Row blocks of b = W, d = delta_W = alpha C core R and s, formed on demand."""
 
-    def __init__(self, weight, core, cols, rows, C, R, decay, alpha, norm):
-        self.weight, self.decay, self.norm = weight, decay, norm
-        self.wide = wide_dtype(weight.dtype)
-        self.C = chosen_columns(weight, cols, C).to(self.wide)
-        self.R = chosen_rows(weight, rows, R).to(self.wide)
-        self.core_R = alpha * (core.to(self.wide) @ self.R)  # (r, K)
-        self.slices = list(row_blocks(*weight.shape))
+    def __init__(self, layer: CurOperands) -> None:
+        self.weight, self.decay, self.norm = layer.weight, layer.decay, layer.norm
+        self.wide = wide_dtype(self.weight.dtype)
+        self.C, self.R = layer.whole_C().to(self.wide), layer.whole_R().to(self.wide)
+        self.core_R = layer.alpha * (layer.core.to(self.wide) @ self.R)  # (r, K)
+        self.slices = list(row_blocks(*self.weight.shape))
         self.largest = None
-        if norm.ref == "max":
-            tops = [relative_magnitude(*self.base_and_change(i), norm.eps).amax()
+        if self.norm.ref == "max":
+            tops = [relative_magnitude(*self.base_and_change(i), self.norm.eps).amax()
                     for i in self.slices]
             self.largest = torch.stack(tops).amax()
 
@@ -39,20 +38,9 @@ class _Blocks:
         return b, d, inverse_gate(b, d, self.norm, self.largest), channel
 
 
-def effective_weight(
-    weight: Tensor,
-    core: Tensor,
-    cols: Tensor | None,
-    rows: Tensor | None,
-    C: Tensor | None,
-    R: Tensor | None,
-    decay: Tensor | None,
-    alpha: float,
-    norm: SMagNorm,
-    edge: float = 0.0,
-) -> tuple[Tensor, Tensor]:
+def effective_weight(layer: CurOperands, edge: float = 0.0) -> tuple[Tensor, Tensor]:
     """W_eff (N, K) in W's dtype, and the count of g <= edge (1,) int64 (nothing, (0,), for 0)."""
-    blocks = _Blocks(weight, core, cols, rows, C, R, decay, alpha, norm)
+    weight, norm, blocks = layer.weight, layer.norm, _Blocks(layer)
     moved = weight.new_zeros(1 if edge else 0, dtype=torch.int64)
     out = []
     for block in blocks.slices:
@@ -65,48 +53,21 @@ def effective_weight(
     return torch.cat(out), moved
 
 
-def forward(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    core: Tensor,
-    cols: Tensor | None,
-    rows: Tensor | None,
-    C: Tensor | None,
-    R: Tensor | None,
-    adapter_bias: Tensor | None,
-    decay: Tensor | None,
-    alpha: float,
-    norm: SMagNorm,
-    edge: float,
-) -> tuple[Tensor, Tensor]:
+def forward(x: Tensor, layer: CurOperands, edge: float) -> tuple[Tensor, Tensor]:
     """y (M, N) and the count of ``effective_weight``. Arguments as in ``linear.forward``."""
-    effective, moved = effective_weight(
-        weight, core, cols, rows, C, R, decay, alpha, norm, edge)
-    y = F.linear(x, effective, bias)
-    return (y if adapter_bias is None else y + adapter_bias.to(y.dtype)), moved
+    effective, moved = effective_weight(layer, edge)
+    y = F.linear(x, effective, layer.bias)
+    return (y if layer.adapter_bias is None else y + layer.adapter_bias.to(y.dtype)), moved
 
 
 def backward(
-    dy: Tensor,
-    x: Tensor,
-    weight: Tensor,
-    core: Tensor,
-    cols: Tensor | None,
-    rows: Tensor | None,
-    C: Tensor | None,
-    R: Tensor | None,
-    adapter_bias: Tensor | None,
-    decay: Tensor | None,
-    alpha: float,
-    norm: SMagNorm,
-    needs: tuple[bool, bool, bool],
+    dy: Tensor, x: Tensor, layer: CurOperands, needs: tuple[bool, bool, bool],
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """Gradients of x (M, K), core (r, r) and adapter_bias (N,); None where ``needs`` is False.
 
     dx = dy W_eff;  dcore = alpha C^T (dW_eff * s) R^T with dW_eff = dy^T x, block by block.
     """
-    blocks = _Blocks(weight, core, cols, rows, C, R, decay, alpha, norm)
+    norm, blocks = layer.norm, _Blocks(layer)
     if norm.ref == "max" and not norm.detach_gate:
         # Each element's gradient reaches the one that sets the maximum: no block stands alone.
         blocks.slices = [slice(None)]
@@ -116,7 +77,7 @@ def backward(
         if norm.detach_gate:
             s = s.detach()
         if needs[0]:
-            effective.append(apply_gate(b, d, s, norm, channel).to(weight.dtype))
+            effective.append(apply_gate(b, d, s, norm, channel).to(layer.weight.dtype))
         if needs[1]:
             grad = (dy[:, block].T @ x).to(blocks.wide)
             dd = split_gradient(grad, s, norm, channel)[1]
@@ -124,6 +85,6 @@ def backward(
                 dd = dd + gate_gradient(grad, b, d, s, norm, channel, blocks.largest)[1]
             parts.append(blocks.C[block].T @ (dd @ blocks.R.T))
     dx = dy @ torch.cat(effective) if needs[0] else None
-    dcore = (alpha * sum(parts)).to(core.dtype) if needs[1] else None
-    dbias = dy.sum(0, dtype=blocks.wide).to(adapter_bias.dtype) if needs[2] else None
+    dcore = (layer.alpha * sum(parts)).to(layer.core.dtype) if needs[1] else None
+    dbias = dy.sum(0, dtype=blocks.wide).to(layer.adapter_bias.dtype) if needs[2] else None
     return dx, dcore, dbias

@@ -1,4 +1,4 @@
-"""*mixed*: the update of a batch whose samples belong to different adapters, in one pass.
+"""*batched*: the change of a batch whose samples belong to different adapters, in one pass.
 
 A program owns a tile of one sample. It forms h from the sample's core block by block of ranks,
 where it is needed: nothing but y0, t, C and the cores is read, nothing but y written. A negative
@@ -22,7 +22,7 @@ from .tiles import tile_for
 
 
 @triton.jit(do_not_specialize=["S"])
-def _mixed_kernel(
+def _batched_kernel(
     y0_ptr, t_ptr, cores_ptr, adapter_ptr, factor_ptr, adapter_bias_ptr, y_ptr, largest_ptr,
     S, N, R, A, stride_yb, stride_ys, stride_yn, stride_ca, stride_cj, stride_ck, stride_fl,
     stride_fr, slope, offset, eps, beta, alpha,
@@ -52,8 +52,8 @@ def _mixed_kernel(
             r = r0 + tl.arange(0, BLOCK_R)
             h = _times_core(t_ptr, core_ptr, stride_cj, stride_ck, m, M, r, R, alpha, BLOCK_R,
                             STEP, WIDE)  # [BLOCK_M, BLOCK_R]
-            factor = _factor_tile(factor_ptr, None, stride_fl, stride_fr, n0, tl.arange(0, BLOCK_N), N, r,
-                              R)
+            factor = _factor_tile(factor_ptr, None, stride_fl, stride_fr, n0,
+                                  tl.arange(0, BLOCK_N), N, r, R)
             d = tl.dot(h.to(factor.dtype), tl.trans(factor), d, input_precision=PRECISION)
         if adapter_bias_ptr is not None:
             d += _vector(_at_row(adapter_bias_ptr, adapter, N), n, N, 0.0)[None, :]
@@ -71,18 +71,18 @@ def _mixed_kernel(
 
 def forward(y0: Tensor, t: Tensor, cores: Tensor, adapter: Tensor, C: Tensor,
             adapter_bias: Tensor | None, alpha: float, norm: SMagNorm | None) -> Tensor:
-    """y (B, S, N); arguments as of ``reference.mixed.forward``."""
+    """y (B, S, N); arguments as of ``reference.batched.forward``."""
     y0, cores, C = addressable(y0), addressable(cores), addressable(C)
     t, adapter, adapter_bias = contiguous(t, adapter, adapter_bias)
     (B, S, N), (A, r, _) = y0.shape, cores.shape
     y = y0.new_empty(B, S, N)
-    tile, rank = tile_for("mixed", y0, S, N, r), rank_block(r)
+    tile, rank = tile_for("batched", y0, S, N, r), rank_block(r)
     gate = NO_GATE if norm is None else GateNumbers.of(norm, y0.dtype)
     largest = None
 
     def run(find_largest: bool) -> None:
         launch(
-            _mixed_kernel, B * cdiv(S, tile.m) * cdiv(N, tile.n), tile, y0.device, y0_ptr=y0,
+            _batched_kernel, B * cdiv(S, tile.m) * cdiv(N, tile.n), tile, y0.device, y0_ptr=y0,
             t_ptr=t, cores_ptr=cores, adapter_ptr=adapter, factor_ptr=C,
             adapter_bias_ptr=adapter_bias, y_ptr=y, largest_ptr=largest, S=S, N=N, R=r, A=A,
             stride_yb=y0.stride(0), stride_ys=y0.stride(1), stride_yn=y0.stride(2),

@@ -62,13 +62,13 @@ _COMMON = {
     "weight_core_gradient": (Tile(64, 32, warps=4, max_rank=64), Tile(32, 32, warps=8)),
     "weight_core_gradient_full": (Tile(64, 32, warps=4, max_rank=64), Tile(32, 32, warps=8)),
     "decode": (Tile(64, k=64, warps=8, stages=2), Tile(32, k=64, warps=4, stages=2)),
-    "mixed": (Tile(64, 128, warps=8, max_rank=64), Tile(16, 128, warps=4, max_rank=64),
+    "batched": (Tile(64, 128, warps=8, max_rank=64), Tile(16, 128, warps=4, max_rank=64),
               Tile(64, 64, warps=8), Tile(16, 128, warps=8)),
 }
 _AMPERE = _COMMON | {
     "gate_backward": _COMMON["gate_backward"][1:],
     "weight_core_gradient_full": _COMMON["weight_core_gradient_full"][1:],
-    "mixed": (*_COMMON["mixed"][:2], Tile(16, 128, warps=8)),
+    "batched": (*_COMMON["batched"][:2], Tile(16, 128, warps=8)),
     "product": (Tile(128, 128, 32, warps=8, stages=4),
                 Tile(64, 64, 32, warps=4, stages=4)),
     "product_gate": (Tile(128, 128, 32, warps=8, stages=4, parts=4),
@@ -115,9 +115,9 @@ _FLOAT32 = {
     "weight_core_gradient": (Tile(16, 32, warps=8),),
     "weight_core_gradient_full": (Tile(16, 32, warps=8),),
     "decode": (Tile(32, k=32, warps=8),),
-    "mixed": (Tile(32, 64, warps=8), Tile(16, 64, warps=4)),
+    "batched": (Tile(32, 64, warps=8), Tile(16, 64, warps=4)),
 }
-_TWO_DIMENSIONAL = ("product", "product_gate", "epilogue", "effective_weight", "mixed")
+_TWO_DIMENSIONAL = ("product", "product_gate", "epilogue", "effective_weight", "batched")
 
 
 def rows_of(name: str, chip: int, dtype: torch.dtype, rank: int) -> tuple[Tile, ...]:

@@ -8,8 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ...settings import SMagNorm
-from ..host import GateNumbers, contiguous
+from ..host import GateNumbers
+from ..operands import CurOperands
 from .launch import addressable
 from .passes import factors
 from .passes.core_gradient import core_gradient
@@ -22,57 +22,50 @@ from .passes.weight_core_gradient import weight_core_gradient
 class _Change:
     """What every pass of a layer needs: P = alpha C core, R, the gate, and max(rho) where used."""
 
-    def __init__(self, weight, core, cols, rows, C, R, alpha, norm):
-        self.weight, self.r = weight, core.shape[0]
-        source = (weight, cols) if C is None else (C, None)
-        self.C, self.P = project(*source, core, alpha, q_dtype=torch.float32, transpose_core=True)
-        self.factor = factors.rows(weight, rows, R)
-        self.gate = GateNumbers.of(norm, weight.dtype)
+    def __init__(self, layer: CurOperands) -> None:
+        self.weight, self.r, norm = layer.weight, layer.r, layer.norm
+        source = (layer.weight, layer.cols) if layer.C is None else (layer.C, None)
+        self.C, self.P = project(*source, layer.core, layer.alpha, q_dtype=torch.float32,
+                                 transpose_core=True)
+        self.R = factors.rows(layer)
+        self.gate = GateNumbers.of(norm, self.weight.dtype)
         self.largest = None
         if norm.ref == "max":
-            self.largest = weight.new_zeros(1, dtype=torch.int32)
+            self.largest = self.weight.new_zeros(1, dtype=torch.int32)
             effective_weight(*self.arguments(), find_largest=True)
 
     def arguments(self) -> tuple:
-        return self.weight, self.P, self.factor, self.r, self.gate, self.largest
+        return self.weight, self.P, self.R, self.r, self.gate, self.largest
 
 
-def forward(
-    x: Tensor, weight: Tensor, bias: Tensor | None, core: Tensor, cols: Tensor | None,
-    rows: Tensor | None, C: Tensor | None, R: Tensor | None, adapter_bias: Tensor | None,
-    decay: Tensor | None, alpha: float, norm: SMagNorm, edge: float,
-) -> tuple[Tensor, Tensor]:
+def forward(x: Tensor, layer: CurOperands, edge: float) -> tuple[Tensor, Tensor]:
     """y (M, N) and the count of gates <= ``edge``."""
-    x = addressable(x)
-    bias, cols, rows, adapter_bias, decay = contiguous(bias, cols, rows, adapter_bias, decay)
-    change = _Change(weight, core, cols, rows, C, R, alpha, norm)
+    x, layer = addressable(x), layer.with_contiguous_vectors()
+    change, bias, adapter_bias = _Change(layer), layer.bias, layer.adapter_bias
     moved = x.new_zeros(1 if edge else 0, dtype=torch.int64)
     if x.shape[0] <= MOST_TOKENS and not edge:
-        y = decode(x, *change.arguments(), bias=bias, adapter_bias=adapter_bias, decay=decay)
+        y = decode(x, *change.arguments(), bias=bias, adapter_bias=adapter_bias, decay=layer.decay)
         return y, moved
-    effective = effective_weight(*change.arguments(), decay=decay, edge=edge,
+    effective = effective_weight(*change.arguments(), decay=layer.decay, edge=edge,
                                  moved=moved if edge else None)
     y = F.linear(x, effective, bias)
     return (y if adapter_bias is None else y.add_(adapter_bias)), moved
 
 
 def backward(
-    dy: Tensor, x: Tensor, weight: Tensor, core: Tensor, cols: Tensor | None,
-    rows: Tensor | None, C: Tensor | None, R: Tensor | None, adapter_bias: Tensor | None,
-    decay: Tensor | None, alpha: float, norm: SMagNorm, needs: tuple[bool, bool, bool],
+    dy: Tensor, x: Tensor, layer: CurOperands, needs: tuple[bool, bool, bool],
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """Gradients of x, core and adapter_bias; None where ``needs`` is False."""
-    dy, x = addressable(dy), addressable(x)
-    cols, rows, adapter_bias, decay = contiguous(cols, rows, adapter_bias, decay)
+    dy, x, layer = addressable(dy), addressable(x), layer.with_contiguous_vectors()
     dx = dcore = dbias = None
     if needs[0] or needs[1]:
-        change = _Change(weight, core, cols, rows, C, R, alpha, norm)
+        change = _Change(layer)
     if needs[0]:
-        dx = dy @ effective_weight(*change.arguments(), decay=decay)
+        dx = dy @ effective_weight(*change.arguments(), decay=layer.decay)
     if needs[1]:
-        Q = weight_core_gradient(dy.T @ x, *change.arguments(), decay=decay,
-                                 full=not norm.detach_gate)
-        dcore = core_gradient(change.C, Q, core, alpha, dy)
+        Q = weight_core_gradient(dy.T @ x, *change.arguments(), decay=layer.decay,
+                                 full=not layer.norm.detach_gate)
+        dcore = core_gradient(change.C, Q, layer.core, layer.alpha, dy)
     if needs[2]:
-        dbias = dy.sum(0, dtype=torch.float32).to(adapter_bias.dtype)
+        dbias = dy.sum(0, dtype=torch.float32).to(layer.adapter_bias.dtype)
     return dx, dcore, dbias

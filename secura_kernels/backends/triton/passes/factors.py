@@ -8,6 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ...host import cdiv, padded_rank
+from ...operands import CurOperands
 from ..chips import rank_block
 from ..launch import launch
 from ..tiles import tile_for
@@ -59,20 +60,21 @@ def _gather(weight: Tensor, cols: Tensor) -> Tensor:
     return out
 
 
-def columns(weight: Tensor, cols: Tensor | None, C: Tensor | None, reads: int) -> Factor:
+def columns(layer: CurOperands, reads: int) -> Factor:
     """C (N, r), to be read ``reads`` times: of W by index, or gathered once where that pays."""
-    if C is not None:
-        return Factor(C, None, C.stride(0), C.stride(1), C.shape[1])
-    if reads <= READS_BEFORE_COPY:
+    if layer.C is None and reads <= READS_BEFORE_COPY:
+        weight, cols = layer.weight, layer.cols
         return Factor(weight, cols, weight.stride(0), weight.stride(1), cols.shape[0])
-    C = _gather(weight, cols)
-    return Factor(C, None, C.stride(0), 1, C.shape[1])
+    C = _gather(layer.weight, layer.cols) if layer.C is None else layer.C
+    return Factor(C, None, C.stride(0), C.stride(1), C.shape[1])
 
 
-def rows(weight: Tensor, rows: Tensor | None, R: Tensor | None) -> Factor:
+def rows(layer: CurOperands) -> Factor:
     """R as (K, r): rows of W are contiguous, so they are read in place."""
-    if R is None:
-        return Factor(weight, rows, weight.stride(1), weight.stride(0), rows.shape[0])
+    if layer.R is None:
+        weight, index = layer.weight, layer.rows
+        return Factor(weight, index, weight.stride(1), weight.stride(0), index.shape[0])
+    R = layer.R
     return Factor(R, None, R.stride(1), R.stride(0), R.shape[0])
 
 

@@ -113,8 +113,8 @@ def _gate_backward_kernel(
             if v_ptr is not None:
                 factor = _factor_tile(factor_ptr, index_ptr, stride_fl, stride_fr, n0,
                                   tl.arange(0, BLOCK_N), N, k, FR)
-                factor = db if PROPORTIONAL else dd  # rounded once, as stored
-                v = tl.dot(factor.to(factor.dtype), factor, v, input_precision=PRECISION)
+                scaled = db if PROPORTIONAL else dd  # rounded once, as stored
+                v = tl.dot(scaled.to(factor.dtype), factor, v, input_precision=PRECISION)
     if STATISTICS:
         tl.store(statistics_ptr + tl.program_id(0) * 2, tl.sum(total, 0))
         tl.store(statistics_ptr + tl.program_id(0) * 2 + 1, tl.sum(maxima, 0))

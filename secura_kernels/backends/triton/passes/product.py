@@ -103,15 +103,15 @@ def _product_kernel(
             parts = _parts(acc, BLOCK_M, BLOCK_N, PARTS)
             for part in tl.static_range(PARTS):
                 n = tl.arange(0, WIDTH)
-                d = _change(h_rows, stride_hm, factor_ptr, index_ptr, stride_fl, stride_fr, m, M - m0,
-                            n0 + part * WIDTH, n, N, FR, tl.zeros((BLOCK_M, WIDTH), tl.float32),
-                            BLOCK_R, RANK, PRECISION)
+                d = _change(h_rows, stride_hm, factor_ptr, index_ptr, stride_fl, stride_fr, m,
+                            M - m0, n0 + part * WIDTH, n, N, FR,
+                            tl.zeros((BLOCK_M, WIDTH), tl.float32), BLOCK_R, RANK, PRECISION)
                 n += n0 + part * WIDTH
                 d += _vector(adapter_bias_ptr, n, N, 0.0)[None, :]
                 b = parts[part] + _vector(bias_ptr, n, N, 0.0)[None, :]
-                _gate_and_store(b, d, _vector(decay_ptr, n, N, 1.0)[None, :], m, M - m0, n, N, y_rows,
-                        saved_rows, moved_ptr, slope, offset, eps, beta, top, code_steps, edge,
-                        SAVE_BASE)
+                _gate_and_store(b, d, _vector(decay_ptr, n, N, 1.0)[None, :], m, M - m0, n, N,
+                                y_rows, saved_rows, moved_ptr, slope, offset, eps, beta, top,
+                                code_steps, edge, SAVE_BASE)
 
 
 def product(a: Tensor, b: Tensor, h: Tensor, factor: Factor, r: int, y: Tensor, tile: Tile, *,

@@ -49,8 +49,8 @@ def _store(out, m, M, n, N, y_ptr):
 
 
 @triton.jit
-def _gate_and_store(b, d, decay, m, M, n, N, y_ptr, saved_ptr, moved_ptr, slope, offset, eps, beta, top,
-            code_steps, largest_gate_moved, SAVE_BASE: tl.constexpr):
+def _gate_and_store(b, d, decay, m, M, n, N, y_ptr, saved_ptr, moved_ptr, slope, offset, eps, beta,
+                    top, code_steps, largest_gate_moved, SAVE_BASE: tl.constexpr):
     """S-MagNorm of base ``b`` and change ``d``; stores the value, what backward needs, the count.
 
     All are (M, N) matrices at rows ``m``, columns ``n``; ``decay`` broadcasts against b. saved_ptr
