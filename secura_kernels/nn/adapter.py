@@ -17,6 +17,7 @@ from ..bases import BASES, orthonormal_basis, orthonormal_folds
 from ..checks import check_choice, check_number, fail
 from ..functional.epilogue import cur_epilogue, cur_epilogue_and_moved
 from ..functional.linear import cur_linear_and_moved
+from ..ops import folded_core
 from ..selection import check_indices, check_weight
 from ..settings import ImportanceDecay, SMagNorm
 from .importance import ImportanceState
@@ -91,9 +92,13 @@ class Adapter(OptionalTensors, Past, nn.Module):
 
     # What a subclass says of its trained core.
 
+    def core_parameters(self) -> tuple[Tensor, ...]:
+        """What the core is made of: (U,), or (A, B)."""
+        raise NotImplementedError
+
     def trained_core(self) -> Tensor:
         """What is trained, as (r, r): U, or A^T B^T; between orthonormal bases with that basis."""
-        raise NotImplementedError
+        return folded_core(self.core_parameters(), None, None)
 
     def core_parameter(self) -> nn.Parameter:
         """The parameter that is zero at the start: U, or B."""
@@ -103,10 +108,11 @@ class Adapter(OptionalTensors, Past, nn.Module):
         """The core (r, r) accumulated by M2 stages; None before the first."""
         raise NotImplementedError
 
-    def stage_core(self) -> Tensor:
-        """``trained_core``; without a gate the long-term one with it, as they are one change."""
-        trained, earlier = self.trained_core(), self.long_core()
-        return trained if self.norm is not None or earlier is None else trained + earlier
+    def stage_core(self) -> Tensor | None:
+        """Without a gate what is trained and the long-term core are one change: their sum (r, r).
+        None: it is what is trained alone."""
+        earlier = self.long_core()
+        return None if self.norm is not None or earlier is None else self.trained_core() + earlier
 
     @staticmethod
     def trained_cores(adapters: "list[Adapter]") -> Tensor:
@@ -183,8 +189,8 @@ class Adapter(OptionalTensors, Past, nn.Module):
         if not self.calibrated and self.training and torch.is_grad_enabled():
             raise RuntimeError(NOT_CALIBRATED.format(self.basis, CALIBRATED[self.basis]))
         with self._without_autocast():
-            core = self.trained_core() if trained is None else trained
-            return self._folded(core)
+            parameters = self.core_parameters() if trained is None else (trained,)
+            return folded_core(parameters, self.fold_c, self.fold_r)
 
     def cores(self, adapters: "list[Adapter]") -> Tensor:
         """``core`` of several adapters (A, r, r) that share this one's columns, rows and basis,
@@ -195,19 +201,13 @@ class Adapter(OptionalTensors, Past, nn.Module):
             if any(core is not None for core in earlier):
                 none = torch.zeros_like(cores[0])
                 cores = cores + torch.stack([none if core is None else core for core in earlier])
-            return self._folded(cores)
+            return folded_core((cores,), self.fold_c, self.fold_r)
 
     def _without_autocast(self):
         device = self.cols.device.type
         if not torch.is_autocast_enabled(device):
             return nullcontext()  # the other takes as long as the products in it
         return torch.autocast(device, enabled=False)
-
-    def _folded(self, core: Tensor) -> Tensor:
-        if self.fold_c is None:
-            return core
-        wide = torch.promote_types(core.dtype, self.fold_c.dtype)
-        return self.fold_c.to(wide) @ core.to(wide) @ self.fold_r.to(wide)
 
     def _whole_core(self) -> Tensor:
         """What is trained and what M2 stages have left, as one; detached."""
@@ -275,7 +275,7 @@ class Adapter(OptionalTensors, Past, nn.Module):
         """
         earlier = self.long_core()
         if earlier is not None:
-            between = self._folded(earlier).double()
+            between = folded_core((earlier,), self.fold_c, self.fold_r).double()
             earlier = torch.linalg.inv(fold_c) @ between @ torch.linalg.inv(fold_r)
             self.set_long_core(earlier.to(self.core_parameter().dtype))
         wide = torch.promote_types(self.core_parameter().dtype, torch.float32)

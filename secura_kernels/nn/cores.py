@@ -20,8 +20,8 @@ class CURLoRAAdapter(Adapter):
         self.register_buffer("U_long", None)
         self._watch()
 
-    def trained_core(self) -> Tensor:
-        return self.U
+    def core_parameters(self) -> tuple[Tensor, ...]:
+        return (self.U,)
 
     def core_parameter(self) -> nn.Parameter:
         return self.U
@@ -92,8 +92,8 @@ class SECURAAdapter(Adapter):
     def settings(self) -> dict:
         return super().settings() | dict(adapter_bias=self.adapter_bias is not None)
 
-    def trained_core(self) -> Tensor:
-        return cabr_core(self.A, self.B)
+    def core_parameters(self) -> tuple[Tensor, ...]:
+        return self.A, self.B
 
     def core_parameter(self) -> nn.Parameter:
         return self.B

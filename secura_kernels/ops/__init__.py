@@ -1,6 +1,7 @@
 """The registered ops: schema, shapes (fakes), autograd, FLOPs, vmap, and the ``impl`` switch."""
 
 from .batched import cur_batched
+from .core import folded_core
 from .epilogue import CurEpilogue
 from .linear import CurLinear
 from .registry import IMPLS, apply, forward_mode, pack_norm, resolve, why_unavailable
@@ -14,7 +15,7 @@ __all__ = [
            "CurWeightLinear",
            "apply",
            "cur_batched",
-           "forward_mode",
+           "folded_core", "forward_mode",
            "frozen",
            "is_dtensor",
            "pack_norm",

@@ -77,6 +77,11 @@ class CurEpilogue(torch.autograd.Function):
                     detach_gate, impl)
 
     @staticmethod
+    def alone(y0, t, core, C, adapter_bias, decay, alpha, norm, detach_gate, edge, impl):
+        return call(cur_epilogue_fwd, y0, t, core, C, adapter_bias, decay, alpha, norm, edge, False,
+                    impl)
+
+    @staticmethod
     def setup_context(ctx, inputs, output):
         y0, t, core, C, adapter_bias, decay, *settings = inputs
         _, saved, moved = output

@@ -108,6 +108,11 @@ class CurLinear(torch.autograd.Function):
         return call(cur_linear_fwd, x, *operands, True, impl)
 
     @staticmethod
+    def alone(x, *arguments):
+        *operands, impl = arguments
+        return call(cur_linear_fwd, x, *operands, False, impl)
+
+    @staticmethod
     def setup_context(ctx, inputs, output):
         _, weight, _, *others = inputs[:10]
         _, t, saved, moved = output

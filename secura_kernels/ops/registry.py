@@ -203,8 +203,13 @@ def forward_mode() -> bool:
 
 def apply(function: type[torch.autograd.Function], *inputs):
     """``function.apply(*inputs)``. Where nothing transforms it, by a form without
-    ``setup_context``, for which PyTorch would bind the arguments to a signature in every call."""
-    return (function if transformed() else _in_one(function)).apply(*inputs)
+    ``setup_context``, for which PyTorch would bind the arguments to a signature in every call; and
+    without gradients by ``function.alone``, which saves nothing for a backward pass."""
+    if transformed():
+        return function.apply(*inputs)
+    if not torch.is_grad_enabled():
+        return function.alone(*inputs)
+    return _in_one(function).apply(*inputs)
 
 
 @functools.cache

@@ -13,7 +13,7 @@ from torch import Tensor
 from ...settings import SMagNorm
 from ..host import NO_GATE, GateNumbers, cdiv, contiguous
 from .chips import rank_block
-from .launch import WIDE_STEP, addressable, dot_precision, launch, wide_precision
+from .launch import WIDE_STEP, Launch, addressable, dot_precision, launched, wide_precision
 from .passes.down import _times_core
 from .passes.factors import _factor_tile
 from .passes.gate import _apply_gate, _gate, _relative_magnitude
@@ -74,27 +74,31 @@ def forward(y0: Tensor, t: Tensor, cores: Tensor, adapter: Tensor, C: Tensor,
     """y (B, S, N); arguments as of ``reference.batched.forward``."""
     y0, cores, C = addressable(y0), addressable(cores), addressable(C)
     t, adapter, adapter_bias = contiguous(t, adapter, adapter_bias)
-    (B, S, N), (A, r, _) = y0.shape, cores.shape
-    y = y0.new_empty(B, S, N)
-    tile, rank = tile_for("batched", y0, S, N, r), rank_block(r)
+    y = y0.new_empty(y0.shape)
     gate = NO_GATE if norm is None else GateNumbers.of(norm, y0.dtype)
+    inputs = (y0, t, cores, adapter, C, adapter_bias, y, alpha, norm is not None, gate)
     largest = None
-
-    def run(find_largest: bool) -> None:
-        launch(
-            _batched_kernel, B * cdiv(S, tile.m) * cdiv(N, tile.n), tile, y0.device, y0_ptr=y0,
-            t_ptr=t, cores_ptr=cores, adapter_ptr=adapter, factor_ptr=C,
-            adapter_bias_ptr=adapter_bias, y_ptr=y, largest_ptr=largest, S=S, N=N, R=r, A=A,
-            stride_yb=y0.stride(0), stride_ys=y0.stride(1), stride_yn=y0.stride(2),
-            stride_ca=cores.stride(0), stride_cj=cores.stride(1), stride_ck=cores.stride(2),
-            stride_fl=C.stride(0), stride_fr=C.stride(1), slope=gate.slope, offset=gate.offset,
-            eps=gate.eps, beta=gate.beta, alpha=alpha, GATE=norm is not None,
-            FIND_LARGEST=find_largest, RANK=rank, BLOCK_R=min(rank, 64), STEP=min(rank, WIDE_STEP),
-            BLOCK_M=tile.m, BLOCK_N=tile.n, PRECISION=dot_precision(y0.dtype),
-            WIDE=wide_precision(y0.dtype))
-
     if norm is not None and norm.ref == "max":
-        largest = y0.new_zeros(B, dtype=torch.int32)
-        run(find_largest=True)
-    run(find_largest=False)
+        largest = y0.new_zeros(len(y0), dtype=torch.int32)
+        _launch_batched(*inputs, largest, find_largest=True)
+    _launch_batched(*inputs, largest, find_largest=False)
     return y
+
+
+@launched(_batched_kernel)
+def _launch_batched(
+    y0: Tensor, t: Tensor, cores: Tensor, adapter: Tensor, C: Tensor, adapter_bias: Tensor | None,
+    y: Tensor, alpha: float, gated: bool, gate: GateNumbers, largest: Tensor | None, *,
+    find_largest: bool,
+) -> Launch:
+    (B, S, N), (A, r, _) = y0.shape, cores.shape
+    tile, rank = tile_for("batched", y0, S, N, r), rank_block(r)
+    return Launch(B * cdiv(S, tile.m) * cdiv(N, tile.n), tile, dict(
+        y0_ptr=y0, t_ptr=t, cores_ptr=cores, adapter_ptr=adapter, factor_ptr=C,
+        adapter_bias_ptr=adapter_bias, y_ptr=y, largest_ptr=largest, S=S, N=N, R=r, A=A,
+        stride_yb=y0.stride(0), stride_ys=y0.stride(1), stride_yn=y0.stride(2),
+        stride_ca=cores.stride(0), stride_cj=cores.stride(1), stride_ck=cores.stride(2),
+        stride_fl=C.stride(0), stride_fr=C.stride(1), slope=gate.slope, offset=gate.offset,
+        eps=gate.eps, beta=gate.beta, alpha=alpha, GATE=gated, FIND_LARGEST=find_largest,
+        RANK=rank, BLOCK_R=min(rank, 64), STEP=min(rank, WIDE_STEP), BLOCK_M=tile.m,
+        BLOCK_N=tile.n, PRECISION=dot_precision(y0.dtype), WIDE=wide_precision(y0.dtype)))

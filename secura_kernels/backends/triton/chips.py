@@ -1,6 +1,7 @@
 """The chips that tiles are shipped for, and which of them a device is."""
 
 import functools
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -53,6 +54,10 @@ def pretend(chip: int) -> Iterator[None]:
         _pretended = before
 
 
+def pretended() -> int | None:
+    return _pretended
+
+
 def chip_of(device: torch.device) -> int | None:
     """The key of CHIPS for a device; None for a GPU that no tiles are shipped for."""
     if _pretended is not None:
@@ -65,7 +70,11 @@ def _chip_of_gpu(device: torch.device) -> int | None:
     major, minor = torch.cuda.get_device_capability(device)
     capability = 10 * major + minor
     capability = _LIKE.get(capability, capability)
-    return capability if capability in CHIPS else None
+    lower = [chip for chip in CHIPS if chip <= capability and chip != INTERPRETER]
+    if lower and capability not in CHIPS:
+        warnings.warn(f"the GPU has compute capability {major}.{minor}, for which no tiles are "
+                      f"shipped: those of {max(lower) / 10} are used", stacklevel=2)
+    return max(lower, default=None)
 
 
 def processors(device: torch.device) -> int:

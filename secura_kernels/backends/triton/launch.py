@@ -1,9 +1,9 @@
 """The one place that every kernel launch passes."""
 
 import functools
-import operator
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -11,6 +11,7 @@ from triton import knobs
 from triton.runtime import driver
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from . import chips, tiles, tune_cache
 from .tiles import Tile
 
 INTERPRETED = knobs.runtime.interpret  # the kernels run on the CPU, in Triton's interpreter
@@ -20,66 +21,112 @@ if INTERPRETED:
     repair()
 
 
-def launch(kernel, programs: int, tile: Tile, device: torch.device, **arguments) -> None:
-    """Runs ``programs`` programs of ``kernel`` on the current stream of ``device``."""
+class Launch(NamedTuple):
+    """What a pass asks for: ``programs`` programs of its kernel, with these arguments."""
+
+    programs: int
+    tile: Tile
+    arguments: dict
+
+
+class _Prepared(NamedTuple):
+    """A launch of which only the tensors are to be filled in: ``values``, all arguments in the
+    kernel's order; ``places``, where in them each tensor goes, by its number among the operands."""
+
+    programs: int
+    compiled: object
+    values: list
+    places: list[tuple[int, int]]
+
+
+MOST_PREPARED = 2**12  # of a pass; beyond that many all are prepared anew
+
+
+def launched(kernel):
+    """Makes of a function that returns a ``Launch`` of ``kernel`` one that launches it.
+
+    Working out some thirty arguments, and Triton's own look-up, take several times as long as the
+    launch itself. They follow from the operands' shapes, strides, dtypes and alignment, and from
+    the settings. So a launch is prepared once for each set of these, and later calls put their own
+    tensors in its places (benchmarks/host).
+
+    Operands are tensors, None, hashable settings, and tuples of them. Every tensor among the
+    arguments must be an operand, and the other arguments may depend on nothing else.
+    """
+
+    def decorate(describe: Callable[..., Launch]) -> Callable[..., None]:
+        prepared: dict[tuple, _Prepared | None] = {}
+        tune_cache.remember(prepared.clear)
+
+        @functools.wraps(describe)
+        def run(*operands, **named) -> None:
+            if _instead is not None or INTERPRETED or tiles.is_forced():
+                return _launch_slowly(kernel, describe(*operands, **named))
+            tensors, key = _read((*operands, *named.values()))
+            device = tensors[0].device
+            if device.type == "cuda" and device.index != torch.cuda.current_device():
+                with torch.cuda.device(device):
+                    return run(*operands, **named)
+            key = (*key, *named, device, chips.pretended())
+            found, profiler = prepared.get(key), knobs.runtime.launch_enter_hook
+            if found is None or getattr(profiler, "calls", profiler):
+                if len(prepared) >= MOST_PREPARED:
+                    prepared.clear()
+                prepared[key] = _prepare(kernel, describe(*operands, **named), tensors)
+            elif found.programs:
+                values, compiled = found.values.copy(), found.compiled
+                for place, number in found.places:
+                    values[place] = tensors[number]
+                active = driver.active
+                stream = active.get_current_stream(active.get_current_device())
+                compiled.run(found.programs, 1, 1, stream, compiled.function,
+                             compiled.packed_metadata, None, None, None, *values)
+
+        return run
+
+    return decorate
+
+
+def _read(operands: Iterable) -> tuple[list[Tensor], list]:
+    """The tensors among operands, and all that a launch may depend on."""
+    tensors, key = [], []
+    for operand in operands:
+        if isinstance(operand, Tensor):
+            tensors.append(operand)
+            key += (operand.shape, operand.stride(), operand.dtype, operand.data_ptr() & 15 == 0)
+            if operand.dtype == torch.float32:
+                key.append(dot_precision(torch.float32))
+        elif isinstance(operand, tuple):
+            more, part = _read(operand)
+            tensors += more
+            key += part
+        else:
+            key.append(operand)
+    return tensors, key
+
+
+def _prepare(kernel, launch: Launch, tensors: list[Tensor]) -> _Prepared | None:
+    """Launches, and returns how to launch again; None where that must be worked out anew."""
+    compiled = _launch_slowly(kernel, launch)
+    values = [launch.arguments[name] for name in kernel.arg_names]
+    numbers = {id(tensor): number for number, tensor in enumerate(tensors)}
+    if len(numbers) < len(tensors) or any(isinstance(v, TensorDescriptor) for v in values):
+        return None  # the same tensor twice, or one that is handed over in a form of its own
+    places = [(place, numbers[id(value)]) for place, value in enumerate(values)
+              if isinstance(value, Tensor)]
+    for place, _ in places:
+        values[place] = None  # not to be kept alive
+    return _Prepared(launch.programs, compiled, values, places)
+
+
+def _launch_slowly(kernel, launch: Launch):
+    programs, tile, arguments = launch
+    options = dict(num_warps=tile.warps, num_stages=tile.stages, enable_fp_fusion=True)
     if programs == 0:
-        return
+        return None
     if _instead is not None:
-        _instead(kernel, programs, arguments | _options(tile))
-    elif INTERPRETED:
-        kernel[(programs,)](**arguments, **_options(tile))
-    elif device.type == "cuda" and device.index != torch.cuda.current_device():
-        with torch.cuda.device(device):
-            _launch(kernel, programs, tile, arguments)
-    else:
-        _launch(kernel, programs, tile, arguments)
-
-
-def _options(tile: Tile) -> dict:
-    return dict(num_warps=tile.warps, num_stages=tile.stages, enable_fp_fusion=True)
-
-
-# What Triton compiled, by everything that it compiles for and more: the arguments' types (1 equals
-# 1.0) and values, of tensors their dtypes and alignment; not the values that it is told to leave
-# alone, such as M, so that batches of any length find the same. Triton's own ``run`` binds,
-# specialises and looks up anew in every call (benchmarks/host).
-_compiled: dict[tuple, object] = {}
-MOST_COMPILED = 2**14  # beyond that many sets of values all are asked for anew
-
-
-def _launch(kernel, programs: int, tile: Tile, arguments: dict) -> None:
-    active = driver.active
-    device = active.get_current_device()
-    names, special = _arguments_of(kernel)
-    values = names(arguments)
-    key = (id(kernel), device, tile.warps, tile.stages, *map(type, values),
-           *[v if type(v) in _NUMBERS else _seen(v) for v in special(arguments)])
-    compiled, profiler = _compiled.get(key), knobs.runtime.launch_enter_hook
-    if compiled is None or getattr(profiler, "calls", profiler):
-        if len(_compiled) >= MOST_COMPILED:
-            _compiled.clear()
-        _compiled[key] = kernel[(programs,)](**arguments, **_options(tile))
-        return
-    compiled.run(programs, 1, 1, active.get_current_stream(device), compiled.function,
-                 compiled.packed_metadata, None, None, None, *values)
-
-
-@functools.cache
-def _arguments_of(kernel) -> tuple[Callable[[dict], tuple], Callable[[dict], tuple]]:
-    """What reads all values of a kernel's arguments from a dict, and those that it is compiled
-    for."""
-    special = [name for name in kernel.arg_names if name not in (kernel.do_not_specialize or ())]
-    return operator.itemgetter(*kernel.arg_names), operator.itemgetter(*special)
-
-
-_NUMBERS = frozenset((int, float, bool, str, type(None)))
-
-
-def _seen(operand: Tensor | TensorDescriptor) -> tuple:
-    """What of an operand decides which code Triton runs."""
-    if isinstance(operand, Tensor):
-        return operand.dtype, operand.data_ptr() & 15 == 0
-    return operand.base.dtype, *operand.block_shape
+        return _instead(kernel, programs, arguments | options)
+    return kernel[(programs,)](**arguments, **options)
 
 
 _instead: Callable | None = None

@@ -160,16 +160,22 @@ def use(tile: Tile) -> Iterator[None]:
         _used = None
 
 
-def tile_for(name: str, like: Tensor, rows: int, columns: int, r: int) -> Tile:
-    """The configuration of a pass over a (rows, columns) matrix in the dtype of ``like``.
+def is_forced() -> bool:
+    return _used is not None
+
+
+def tile_for(name: str, like: Tensor, rows: int, columns: int, r: int,
+             dtype: torch.dtype | None = None) -> Tile:
+    """The configuration of a pass over a (rows, columns) matrix of a layer in ``dtype``, by default
+    that of ``like``.
 
     The tuned one where this shape was tuned on this GPU; else the largest tile of which there are
     enough to fill the chip, else the smallest.
     """
     if _used is not None:
         return _used
-    return _tile_for(name, like.device, chips.chip_of(like.device), like.dtype, rows, columns,
-                     chips.rank_block(r))
+    return _tile_for(name, like.device, chips.chip_of(like.device), dtype or like.dtype, rows,
+                     columns, chips.rank_block(r))
 
 
 @tune_cache.remembered

@@ -4,6 +4,7 @@ import functools
 import json
 import os
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -26,20 +27,25 @@ def path(device: torch.device) -> Path:
     return root / "secura_kernels" / f"{model}-triton-{triton.__version__}.json"
 
 
-_remembered: list = []
+_forgetting: list[Callable[[], None]] = []
+
+
+def remember(forget: Callable[[], None]) -> None:
+    """``forget`` empties a cache of what follows from the tuned choices."""
+    _forgetting.append(forget)
 
 
 def remembered(function):
     """A cache of what follows from the tuned choices, for a function of hashable arguments."""
     cached = functools.lru_cache(maxsize=4096)(function)
-    _remembered.append(cached)
+    remember(cached.cache_clear)
     return cached
 
 
 def forget() -> None:
     """Looks every choice up anew."""
-    for cached in _remembered:
-        cached.cache_clear()
+    for empty in _forgetting:
+        empty()
 
 
 @remembered

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ...host import cdiv, padded_rank
 from ..chips import rank_block
-from ..launch import launch, strides, wide_precision
+from ..launch import Launch, launched, strides, wide_precision
 from ..tiles import tile_for
 from .tile_ops import _at_row
 
@@ -159,17 +159,25 @@ def core_gradient(v: Tensor, t: Tensor | None, core: Tensor, alpha: float, layer
             dT. At most one of them.
     """
     v = v if v.dim() == 3 else v[None]
+    out = None if t is None else core.new_empty(
+        programs_over_rows(v.shape[1]), *core.shape, dtype=torch.float32)
+    _launch_core_gradient(v, t, core, out, g, rows, q, alpha, layer.dtype)
+    return None if out is None else out.sum(0).to(core.dtype)
+
+
+@launched(_core_gradient_kernel)
+def _launch_core_gradient(v: Tensor, t: Tensor | None, core: Tensor, out: Tensor | None,
+                          g: Tensor | None, rows: Tensor | None, q: Tensor | None, alpha: float,
+                          dtype: torch.dtype) -> Launch:
     (parts, M, r), block = v.shape, min(rank_block(v.shape[2]), 64)
-    tile = tile_for("core_gradient", layer, M, r, r)
+    tile = tile_for("core_gradient", v, M, r, r, dtype=dtype)
     programs, spread, one_block = programs_over_rows(M), g is not None or q is not None, r <= block
     tasks = 1 if one_block else cdiv(r, block)**2 * (t is not None) + spread
-    out = None if t is None else core.new_empty(programs, r, r, dtype=torch.float32)
     stride_cj, stride_ck = strides(core.T)
-    launch(_core_gradient_kernel, programs * tasks, tile, v.device, v_ptr=v, t_ptr=t, out_ptr=out,
-           core_ptr=core, rows_ptr=rows, g_ptr=g, q_ptr=q, M=M,
-           N=0 if g is None else g.shape[1], R=r, parts=parts,
-           rows_per_program=_rows_per_program(M), stride_vp=v.stride(0), stride_vm=v.stride(1),
-           stride_tm=0 if t is None else t.stride(0), stride_cj=stride_cj, stride_ck=stride_ck,
-           stride_qm=padded_rank(r), alpha=alpha, CORE=t is not None, SPREAD=spread,
-           ONE_BLOCK=one_block, BLOCK_M=tile.m, BLOCK_R=block, WIDE=wide_precision(layer.dtype))
-    return None if out is None else out.sum(0).to(core.dtype)
+    return Launch(programs * tasks, tile, dict(
+        v_ptr=v, t_ptr=t, out_ptr=out, core_ptr=core, rows_ptr=rows, g_ptr=g, q_ptr=q, M=M,
+        N=0 if g is None else g.shape[1], R=r, parts=parts,
+        rows_per_program=_rows_per_program(M), stride_vp=v.stride(0), stride_vm=v.stride(1),
+        stride_tm=0 if t is None else t.stride(0), stride_cj=stride_cj, stride_ck=stride_ck,
+        stride_qm=padded_rank(r), alpha=alpha, CORE=t is not None, SPREAD=spread,
+        ONE_BLOCK=one_block, BLOCK_M=tile.m, BLOCK_R=block, WIDE=wide_precision(dtype)))

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ...host import GateNumbers, cdiv
 from ..chips import rank_block
-from ..launch import WIDE_STEP, dot_precision, launch, wide_precision
+from ..launch import WIDE_STEP, Launch, dot_precision, launched, wide_precision
 from ..tiles import tile_for
 from .effective_weight import _delta_weight_tile, _weight_tile
 from .factors import Factor
@@ -52,16 +52,24 @@ def decode(x: Tensor, weight: Tensor, P: Tensor, factor: Factor, r: int, gate: G
            largest: Tensor | None, *, bias: Tensor | None, adapter_bias: Tensor | None,
            decay: Tensor | None) -> Tensor:
     """y (M, N) of x (M, K), M <= MOST_TOKENS; other arguments as in ``effective_weight``."""
-    (M, K), N = x.shape, weight.shape[0]
-    tile = tile_for("decode", x, N, K, r)
-    y = x.new_empty(M, N)
-    rank = rank_block(r)
-    launch(
-        _decode_kernel, cdiv(N, tile.m) if M else 0, tile, x.device, x_ptr=x, w_ptr=weight, p_ptr=P,
-        **factor.arguments(), bias_ptr=bias, adapter_bias_ptr=adapter_bias, decay_ptr=decay,
-        largest_ptr=largest, y_ptr=y, M=M, N=N, K=K, stride_xm=x.stride(0),
-        stride_xk=x.stride(1), stride_wn=weight.stride(0), stride_wk=weight.stride(1),
-        stride_pn=P.stride(0), **gate.arguments(), RANK=rank, BLOCK_R=min(rank, WIDE_STEP),
-        BLOCK_M=max(16, triton.next_power_of_2(M)), BLOCK_N=tile.m, BLOCK_K=tile.k,
-        PRECISION=dot_precision(x.dtype), WIDE=wide_precision(x.dtype))
+    y = x.new_empty(x.shape[0], weight.shape[0])
+    _launch_decode(x, weight, P, factor, bias, adapter_bias, decay, largest, y, r, gate)
     return y
+
+
+@launched(_decode_kernel)
+def _launch_decode(
+    x: Tensor, weight: Tensor, P: Tensor, factor: Factor, bias: Tensor | None,
+    adapter_bias: Tensor | None, decay: Tensor | None, largest: Tensor | None, y: Tensor, r: int,
+    gate: GateNumbers,
+) -> Launch:
+    (M, K), N, rank = x.shape, weight.shape[0], rank_block(r)
+    tile = tile_for("decode", x, N, K, r)
+    return Launch(cdiv(N, tile.m) if M else 0, tile, dict(
+        x_ptr=x, w_ptr=weight, p_ptr=P, **factor.arguments(), bias_ptr=bias,
+        adapter_bias_ptr=adapter_bias, decay_ptr=decay, largest_ptr=largest, y_ptr=y, M=M, N=N,
+        K=K, stride_xm=x.stride(0), stride_xk=x.stride(1), stride_wn=weight.stride(0),
+        stride_wk=weight.stride(1), stride_pn=P.stride(0), **gate.arguments(), RANK=rank,
+        BLOCK_R=min(rank, WIDE_STEP), BLOCK_M=max(16, triton.next_power_of_2(M)),
+        BLOCK_N=tile.m, BLOCK_K=tile.k, PRECISION=dot_precision(x.dtype),
+        WIDE=wide_precision(x.dtype)))

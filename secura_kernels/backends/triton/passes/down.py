@@ -12,8 +12,8 @@ from torch import Tensor
 
 from ...host import cdiv, padded_rank
 from ..chips import rank_block
-from ..launch import WIDE_STEP, dot_precision, launch, strides, wide_precision
-from ..tiles import tile_for
+from ..launch import WIDE_STEP, Launch, dot_precision, launched, strides, wide_precision
+from ..tiles import Tile, tile_for
 from .factors import Factor, _factor_tile
 from .tile_ops import _at_row
 
@@ -107,32 +107,51 @@ def down(a: Tensor, factor: Factor, core: Tensor, alpha: float, *,
     Args:
         a: (M, K), any strides. factor: S^T, (K, r). core: (r, r); ``transpose_core``: alpha p core.
     """
+    p, q = _outputs(a, core, p_dtype, a.dtype)
+    _launch_down(a, factor, core, p, q, alpha, transpose_core)
+    return p, q
+
+
+@launched(_down_kernel)
+def _launch_down(a: Tensor, factor: Factor, core: Tensor, p: Tensor, q: Tensor, alpha: float,
+                 transpose_core: bool) -> Launch:
     M, K = a.shape
     tile = tile_for("down", a, M, K, core.shape[0])
-    outputs, arguments = _outputs(a, core, alpha, tile, p_dtype, a.dtype, transpose_core)
-    launch(_down_kernel, cdiv(M, tile.m), tile, a.device, a_ptr=a, **factor.arguments(), K=K,
-           stride_am=a.stride(0), stride_ak=a.stride(1), BLOCK_K=tile.k,
-           PRECISION=dot_precision(a.dtype), **arguments)
-    return outputs
+    return Launch(cdiv(M, tile.m), tile, dict(
+        a_ptr=a, **factor.arguments(), K=K, stride_am=a.stride(0), stride_ak=a.stride(1),
+        BLOCK_K=tile.k, PRECISION=dot_precision(a.dtype),
+        **_arguments(a, core, p, q, alpha, tile, transpose_core)))
 
 
 def project(a: Tensor, index: Tensor | None, core: Tensor, alpha: float, *, q_dtype: torch.dtype,
             transpose_core: bool = False) -> tuple[Tensor, Tensor]:
     """p = a[:, index] (M, r), and q = alpha p core^T (M, padded r) in ``q_dtype``."""
-    M = a.shape[0]
-    tile = tile_for("project", a, M, core.shape[0], core.shape[0])
-    outputs, arguments = _outputs(a, core, alpha, tile, a.dtype, q_dtype, transpose_core)
-    launch(_project_kernel, cdiv(M, tile.m), tile, a.device, a_ptr=a, index_ptr=index,
-           stride_am=a.stride(0), stride_ak=a.stride(1), **arguments)
-    return outputs
+    p, q = _outputs(a, core, a.dtype, q_dtype)
+    _launch_project(a, index, core, p, q, alpha, transpose_core)
+    return p, q
 
 
-def _outputs(a, core, alpha, tile, p_dtype, q_dtype, transpose_core):
+@launched(_project_kernel)
+def _launch_project(a: Tensor, index: Tensor | None, core: Tensor, p: Tensor, q: Tensor,
+                    alpha: float, transpose_core: bool) -> Launch:
     M, r = a.shape[0], core.shape[0]
-    p = a.new_empty(M, r, dtype=p_dtype)
-    q = a.new_empty(M, padded_rank(r), dtype=q_dtype)
+    tile = tile_for("project", a, M, r, r)
+    return Launch(cdiv(M, tile.m), tile, dict(
+        a_ptr=a, index_ptr=index, stride_am=a.stride(0), stride_ak=a.stride(1),
+        **_arguments(a, core, p, q, alpha, tile, transpose_core)))
+
+
+def _outputs(a: Tensor, core: Tensor, p_dtype: torch.dtype,
+             q_dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    M, r = a.shape[0], core.shape[0]
+    return a.new_empty(M, r, dtype=p_dtype), a.new_empty(M, padded_rank(r), dtype=q_dtype)
+
+
+def _arguments(a: Tensor, core: Tensor, p: Tensor, q: Tensor, alpha: float, tile: Tile,
+               transpose_core: bool) -> dict:
+    M, r = p.shape
     stride_cj, stride_ck = strides(core.T if transpose_core else core)
-    return (p, q), dict(
+    return dict(
         core_ptr=core, p_ptr=p, q_ptr=q, M=M, R=r, stride_cj=stride_cj, stride_ck=stride_ck,
         stride_qm=q.stride(0), alpha=alpha, BLOCK_M=tile.m, RANK=rank_block(r),
         BLOCK_J=min(rank_block(r), 64), STEP=min(rank_block(r), WIDE_STEP),

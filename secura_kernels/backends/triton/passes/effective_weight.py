@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ...host import GateNumbers, cdiv
 from ..chips import rank_block
-from ..launch import WIDE_STEP, launch, wide_precision
+from ..launch import WIDE_STEP, Launch, launched, wide_precision
 from ..tiles import tile_for
 from .factors import Factor, _factor_tile
 from .gate import _relative_magnitude
@@ -75,17 +75,23 @@ def effective_weight(weight: Tensor, P: Tensor, factor: Factor, r: int, gate: Ga
         weight: (N, K), any strides. P: (N, padded r) float32. factor: R as (K, r). largest: (1,)
             int32, the bits of max(rho), where ``ref`` is "max".
     """
-    N, K = weight.shape
-    tile = tile_for("effective_weight", weight, N, K, r)
     out = None
     if not find_largest:
-        out = torch.empty(N, K, dtype=weight.dtype, device=weight.device)
-    rank = rank_block(r)
-    launch(
-        _effective_weight_kernel, cdiv(N, tile.m) * cdiv(K, tile.n), tile, weight.device,
+        out = torch.empty(weight.shape, dtype=weight.dtype, device=weight.device)
+    _launch_effective_weight(weight, P, factor, decay, out, moved, largest, r, gate, edge)
+    return out
+
+
+@launched(_effective_weight_kernel)
+def _launch_effective_weight(
+    weight: Tensor, P: Tensor, factor: Factor, decay: Tensor | None, out: Tensor | None,
+    moved: Tensor | None, largest: Tensor | None, r: int, gate: GateNumbers, edge: float,
+) -> Launch:
+    (N, K), rank = weight.shape, rank_block(r)
+    tile = tile_for("effective_weight", weight, N, K, r)
+    return Launch(cdiv(N, tile.m) * cdiv(K, tile.n), tile, dict(
         w_ptr=weight, p_ptr=P, **factor.arguments(), decay_ptr=decay, out_ptr=out, moved_ptr=moved,
         largest_ptr=largest, N=N, K=K, stride_wn=weight.stride(0),
         stride_wk=weight.stride(1), stride_pn=P.stride(0), **gate.arguments(), edge=edge,
-        FIND_LARGEST=find_largest, RANK=rank, BLOCK_R=min(rank, WIDE_STEP), BLOCK_N=tile.m,
-        BLOCK_K=tile.n, WIDE=wide_precision(weight.dtype))
-    return out
+        FIND_LARGEST=out is None, RANK=rank, BLOCK_R=min(rank, WIDE_STEP), BLOCK_N=tile.m,
+        BLOCK_K=tile.n, WIDE=wide_precision(weight.dtype)))

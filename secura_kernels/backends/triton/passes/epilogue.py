@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ...host import NO_GATE, GateNumbers, cdiv
 from ..chips import rank_block
-from ..launch import dot_precision, launch
+from ..launch import Launch, dot_precision, launched
 from ..tiles import tile_for
 from .factors import Factor
 from .gate import _relative_magnitude
@@ -59,10 +59,11 @@ def _epilogue_kernel(
         _store(b + d, m, M, n, N, y_ptr)
 
 
+@launched(_epilogue_kernel)
 def epilogue(y: Tensor, h: Tensor, factor: Factor, r: int, *, adapter_bias: Tensor | None = None,
              decay: Tensor | None = None, gate: GateNumbers | None = None,
              largest: Tensor | None = None, saved: Tensor | None = None, save_base: bool = False,
-             moved: Tensor | None = None, edge: float = 0.0, find_largest: bool = False) -> None:
+             moved: Tensor | None = None, edge: float = 0.0, find_largest: bool = False) -> Launch:
     """Turns y (M, N), the base output, into the layer's; ``find_largest`` only raises ``largest``.
 
     Args:
@@ -72,10 +73,9 @@ def epilogue(y: Tensor, h: Tensor, factor: Factor, r: int, *, adapter_bias: Tens
     M, N = y.shape
     tile = tile_for("epilogue", y, M, N, r)
     rank = rank_block(r)
-    launch(
-        _epilogue_kernel, cdiv(M, tile.m) * cdiv(N, tile.n), tile, y.device, y_ptr=y, h_ptr=h,
-        **factor.arguments(), adapter_bias_ptr=adapter_bias, decay_ptr=decay, saved_ptr=saved,
-        moved_ptr=moved, largest_ptr=largest, M=M, N=N, stride_hm=h.stride(0),
+    return Launch(cdiv(M, tile.m) * cdiv(N, tile.n), tile, dict(
+        y_ptr=y, h_ptr=h, **factor.arguments(), adapter_bias_ptr=adapter_bias, decay_ptr=decay,
+        saved_ptr=saved, moved_ptr=moved, largest_ptr=largest, M=M, N=N, stride_hm=h.stride(0),
         **(gate or NO_GATE).arguments(), edge=edge, GATE=gate is not None, SAVE_BASE=save_base,
         FIND_LARGEST=find_largest, RANK=rank, BLOCK_R=min(rank, 64), BLOCK_M=tile.m,
-        BLOCK_N=tile.n, PRECISION=dot_precision(y.dtype))
+        BLOCK_N=tile.n, PRECISION=dot_precision(y.dtype)))

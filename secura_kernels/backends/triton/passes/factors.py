@@ -10,7 +10,7 @@ from torch import Tensor
 from ...host import cdiv, padded_rank
 from ...operands import CurOperands
 from ..chips import rank_block
-from ..launch import launch
+from ..launch import Launch, launched
 from ..tiles import tile_for
 
 
@@ -53,11 +53,17 @@ def _gather(weight: Tensor, cols: Tensor) -> Tensor:
     """W[:, cols] as (N, padded r), so that every row starts on 16 bytes whatever r is."""
     N, r = weight.shape[0], cols.shape[0]
     out = torch.empty(N, padded_rank(r), dtype=weight.dtype, device=weight.device)
-    tile = tile_for("gather", weight, N, r, r)
-    launch(_gather_kernel, cdiv(N, tile.m), tile, weight.device, w_ptr=weight, cols_ptr=cols,
-           out_ptr=out, N=N, R=r, stride_wn=weight.stride(0), stride_wk=weight.stride(1),
-           stride_on=out.stride(0), BLOCK_N=tile.m, RANK=rank_block(r))
+    _launch_gather(weight, cols, out)
     return out
+
+
+@launched(_gather_kernel)
+def _launch_gather(weight: Tensor, cols: Tensor, out: Tensor) -> Launch:
+    N, r = weight.shape[0], cols.shape[0]
+    tile = tile_for("gather", weight, N, r, r)
+    return Launch(cdiv(N, tile.m), tile, dict(
+        w_ptr=weight, cols_ptr=cols, out_ptr=out, N=N, R=r, stride_wn=weight.stride(0),
+        stride_wk=weight.stride(1), stride_on=out.stride(0), BLOCK_N=tile.m, RANK=rank_block(r)))
 
 
 def columns(layer: CurOperands, reads: int) -> Factor:

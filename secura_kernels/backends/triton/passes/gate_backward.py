@@ -18,8 +18,8 @@ from torch import Tensor
 
 from ...host import GateNumbers, cdiv, through_largest
 from ..chips import rank_block
-from ..launch import dot_precision, launch
-from ..tiles import column_parts, tile_for
+from ..launch import Launch, dot_precision, launched
+from ..tiles import Tile, column_parts, tile_for
 from .factors import Factor, _factor_tile
 from .gate import _at_largest, _by_relative_magnitude, _decode, _gate, _relative_magnitude, _sign
 from .tile_ops import _at_row, _change, _divided_by_largest, _store, _vector
@@ -136,29 +136,48 @@ def gate_backward(dy: Tensor, saved: Tensor, factor: Factor, r: int, gate: GateN
         needs: of x, core, adapter_bias. h: given for a full-derivative gate; then adapter_bias and
         largest count as well.
     """
-    M, N = dy.shape
+    (M, N), wide = dy.shape, dict(dtype=torch.float32)
     full = h is not None
-    tile = tile_for("gate_backward_full" if full else "gate_backward", dy, M, N, r)
-    columns = cdiv(cdiv(N, column_parts(M, N)), tile.n) * tile.n
-    blocks, parts = cdiv(M, tile.m), cdiv(N, columns)
-    rank = rank_block(r)
-    fixed = dict(
-        dy_ptr=dy, saved_ptr=saved, h_ptr=h, **factor.arguments(),
-        adapter_bias_ptr=adapter_bias if full else None, decay_ptr=decay, largest_ptr=largest,
-        M=M, N=N, R=r, columns=columns, stride_dm=dy.stride(0), stride_dn=dy.stride(1),
-        stride_vp=M * r, stride_hm=h.stride(0) if full else 0, **gate.arguments(), FULL=full,
-        RANK=rank, BLOCK_R=min(rank, 64), BLOCK_M=tile.m, BLOCK_N=tile.n,
-        PRECISION=dot_precision(dy.dtype))
+    blocks, _, parts = _split(dy, full, r)
+    inputs = (dy, saved, h, factor, adapter_bias if full else None, decay, largest, r, gate)
     through = None
     if full and largest is not None:
-        statistics = dy.new_empty(blocks * parts, 2, dtype=torch.float32)
-        launch(_gate_backward_kernel, blocks * parts, tile, dy.device, **fixed, through_ptr=None,
-               g_ptr=None, v_ptr=None, bias_part_ptr=None, statistics_ptr=statistics,
-               STATISTICS=True)
+        statistics = dy.new_empty(blocks * parts, 2, **wide)
+        _launch_gate_backward(*inputs, statistics=statistics)
         through = through_largest(statistics, largest)
     g = torch.empty_like(saved, dtype=dy.dtype) if needs[0] else None
-    v = dy.new_empty(parts, M, r, dtype=torch.float32) if needs[0] or needs[1] else None
-    sums = dy.new_empty(blocks, N, dtype=torch.float32) if needs[2] else None
-    launch(_gate_backward_kernel, blocks * parts, tile, dy.device, **fixed, through_ptr=through,
-           g_ptr=g, v_ptr=v, bias_part_ptr=sums, statistics_ptr=None, STATISTICS=False)
+    v = dy.new_empty(parts, M, r, **wide) if needs[0] or needs[1] else None
+    sums = dy.new_empty(blocks, N, **wide) if needs[2] else None
+    _launch_gate_backward(*inputs, through=through, g=g, v=v, sums=sums)
     return g, v, None if sums is None else sums.sum(0)
+
+
+def _tile(dy: Tensor, full: bool, r: int) -> Tile:
+    return tile_for("gate_backward_full" if full else "gate_backward", dy, *dy.shape, r)
+
+
+def _split(dy: Tensor, full: bool, r: int) -> tuple[int, int, int]:
+    """Blocks of rows, the columns of a part, and the parts."""
+    (M, N), tile = dy.shape, _tile(dy, full, r)
+    columns = cdiv(cdiv(N, column_parts(M, N)), tile.n) * tile.n
+    return cdiv(M, tile.m), columns, cdiv(N, columns)
+
+
+@launched(_gate_backward_kernel)
+def _launch_gate_backward(
+    dy: Tensor, saved: Tensor, h: Tensor | None, factor: Factor, adapter_bias: Tensor | None,
+    decay: Tensor | None, largest: Tensor | None, r: int, gate: GateNumbers, *,
+    statistics: Tensor | None = None, through: Tensor | None = None, g: Tensor | None = None,
+    v: Tensor | None = None, sums: Tensor | None = None,
+) -> Launch:
+    (M, N), full, rank = dy.shape, h is not None, rank_block(r)
+    tile = _tile(dy, full, r)
+    blocks, columns, parts = _split(dy, full, r)
+    return Launch(blocks * parts, tile, dict(
+        dy_ptr=dy, saved_ptr=saved, h_ptr=h, **factor.arguments(), adapter_bias_ptr=adapter_bias,
+        decay_ptr=decay, largest_ptr=largest, through_ptr=through, g_ptr=g, v_ptr=v,
+        bias_part_ptr=sums, statistics_ptr=statistics, M=M, N=N, R=r, columns=columns,
+        stride_dm=dy.stride(0), stride_dn=dy.stride(1), stride_vp=M * r,
+        stride_hm=h.stride(0) if full else 0, **gate.arguments(), FULL=full, RANK=rank,
+        BLOCK_R=min(rank, 64), BLOCK_M=tile.m, BLOCK_N=tile.n,
+        PRECISION=dot_precision(dy.dtype), STATISTICS=statistics is not None))

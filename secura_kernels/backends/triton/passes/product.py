@@ -12,7 +12,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from ...host import NO_GATE, GateNumbers, cdiv
 from ..chips import processors, rank_block
-from ..launch import dot_precision, launch
+from ..launch import Launch, dot_precision, launched
 from ..tiles import Tile
 from .factors import Factor
 from .tile_ops import _at_row, _change, _gate_and_store, _store, _vector
@@ -114,11 +114,12 @@ def _product_kernel(
                                 code_steps, edge, SAVE_BASE)
 
 
+@launched(_product_kernel)
 def product(a: Tensor, b: Tensor, h: Tensor, factor: Factor, r: int, y: Tensor, tile: Tile, *,
             bias: Tensor | None = None, adapter_bias: Tensor | None = None,
             decay: Tensor | None = None, gate: GateNumbers | None = None,
             saved: Tensor | None = None, save_base: bool = False, moved: Tensor | None = None,
-            edge: float = 0.0) -> None:
+            edge: float = 0.0) -> Launch:
     """Writes y (M, N) = a b^T + h factor^T + biases, gated where ``gate`` is given.
 
     Args:
@@ -127,9 +128,7 @@ def product(a: Tensor, b: Tensor, h: Tensor, factor: Factor, r: int, y: Tensor, 
     """
     M, K = a.shape
     N = b.shape[0]
-    if M == 0:
-        return  # a descriptor of nothing is an error
-    tma = tile.tma and has_descriptor(a, b)
+    tma = tile.tma and M > 0 and has_descriptor(a, b)  # a descriptor of nothing is an error
     k_major = b.stride(1) == 1
     operands = dict(a_ptr=a, b_ptr=b)
     if tma:
@@ -140,15 +139,14 @@ def product(a: Tensor, b: Tensor, h: Tensor, factor: Factor, r: int, y: Tensor, 
     tiles = cdiv(M, tile.m) * cdiv(N, tile.n)
     programs = min(tiles, processors(a.device)) if tile.persistent else tiles
     rank = max(64, rank_block(r))  # with narrower blocks more tiles spill (sm_90, sm_100)
-    launch(
-        _product_kernel, programs, tile, a.device, **operands, h_ptr=h, **factor.arguments(),
-        bias_ptr=bias, adapter_bias_ptr=adapter_bias, decay_ptr=decay, y_ptr=y, saved_ptr=saved,
-        moved_ptr=moved, M=M, N=N, K=K, stride_am=a.stride(0), stride_ak=a.stride(1),
-        stride_bn=b.stride(0), stride_bk=b.stride(1), stride_hm=h.stride(0),
-        **(gate or NO_GATE).arguments(), edge=edge, GATE=gate is not None, SAVE_BASE=save_base,
-        RANK=rank, BLOCK_R=min(rank, 64), BLOCK_M=tile.m, BLOCK_N=tile.n, BLOCK_K=tile.k,
-        GROUP=tile.group, PARTS=tile.parts, TMA=tma, K_MAJOR=k_major,
-        PRECISION=dot_precision(a.dtype))
+    return Launch(programs, tile, dict(
+        **operands, h_ptr=h, **factor.arguments(), bias_ptr=bias, adapter_bias_ptr=adapter_bias,
+        decay_ptr=decay, y_ptr=y, saved_ptr=saved, moved_ptr=moved, M=M, N=N, K=K,
+        stride_am=a.stride(0), stride_ak=a.stride(1), stride_bn=b.stride(0),
+        stride_bk=b.stride(1), stride_hm=h.stride(0), **(gate or NO_GATE).arguments(), edge=edge,
+        GATE=gate is not None, SAVE_BASE=save_base, RANK=rank, BLOCK_R=min(rank, 64),
+        BLOCK_M=tile.m, BLOCK_N=tile.n, BLOCK_K=tile.k, GROUP=tile.group, PARTS=tile.parts,
+        TMA=tma, K_MAJOR=k_major, PRECISION=dot_precision(a.dtype)))
 
 
 def has_descriptor(a: Tensor, b: Tensor) -> bool:

@@ -9,8 +9,8 @@ from torch import Tensor
 
 from ...host import GateNumbers, cdiv, through_largest
 from ..chips import processors, rank_block
-from ..launch import WIDE_STEP, launch, wide_precision
-from ..tiles import tile_for
+from ..launch import WIDE_STEP, Launch, launched, wide_precision
+from ..tiles import Tile, tile_for
 from .effective_weight import _delta_weight_tile, _weight_tile
 from .factors import Factor, _factor_tile
 from .gate import _at_largest, _by_relative_magnitude, _gate, _relative_magnitude, _sign
@@ -77,28 +77,48 @@ def weight_core_gradient(grad: Tensor, weight: Tensor, P: Tensor, factor: Factor
                          full: bool) -> Tensor:
     """Q (N, r) float32. grad: dW_eff (N, K), contiguous; ``full``: with the gate's own derivative;
     other arguments as in ``effective_weight``."""
-    N, K = grad.shape
-    tile = tile_for("weight_core_gradient_full" if full else "weight_core_gradient", grad, N, K, r)
-    # Enough programs to fill the chip, no more: each group of tiles writes a Q of its own.
+    N, wide = grad.shape[0], dict(dtype=torch.float32)
+    _, groups, programs = _split(grad, full, r)
+    inputs = (grad, weight, P, factor, decay, largest, r, gate, full)
+    through = None
+    if full and largest is not None:
+        statistics = grad.new_empty(programs, 2, **wide)
+        _launch_weight_core_gradient(*inputs, statistics=statistics)
+        through = through_largest(statistics, largest)
+    q = grad.new_empty(groups, N, r, **wide)
+    _launch_weight_core_gradient(*inputs, through=through, q=q)
+    return q.sum(0)
+
+
+def _tile(grad: Tensor, full: bool, r: int) -> Tile:
+    return tile_for("weight_core_gradient_full" if full else "weight_core_gradient", grad,
+                    *grad.shape, r)
+
+
+def _split(grad: Tensor, full: bool, r: int) -> tuple[int, int, int]:
+    """Tiles of a program, groups of tiles along K, and programs: enough to fill the chip, no more,
+    as each group writes a Q of its own."""
+    (N, K), tile = grad.shape, _tile(grad, full, r)
     across = cdiv(K, tile.n)
     groups = min(across, max(1, 4 * processors(grad.device) // cdiv(N, tile.m)))
     tiles_per_program = cdiv(across, groups)
     groups = cdiv(across, tiles_per_program)
-    programs = groups * cdiv(N, tile.m)
-    rank = rank_block(r)
-    fixed = dict(
+    return tiles_per_program, groups, groups * cdiv(N, tile.m)
+
+
+@launched(_weight_core_gradient_kernel)
+def _launch_weight_core_gradient(
+    grad: Tensor, weight: Tensor, P: Tensor, factor: Factor, decay: Tensor | None,
+    largest: Tensor | None, r: int, gate: GateNumbers, full: bool, *,
+    statistics: Tensor | None = None, through: Tensor | None = None, q: Tensor | None = None,
+) -> Launch:
+    (N, K), rank = grad.shape, rank_block(r)
+    tile = _tile(grad, full, r)
+    tiles_per_program, _, programs = _split(grad, full, r)
+    return Launch(programs, tile, dict(
         grad_ptr=grad, w_ptr=weight, p_ptr=P, **factor.arguments(), decay_ptr=decay,
-        largest_ptr=largest, N=N, K=K, R=r, stride_wn=weight.stride(0),
-        stride_wk=weight.stride(1), stride_pn=P.stride(0), **gate.arguments(),
-        tiles_per_program=tiles_per_program, FULL=full, RANK=rank, BLOCK_R=min(rank, WIDE_STEP),
-        BLOCK_N=tile.m, BLOCK_K=tile.n, WIDE=wide_precision(grad.dtype))
-    through = None
-    if full and largest is not None:
-        statistics = grad.new_empty(programs, 2, dtype=torch.float32)
-        launch(_weight_core_gradient_kernel, programs, tile, grad.device, **fixed,
-               through_ptr=None, q_ptr=None, statistics_ptr=statistics, STATISTICS=True)
-        through = through_largest(statistics, largest)
-    q = grad.new_empty(groups, N, r, dtype=torch.float32)
-    launch(_weight_core_gradient_kernel, programs, tile, grad.device, **fixed, through_ptr=through,
-           q_ptr=q, statistics_ptr=None, STATISTICS=False)
-    return q.sum(0)
+        largest_ptr=largest, through_ptr=through, q_ptr=q, statistics_ptr=statistics, N=N, K=K,
+        R=r, stride_wn=weight.stride(0), stride_wk=weight.stride(1), stride_pn=P.stride(0),
+        **gate.arguments(), tiles_per_program=tiles_per_program, FULL=full, RANK=rank,
+        BLOCK_R=min(rank, WIDE_STEP), BLOCK_N=tile.m, BLOCK_K=tile.n,
+        WIDE=wide_precision(grad.dtype), STATISTICS=statistics is not None))
