@@ -65,7 +65,8 @@ def error_of_the_code(cases, norm) -> float:
     errors = []
     for c in cases:
         y0, t, C = c.y0.detach().double(), c.t.detach().double(), c.C.double()
-        d = project(t, c.core.detach().double(), c.alpha) @ C.T + c.adapter_bias.detach()
+        layer = c.operands(norm)._replace(core=c.core.detach().double())
+        d = project(t, layer) @ C.T + c.adapter_bias.detach()
         s = inverse_gate(y0, d, norm, relative_magnitude(y0, d, norm.eps).amax())
         back = decode(encode(s.float(), norm, torch.bfloat16), norm, torch.float32)
         errors.append(relative_error(back, s) ** 2)

@@ -12,7 +12,7 @@ ROOT = Path(secura_kernels.__file__).parent
 # no longer name covers.
 LAYERS = [
     ["checks"], ["settings", "selection", "bases"],
-    ["backends.gate_code"], ["backends.host"],
+    ["backends.gate_code", "backends.operands"], ["backends.host"],
     ["backends.reference", "backends.triton", "backends.cuda"], ["ops"], ["functional"],
     ["nn.importance", "nn.optional_tensors", "nn.merge", "nn.past", "nn.state"], ["nn.adapter"],
     ["nn.cores"], ["nn.linear"], ["nn.checkpoint"], ["nn", "peft"],

@@ -116,14 +116,14 @@ def test_impl_switch():
 
 
 def test_auto_is_triton_on_a_gpu_then_cuda_then_the_reference_with_the_reasons(monkeypatch):
-    reasons = {"kernels": None, "cuda": None}
+    reasons = {"triton": None, "cuda": None}
     for package in reasons:
-        monkeypatch.setattr(f"secura_kernels.{package}.why_unavailable",
+        monkeypatch.setattr(f"secura_kernels.backends.{package}.why_unavailable",
                             lambda *_, package=package: reasons[package])
     device, dtype = torch.device("cuda"), torch.bfloat16
     assert resolve("auto", device, dtype, 8) == "triton"
     assert resolve("auto", torch.device("cpu"), dtype, 8) == "reference"
-    reasons["kernels"] = "no luck"
+    reasons["triton"] = "no luck"
     with pytest.warns(UserWarning, match="impl='auto' runs impl='cuda' on cuda: no luck"):
         assert resolve("auto", device, dtype, 8) == "cuda"
     reasons["cuda"] = "nor here"

@@ -241,7 +241,7 @@ class TestBadFiles:
             target.write_bytes(b"half")
             raise KeyboardInterrupt
 
-        monkeypatch.setattr("secura_kernels.adapter_file.save_file", interrupted)
+        monkeypatch.setattr("secura_kernels.nn.checkpoint.save_file", interrupted)
         with pytest.raises(KeyboardInterrupt):
             save_adapter(model_with_layers()[1], path)
         assert path.read_bytes() == before and len(list(path.parent.iterdir())) == 1
