@@ -31,8 +31,9 @@ codegen: .venv/ready  ## compile every kernel for every chip, no GPU needed, and
 gpu:  ## on an NVIDIA GPU: kernels' tests, tuning, benchmarks, plots; installs nothing
 	PYTHONPATH=. $(PYTHON) benchmarks/gpu.py $(ARGS)
 
-lint: .venv/ready  ## check the style
+lint: .venv/ready  ## check the style and the types of the public modules
 	$(BIN)/ruff check .
+	$(BIN)/mypy
 
 # torch first: another package would pull a build of its own choice.
 .venv/ready: pyproject.toml

@@ -3,6 +3,9 @@ and what it may be, raised before anything is changed."""
 
 import math
 from numbers import Integral, Real
+from typing import TypeVar
+
+T = TypeVar("T")
 
 
 def fail(argument: str, value: object, allowed: str) -> ValueError:
@@ -14,21 +17,25 @@ def check_number(argument: str, value: object, allowed: str, low: float, high: f
                  *, open_low: bool = False) -> float:
     """A finite real number in [low, high] (``open_low``: in (low, high])."""
     # A comparison rather than math.isfinite, which torch.compile cannot trace for a symbolic float.
-    if isinstance(value, bool) or not isinstance(value, Real) or not -math.inf < value < math.inf:
+    # (mypy knows no comparisons of ``numbers``.)
+    if isinstance(value, bool) or not isinstance(value, Real) or (
+            not -math.inf < value < math.inf):  # type: ignore[operator]
         raise fail(argument, value, allowed)
-    if value < low or value > high or (open_low and value == low):
+    if value < low or value > high or (  # type: ignore[operator]
+            open_low and value == low):
         raise fail(argument, value, allowed)
     return float(value)
 
 
 def check_int(argument: str, value: object, low: int, high: int, why: str = "") -> int:
     """An integer in [low, high]; ``why`` says where the bounds come from."""
-    if isinstance(value, bool) or not isinstance(value, Integral) or not low <= value <= high:
+    if isinstance(value, bool) or not isinstance(value, Integral) or (
+            not low <= value <= high):  # type: ignore[operator]
         raise fail(argument, value, f"an integer from {low} to {high}{why}")
     return int(value)
 
 
-def check_choice(argument: str, value: object, choices: tuple) -> object:
+def check_choice(argument: str, value: T, choices: tuple) -> T:
     if value not in choices:
         raise fail(argument, value, "one of " + ", ".join(map(repr, choices)))
     return value

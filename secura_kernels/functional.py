@@ -69,7 +69,7 @@ def cur_linear_and_moved(
     (0,) where ``edge`` is 0. Importance decay is chosen from this count. Settings are taken as
     checked."""
     prepare(x, weight)
-    weight, bias = frozen(weight), frozen(bias)
+    weight, bias = frozen(weight), frozen(bias)  # type: ignore[assignment]
     x, weight, bias, C, R = autocast(x, weight, bias, C, R)
     _check_once(x, weight, core, cols, rows, C, R, bias, adapter_bias, decay)
     if forward_mode():
@@ -102,7 +102,7 @@ def check_settings(alpha: float, norm: SMagNorm | None, impl: str) -> None:
         raise fail("norm", norm, "an SMagNorm or None (SMagNorm.of makes one from a name)")
 
 
-def autocast(x: Tensor, *others: Tensor | None) -> tuple[Tensor | None, ...]:
+def autocast(x: Tensor, *others: Tensor | None) -> tuple:
     """``F.linear``'s autocast rule, by hand: the big operands in the autocast dtype, the r x r core
     and the adapter bias as they are."""
     device = x.device.type
