@@ -35,6 +35,9 @@ lint: .venv/ready  ## check the style and the types of the public modules
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 
+docs: .venv/docs-ready  ## build the documentation as a site, in site/
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict $(ARGS)
+
 # torch first: another package would pull a build of its own choice.
 .venv/ready: pyproject.toml
 	$(PYTHON) -c 'import sys; v = "%d.%d" % sys.version_info[:2]; sys.exit(None if sys.version_info >= (3, 11) else "Python >= 3.11 is needed, $(PYTHON) is " + v + ": make PYTHON=python3.12")'
@@ -43,4 +46,8 @@ lint: .venv/ready  ## check the style and the types of the public modules
 	$(BIN)/python -m pip install --quiet --editable '.[peft,quant,demo,dev]'
 	touch $@
 
-.PHONY: help finetune test peft-suite bench forgetting codegen gpu lint
+.venv/docs-ready: .venv/ready
+	$(BIN)/python -m pip install --quiet --editable '.[docs]'
+	touch $@
+
+.PHONY: help finetune test peft-suite bench forgetting codegen gpu lint docs
