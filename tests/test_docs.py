@@ -7,7 +7,7 @@ why -->``, and is compiled only.
 import ast
 import copy
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 
@@ -172,22 +172,64 @@ def test_the_site_has_every_page():
 # Messages
 
 
-def literals() -> list[list[str]]:
-    """Each text that the package's source holds, in the parts that are fixed; a template's fields
-    and a format's are left out."""
-    found = []
-    for path in PACKAGE.rglob("*.py"):
-        for node in ast.walk(ast.parse(path.read_text())):
-            if isinstance(node, ast.JoinedStr):
-                found.append([part.value for part in node.values if isinstance(part, ast.Constant)])
-            elif isinstance(node, ast.Constant) and isinstance(node.value, str):
-                found.append(re.split(r"\{\w*\}", node.value))
-    return found
+# What an argument may be, by the function that says it.
+ALLOWED = {
+    "fail": lambda args: template(args[2]),
+    "check_number": lambda args: template(args[2]),
+    "check_choice": lambda args: "one of …",
+    "check_int": lambda args: f"an integer from {ast.unparse(args[2])} to {ast.unparse(args[3])}",
+}
 
 
-def raised(message: str, texts: list[list[str]]) -> bool:
-    """Whether the fixed parts of ``message``, between its dots, are the package's own words. Of an
-    argument error the argument may be a name that the source computes."""
-    parts = [part.strip() for part in re.split(r"…|\.\.\.", message) if part.strip()]
-    return all(any(part in " ".join(found) or part in "".join(found) for found in texts)
-               for part in parts)
+def template(node: ast.AST) -> str:
+    """The text of an expression, with … for what is known when it runs."""
+    if isinstance(node, ast.Constant) and isinstance(node.value, str):
+        return re.sub(r"\{[\w!]*\}", "…", node.value)
+    if isinstance(node, ast.JoinedStr):
+        return "".join(map(template, node.values))
+    if isinstance(node, ast.BinOp):
+        return template(node.left) + template(node.right)
+    return "…"
+
+
+def texts(node: ast.AST) -> Iterator[str]:
+    """Every text in the package's source but its docstrings; of an argument error the message that
+    ``checks`` makes of it."""
+    if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant):
+        return
+    if isinstance(node, ast.Constant | ast.JoinedStr | ast.BinOp):
+        yield template(node)
+    if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id in ALLOWED:
+        allowed = ALLOWED[node.func.id](node.args)
+        yield f"{template(node.args[0])}=… is not allowed: it must be {allowed}"
+    for child in ast.iter_child_nodes(node):
+        yield from texts(child)
+
+
+def messages() -> list[str]:
+    """What troubleshooting.md has as a heading, and says of no other package."""
+    page = (ROOT / "docs/troubleshooting.md").read_text()
+    return re.findall(r"^### `(.*)`$", page, re.M)
+
+
+@pytest.fixture(scope="module")
+def source() -> list[str]:
+    return [text for path in PACKAGE.rglob("*.py") for text in texts(ast.parse(path.read_text()))]
+
+
+def says(source: list[str], message: str) -> bool:
+    pattern = re.compile(".*?".join(map(re.escape, message.split("…"))), re.S)
+    return any(pattern.search(text) for text in source)
+
+
+@pytest.mark.parametrize("message", messages())
+def test_the_package_says(message, source):
+    assert says(source, message)
+
+
+def test_messages_are_looked_for(source):
+    """Neither a docstring counts, nor an argument's name alone."""
+    assert len(messages()) > 50
+    for message in ("The one form of the package's argument errors", "nonsense=… is not allowed",
+                    "m=… is not allowed: it must be odd"):
+        assert not says(source, message)
