@@ -1,6 +1,6 @@
-"""A hook of MkDocs (``make docs``): the site is README.md and every file of the repository that it
-leads to by relative links. Each keeps its path, so that a link that works in the repository works
-in the site, and a link to a file that is not there ends the build."""
+"""A hook of MkDocs (``make docs``): the site is README.md, docs/ and every file of the repository
+that they lead to by relative links. Each keeps its path, so that a link that works in the
+repository works in the site, and a link to a file that is not there ends the build."""
 
 import re
 from pathlib import Path
@@ -21,7 +21,7 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
 
 def linked() -> list[str]:
     """Paths of the site's files from the repository's root."""
-    found, waiting = set(), [ROOT / name for name in START]
+    found, waiting = set(), [*(ROOT / name for name in START), *(ROOT / "docs").glob("*.md")]
     while waiting:
         path = waiting.pop()
         if path in found or not path.is_file() or not path.is_relative_to(ROOT):
