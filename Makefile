@@ -35,6 +35,9 @@ lint: .venv/ready  ## check the style and the types of the public modules
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 
+format: .venv/ready  ## write the code in ruff's format
+	$(BIN)/ruff format .
+
 docs: .venv/docs-ready  ## build the documentation as a site, in site/
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict $(ARGS)
 
@@ -50,4 +53,4 @@ docs: .venv/docs-ready  ## build the documentation as a site, in site/
 	$(BIN)/python -m pip install --quiet --editable '.[docs]'
 	touch $@
 
-.PHONY: help finetune test peft-suite bench forgetting codegen gpu lint docs
+.PHONY: help finetune test peft-suite bench forgetting codegen gpu lint format docs
