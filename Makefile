@@ -31,8 +31,15 @@ codegen: .venv/ready  ## compile every kernel for every chip, no GPU needed, and
 gpu:  ## on an NVIDIA GPU: kernels' tests, tuning, benchmarks, plots; installs nothing
 	PYTHONPATH=. $(PYTHON) benchmarks/gpu.py $(ARGS)
 
-lint: .venv/ready  ## check the style
+lint: .venv/ready  ## check the style and the types of the public modules
 	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+format: .venv/ready  ## write the code in ruff's format
+	$(BIN)/ruff format .
+
+docs: .venv/docs-ready  ## build the documentation as a site, in site/
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict $(ARGS)
 
 # torch first: another package would pull a build of its own choice.
 .venv/ready: pyproject.toml
@@ -42,4 +49,8 @@ lint: .venv/ready  ## check the style
 	$(BIN)/python -m pip install --quiet --editable '.[peft,quant,demo,dev]'
 	touch $@
 
-.PHONY: help finetune test peft-suite bench forgetting codegen gpu lint
+.venv/docs-ready: .venv/ready
+	$(BIN)/python -m pip install --quiet --editable '.[docs]'
+	touch $@
+
+.PHONY: help finetune test peft-suite bench forgetting codegen gpu lint format docs

@@ -3,6 +3,9 @@ and what it may be, raised before anything is changed."""
 
 import math
 from numbers import Integral, Real
+from typing import Any, TypeVar
+
+T = TypeVar("T")
 
 
 def fail(argument: str, value: object, allowed: str) -> ValueError:
@@ -10,25 +13,27 @@ def fail(argument: str, value: object, allowed: str) -> ValueError:
     return ValueError(f"{argument}={value!r} is not allowed: it must be {allowed}")
 
 
-def check_number(argument: str, value: object, allowed: str, low: float, high: float = math.inf,
+def check_number(argument: str, value: Any, allowed: str, low: float, high: float = math.inf,
                  *, open_low: bool = False) -> float:
     """A finite real number in [low, high] (``open_low``: in (low, high])."""
+    real = isinstance(value, Real) and not isinstance(value, bool)
     # A comparison rather than math.isfinite, which torch.compile cannot trace for a symbolic float.
-    if isinstance(value, bool) or not isinstance(value, Real) or not -math.inf < value < math.inf:
+    if not real or not -math.inf < value < math.inf:
         raise fail(argument, value, allowed)
     if value < low or value > high or (open_low and value == low):
         raise fail(argument, value, allowed)
     return float(value)
 
 
-def check_int(argument: str, value: object, low: int, high: int, why: str = "") -> int:
+def check_int(argument: str, value: Any, low: int, high: int, why: str = "") -> int:
     """An integer in [low, high]; ``why`` says where the bounds come from."""
-    if isinstance(value, bool) or not isinstance(value, Integral) or not low <= value <= high:
+    whole = isinstance(value, Integral) and not isinstance(value, bool)
+    if not whole or not low <= value <= high:
         raise fail(argument, value, f"an integer from {low} to {high}{why}")
     return int(value)
 
 
-def check_choice(argument: str, value: object, choices: tuple) -> object:
+def check_choice(argument: str, value: T, choices: tuple) -> T:
     if value not in choices:
         raise fail(argument, value, "one of " + ", ".join(map(repr, choices)))
     return value

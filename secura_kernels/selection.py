@@ -39,8 +39,10 @@ def select(weight: Tensor, r: int, rule: str = "inverted", *, replace: bool = Fa
         raise fail("replace", replace, f"False with selection={rule!r}, which draws nothing")
     norms = [torch.linalg.vector_norm(weight, dim=dim, dtype=torch.float64) for dim in (0, 1)]
     if rule == "inverted":
-        return tuple(_sample_inverted(n, r, replace, generator) for n in norms)
-    return tuple(n.argsort(stable=True, descending=rule == "highest")[:r] for n in norms)
+        cols, rows = (_sample_inverted(n, r, replace, generator) for n in norms)
+    else:
+        cols, rows = (n.argsort(stable=True, descending=rule == "highest")[:r] for n in norms)
+    return cols, rows
 
 
 def _sample_inverted(norms: Tensor, r: int, replace: bool, generator) -> Tensor:

@@ -293,6 +293,7 @@ def test_wheel_is_pure_by_default(checkout):
     assert done.returncode == 0, done.stderr
     assert wheel.name.endswith("-py3-none-any.whl")
     assert {"csrc/ops.cpp", "csrc/passes.h", "csrc/twice.cu", "compiler.py"} <= inside(wheel)
+    assert "secura_kernels/py.typed" in inside(wheel)
     assert not any(name.endswith((".so", ".o", ".log")) for name in inside(wheel))
     done, sdist = package(checkout, "build_sdist")
     assert done.returncode == 0, done.stderr

@@ -13,7 +13,7 @@ class CurOperands(NamedTuple):
     The tensors come first, in the order in which the ops take them (``tensors``).
 
     Attributes:
-        weight: W (N, K), frozen; None where somebody else computes the base output.
+        weight: W (N, K), frozen.
         bias: (N,), frozen. One floating dtype with W, C and R.
         core: (r, r), any floating dtype.
         cols, rows: (r,) int64, while C = W[:, cols] and R = W[rows, :]; otherwise
@@ -23,7 +23,7 @@ class CurOperands(NamedTuple):
         alpha: scale of the change. norm: the gate, or None.
     """
 
-    weight: Tensor | None
+    weight: Tensor
     bias: Tensor | None
     core: Tensor
     cols: Tensor | None
@@ -38,8 +38,9 @@ class CurOperands(NamedTuple):
     @classmethod
     def of_epilogue(cls, core: Tensor, C: Tensor, adapter_bias: Tensor | None,
                     decay: Tensor | None, alpha: float, norm: SMagNorm | None) -> "CurOperands":
-        """Of a layer whose base output and x R^T somebody else computes."""
-        return cls(None, None, core, None, None, C, None, adapter_bias, decay, alpha, norm)
+        """Of a layer whose base output and x R^T somebody else computes: there is no W."""
+        return cls(None, None, core, None, None, C, None,  # type: ignore[arg-type]
+                   adapter_bias, decay, alpha, norm)
 
     @property
     def r(self) -> int:

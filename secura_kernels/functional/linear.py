@@ -66,7 +66,7 @@ def cur_linear_and_moved(x: Tensor, layer: CurOperands, impl: str,
     (0,) where ``edge`` is 0. Importance decay is chosen from this count. Settings are taken as
     checked."""
     prepare(x, layer.weight)
-    layer = layer._replace(weight=frozen(layer.weight), bias=frozen(layer.bias))
+    layer = _frozen(layer)
     x, layer = _autocast(x, layer)
     _check_once(x, layer)
     norm = layer.norm
@@ -82,6 +82,13 @@ def cur_linear_and_moved(x: Tensor, layer: CurOperands, impl: str,
     y, *_, moved = apply(function, flat, *layer.tensors(), float(layer.alpha), pack_norm(norm),
                          norm is None or norm.detach_gate, edge, impl)
     return y if x.ndim == 2 else y.view(*x.shape[:-1], y.shape[-1]), moved
+
+
+def _frozen(layer: CurOperands) -> CurOperands:
+    weight, bias = frozen(layer.weight), frozen(layer.bias)
+    if weight is layer.weight and bias is layer.bias:
+        return layer
+    return layer._replace(weight=weight, bias=bias)
 
 
 def _autocast(x: Tensor, layer: CurOperands) -> tuple[Tensor, CurOperands]:
@@ -106,7 +113,7 @@ def check_settings(alpha: float, norm: SMagNorm | None, impl: str) -> None:
         raise fail("norm", norm, "an SMagNorm or None (SMagNorm.of makes one from a name)")
 
 
-def autocast(x: Tensor, *others: Tensor | None) -> tuple[Tensor | None, ...]:
+def autocast(x: Tensor, *others: Tensor | None) -> tuple:
     """``F.linear``'s autocast rule, by hand: the big operands in the autocast dtype, the r x r core
     and the adapter bias as they are."""
     device = x.device.type
@@ -134,7 +141,8 @@ def _check_once(x: Tensor, layer: CurOperands) -> None:
 
 
 def _check(x: Tensor, layer: CurOperands) -> None:
-    weight, bias, core, cols, rows, C, R, adapter_bias, decay = layer.tensors()
+    weight, core, bias, C, R = layer.weight, layer.core, layer.bias, layer.C, layer.R
+    cols, rows, adapter_bias, decay = layer.cols, layer.rows, layer.adapter_bias, layer.decay
     if weight.ndim != 2 or not weight.is_floating_point():
         raise fail("weight", f"{weight.dtype} {tuple(weight.shape)}", "floating point, (N, K)")
     N, K = weight.shape
@@ -166,5 +174,6 @@ def _check(x: Tensor, layer: CurOperands) -> None:
         if value is not None and value.device != weight.device:
             raise fail(f"{name}.device", str(value.device), f"the weight's, {weight.device}")
     for name in ("weight", "bias", "C", "R", "decay"):
-        if named[name] is not None and named[name].requires_grad:
+        value = named[name]
+        if value is not None and value.requires_grad:
             raise fail(f"{name}.requires_grad", True, "False: only x, core and adapter_bias train")

@@ -40,7 +40,7 @@ def save_adapter(model: nn.Module, path: str | os.PathLike) -> None:
     Raises:
         ValueError: a model without such layers.
     """
-    tensors = {}
+    tensors: dict[str, Tensor] = {}
     for name, layer in model.named_modules():
         if not isinstance(layer, CURLinear):
             continue

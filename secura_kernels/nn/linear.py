@@ -99,8 +99,9 @@ class CURLinear(Mergeable, Adapter):
         self.stage_weight = None
         matrix = self.base_matrix()
         self.derive(matrix)
-        if self.long_core() is not None:
-            matrix = self.changed(matrix, matrix, self.long_core())
+        earlier = self.long_core()
+        if earlier is not None:
+            matrix = self.changed(matrix, matrix, earlier)
             self.stage_weight = (matrix.T if self.transposed else matrix).contiguous()
 
     # State.
@@ -116,7 +117,7 @@ class CURLinear(Mergeable, Adapter):
 
     def _save_to_state_dict(self, destination, prefix, keep_vars) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
-        if self.merged:
+        if self._unmerged is not None:
             for name, value in zip(("weight", "bias"), self._unmerged, strict=True):
                 destination.pop(prefix + name, None)
                 if value is not None:

@@ -15,9 +15,12 @@ needs the whole matrix wherever the largest ratio is found.
 DTensor comes, which has imported it.
 """
 
+from typing import TypeVar
+
 import torch
 from torch import Tensor
 
+MaybeTensor = TypeVar("MaybeTensor", Tensor, Tensor | None)
 _registered = False
 
 
@@ -26,7 +29,7 @@ def is_dtensor(value: object) -> bool:
     return type(value).__name__ == "DTensor"
 
 
-def frozen(value: Tensor | None) -> Tensor | None:
+def frozen(value: MaybeTensor) -> MaybeTensor:
     """A frozen parameter as FSDP1 (``use_orig_params=True``) hands it over: a part of one flat
     parameter, which requires a gradient if any part of it does. Others as they are."""
     flat = value is not None and value.requires_grad and getattr(value._base, "_is_flat_param", 0)

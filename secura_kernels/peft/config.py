@@ -82,8 +82,8 @@ class SecuraConfig(PeftConfig):
     r: int = 64
     m: int | None = None
     alpha: float = 1.0
-    target_modules: list[str] | str | None = "all-linear"
-    exclude_modules: list[str] | str | None = None
+    target_modules: set[str] | list[str] | str | None = "all-linear"
+    exclude_modules: set[str] | list[str] | str | None = None
     layers_to_transform: list[int] | int | None = None
     layers_pattern: list[str] | str | None = None
     modules_to_save: list[str] | None = None
@@ -91,7 +91,7 @@ class SecuraConfig(PeftConfig):
     selection: str | None = None
     seed: int = 0
     basis: str = "orthonormal"
-    norm: str | dict | None = None
+    norm: SMagNorm | str | dict | None = None
     norm_domain: str | None = None
     a_init: str = "published"
     adapter_bias: bool | None = None

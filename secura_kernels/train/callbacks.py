@@ -93,13 +93,16 @@ class RetentionCallback(TrainerCallback):
         if self.batches is None and forgetting_limit is not None:
             raise fail("forgetting_limit", forgetting_limit, "None without batches")
         check_choice("at_budget", at_budget, ("stop", "hold"))
+        self.budget: Budget | None = None
         if budget is not None:
             check_number("budget", budget, "None or a number > 0", 0, open_low=True)
             if self.batches is None:
                 raise fail("budget", budget, "None without batches, on which it is measured")
-        self.budget = None if budget is None else Budget(budget, at_budget == "hold", self.batches)
+            self.budget = Budget(budget, at_budget == "hold", self.batches)
         self.trainer: Trainer | None = None
         self.stopped: str | None = None
+        self._gradient_norm: float | None = None
+        self._measured_at: int | None = None
 
     def attach(self, trainer: Trainer) -> "RetentionCallback":
         """Joins ``trainer``, to whose callbacks it adds itself where it is not among them yet."""
@@ -176,6 +179,7 @@ class RetentionCallback(TrainerCallback):
     def _log(self, values: dict[str, float], control: TrainerControl) -> None:
         # Trainer.log clears should_log, which may be set for the Trainer's own record of this step.
         should_log = control.should_log
+        assert self.trainer is not None  # or training would not have begun
         self.trainer.log({PREFIX + name: value for name, value in values.items()})
         control.should_log = should_log
 

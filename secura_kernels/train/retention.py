@@ -61,6 +61,7 @@ def drift(model: nn.Module) -> dict[str, Drift]:
                 module.change_factors(adapter) for adapter in adapters]
             moved[name] = _drift(_singular_values(factors), module.base_matrix())
         else:
+            assert adapters is not None  # a PEFT layer
             moved[name] = _dense_drift(name, module, adapters)
     return moved
 

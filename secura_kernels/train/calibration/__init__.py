@@ -11,6 +11,7 @@ import math
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -42,7 +43,7 @@ class Calibration:
     tokens: dict[str, int]
     unit: float
     left_out: tuple[str, ...]
-    moments: dict[str, Moments] = field(repr=False)
+    moments: dict[str, Any] = field(repr=False)
 
 
 def calibrate(
@@ -54,7 +55,7 @@ def calibrate(
     keep: Calibration | None = None,
     weight: float = 1.0,
     tokens: int = 4096,
-    tokenizer=None,
+    tokenizer: Any = None,
     damping: float | None = None,
     rank: int = 256,
     selection: str | None = None,
@@ -142,10 +143,12 @@ def calibrate(
     device = next(iter(layers.values()))[1].cols.device
 
     def over_general(collectors: dict) -> None:
+        assert general is not None
         measure(model, layers, collectors, general, own_loss(model, seed, device), "general",
                 progress)
 
     def over_task(collectors: dict) -> None:
+        assert task is not None
         measure(model, {name: layers[name] for name in collectors}, collectors, task,
                 task_loss(model, loss), "task", progress, labels=True)
 
@@ -156,12 +159,14 @@ def calibrate(
                                         progress=progress))
         chosen = {}
         if selection == "quiet":
+            assert general is not None  # keep is None here
             general = list(general)
             energies = {name: quiet.Energies(*layer) for name, layer in layers.items()}
             over_general(energies)
             chosen = {name: energies[name].quietest(adapter.r, name)
                       for name, (_, adapter) in layers.items()}
-        moments, tests = {}, {}
+        moments: dict[str, Any] = {}
+        tests: dict[tuple[int, int], Tensor] = {}
         if general is not None:
             moments = {name: whitened.Moments(*layer, chosen.get(name)) if basis == "whitened"
                        else natural.Moments(layer[1], rank, seed, tests)
@@ -193,7 +198,7 @@ def calibrate(
                 adapter.choose(*chosen[name], module.base_matrix())
             adapter.whiten(*whole[name])
         _refresh(module)
-    return Calibration(seen or keep.tokens, unit, tuple(few), moments)
+    return Calibration(seen if keep is None else seen or keep.tokens, unit, tuple(few), moments)
 
 
 @contextmanager
@@ -220,12 +225,14 @@ def _refresh(module: nn.Module) -> None:
         module.refresh()
 
 
-def _layers(model: nn.Module, adapter_name: str | None) -> Iterator[tuple[str, tuple]]:
+def _layers(model: nn.Module, adapter_name: str | None) -> Iterator[
+        tuple[str, tuple[nn.Module, Adapter]]]:
     """Each layer whose basis is to be calibrated, by name, and its adapter, which a plain layer is
     itself."""
     for name, module in model.named_modules():
         if not hasattr(module, "change_factors"):
             continue
+        found: Adapter | None = None
         if isinstance(module, Adapter):
             found = module
         else:
@@ -233,7 +240,8 @@ def _layers(model: nn.Module, adapter_name: str | None) -> Iterator[tuple[str, t
             held = [n for n in names if n in module.secura_adapter]
             if len(held) > 1:
                 raise fail("adapter_name", adapter_name, f"one of {held}, all of which are active")
-            found = module.secura_adapter[held[0]] if held else None
+            if held:
+                found = module.secura_adapter[held[0]]
         if found is not None and found.basis in DAMPING:
             yield name, (module, found)
 
@@ -284,8 +292,8 @@ def _check_finite(moments: dict[str, Moments]) -> None:
                              "finite; the model gives NaN there, or float16 overflows")
 
 
-def _joined(keep: Calibration, moments: dict[str, Moments], weight: float,
-            layers: Layers) -> dict[str, Moments]:
+def _joined(keep: Calibration, moments: dict[str, Any], weight: float,
+            layers: Layers) -> dict[str, Any]:
     """The statistics of an earlier call with those measured now."""
     if not isinstance(keep, Calibration):
         raise fail("keep", type(keep).__name__, "None or what an earlier calibrate() returned")
@@ -328,7 +336,7 @@ def _too_few(layers: Layers, moments: dict[str, Moments], seen: dict[str, int],
     return found
 
 
-def _unreached(found: dict[str, object], too_few: str) -> list[str]:
+def _unreached(found: dict[str, Any], too_few: str) -> list[str]:
     """The layers that the task never reaches."""
     names = [name for name, sides in found.items() if sides is None]
     if names and too_few == "error":
