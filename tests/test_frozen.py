@@ -82,9 +82,8 @@ BUILD = {"own": own_layer, "PEFT": peft_layer}
 
 
 def stage_of(kind: str, r: int, settings: dict) -> str:
-    """A stage that leaves W as it is: the package's own layer's M1 changes it, by design, and a
-    gate on the weight takes M2 alone."""
-    m1 = kind == "PEFT" and r > 1 and settings.get("norm") != dict(domain="weight")
+    """Either kind; a gate on the weight takes M2 alone."""
+    m1 = r > 1 and settings.get("norm") != dict(domain="weight")
     return "stage_m1" if m1 else "stage_m2"
 
 

@@ -188,18 +188,15 @@ def test_stages_keep_the_function_without_a_gate(stage, kind, settings):
         layer.A.requires_grad_(False)  # M2 takes A_long <- A, which moves an older base with it
     train(layer)
     x = torch.randn(3, 24, dtype=torch.float64)
-    W, C, R = layer.weight.clone(), layer.weight[:, layer.cols], layer.weight[layer.rows]
+    W = layer.weight.clone()
     for _ in range(2):
         y, delta = layer(x), layer.delta_weight()
         getattr(layer, stage)()
         assert not layer.core_parameter().any()
         torch.testing.assert_close(layer(x), y)
-        assert torch.equal(layer.weight, W) == (stage == "stage_m2")
+        assert torch.equal(layer.weight, W)
         train(layer)
-    # C and R stay those of the first W, or span the same.
-    for kept, first in ((layer.C, C), (layer.R.T, R.T)):
-        Q = torch.linalg.qr(first).Q
-        torch.testing.assert_close(Q @ Q.T @ kept, kept)
+    assert layer.C is None and layer.stage_weight is None  # beside W there is a core, no more
     assert float(delta.norm()) > 0
     if kind is CURLoRALinear:
         y = layer(x)
@@ -207,19 +204,29 @@ def test_stages_keep_the_function_without_a_gate(stage, kind, settings):
         torch.testing.assert_close(layer(x), y)
 
 
-def test_m1_of_the_published_form_folds_delta_w_alone():
+def test_m1_of_the_published_form_keeps_delta_w_alone():
     layer = train(make(SECURALinear, norm="published", adapter_bias=False))
     W, delta = layer.weight.clone(), layer.delta_weight()
     layer.stage_m1()
-    torch.testing.assert_close(layer.weight, nn.Parameter(W + delta, requires_grad=False))
-
-
-def test_m1_of_a_weight_gate_keeps_the_function():
-    layer = train(make(SECURALinear, norm=WEIGHT, adapter_bias=False))
+    assert torch.equal(layer.weight, W)
+    torch.testing.assert_close(layer.stage_weight, W + delta)
     x = torch.randn(3, 24, dtype=torch.float64)
+    torch.testing.assert_close(layer(x), F.linear(x, W + delta, layer.bias))
     y = layer(x)
-    layer.stage_m1()
+    layer.merge()  # nothing is in front of the gate now
     torch.testing.assert_close(layer(x), y)
+
+
+def test_m1_of_a_weight_gate_is_refused():
+    """W_eff is no delta_W. M2 is possible, and so is a new layer over ``to_linear``."""
+    layer = train(make(SECURALinear, norm=WEIGHT, adapter_bias=False))
+    before = {k: v.clone() for k, v in layer.state_dict().items()}
+    with pytest.raises(RuntimeError, match="W_eff is no delta_W; stage_m2 is possible"):
+        layer.stage_m1()
+    assert all(torch.equal(v, before[k]) for k, v in layer.state_dict().items())
+    x = torch.randn(3, 24, dtype=torch.float64)
+    again = SECURALinear(layer.to_linear(), layer.cols, layer.rows, norm=WEIGHT)
+    torch.testing.assert_close(again(x), layer(x))
 
 
 def test_m2_accumulates_as_published():
@@ -233,11 +240,12 @@ def test_m2_accumulates_as_published():
     A = layer.A_long
     C, R = layer.weight[:, layer.cols], layer.weight[layer.rows]
     torch.testing.assert_close(layer.B_long, total)
-    torch.testing.assert_close(layer.stage_weight, layer.weight + C @ A.T @ total.T @ R)
+    torch.testing.assert_close(layer.merged_matrix(layer.weight),
+                               layer.weight + layer.delta_weight() + C @ A.T @ total.T @ R)
 
 
 def test_stages_do_not_mix_and_need_an_unmerged_layer():
-    layer = train(make(CURLoRALinear))
+    layer = train(make(SECURALinear, norm=None))
     layer.merge()
     for stage in (layer.stage_m1, layer.stage_m2):
         with pytest.raises(RuntimeError, match=r"call unmerge\(\) first"):
@@ -279,8 +287,8 @@ def test_conv1d():
         assert isinstance(plain, Conv1D)
         torch.testing.assert_close(plain(x), layers[1](x))
         for layer in layers:
-            layer.stage_m1()
-        torch.testing.assert_close(layers[0].weight.T.clone(), layers[1].weight.data)
+            layer.stage_m2()
+        torch.testing.assert_close(layers[0](x), layers[1](x))
 
 
 class TestImportanceDecay:

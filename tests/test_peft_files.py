@@ -282,7 +282,7 @@ def broken(tensors: dict, how: str) -> dict:
 
 
 @pytest.mark.parametrize("how, message", [
-    ("half", "v_proj': it has no A"), ("no B", "q_proj': it has no B"),
+    ("half", "v_proj': the state has no A"), ("no B", "q_proj': the state has no B"),
     ("unknown tensor", "unknown tensor 'D'"), ("unknown layer", "layers that are not adapted here"),
     ("shape", r"A.shape=\(5, 4\) is not allowed: it must be \(6, 4\)"),
     ("kind", "cols.dtype=torch.float32 is not allowed"),

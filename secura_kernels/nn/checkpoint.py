@@ -33,9 +33,8 @@ KINDS = {kind.__name__: kind for kind in (CURLoRALinear, SECURALinear)}
 def save_adapter(model: nn.Module, path: str | os.PathLike) -> None:
     """Saves every CURLoRALinear and SECURALinear of ``model`` to one safetensors file.
 
-    The base weights are not saved (256 values of each are, to recognise them), except those that an
-    M1 stage has changed. A checksum ties a layer's indices to its core. The file is replaced as a
-    whole or not at all.
+    The base weights are not saved; 256 values of each are, to recognise them. A checksum ties a
+    layer's indices to its core. The file is replaced as a whole or not at all.
 
     Raises:
         ValueError: a model without such layers.
@@ -45,9 +44,8 @@ def save_adapter(model: nn.Module, path: str | os.PathLike) -> None:
         if not isinstance(layer, CURLinear):
             continue
         entries = layer.state_dict()
-        if not layer.base_changed:
-            entries[FINGERPRINT] = fingerprint(entries.pop("weight"))
-            entries.pop("bias", None)
+        entries[FINGERPRINT] = fingerprint(entries.pop("weight"))
+        entries.pop("bias", None)
         entries[CHECKSUM] = checksum(entries)
         tensors |= {_join(name, k): v.contiguous().cpu() for k, v in entries.items()}
     if not tensors:
@@ -126,8 +124,7 @@ def _plan(model: nn.Module, name: str, tensors: dict[str, Tensor], impl: str, fo
             raise ValueError("it was trained on another base: the layer's weight has other values "
                              "(force=True loads it all the same)")
         check_finite(found)
-        if "weight" not in found:
-            found |= {k: own[k] for k in ("weight", "bias") if k in own}
+        found |= {k: own[k] for k in ("weight", "bias") if k in own}  # which no file holds
         about = {FINGERPRINT, CHECKSUM}
         check_state(layer, {k: v for k, v in found.items() if k not in about})
         unknown = set(found) - set(own) - set(layer.optional_shapes()) - about

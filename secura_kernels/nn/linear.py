@@ -13,6 +13,7 @@ from . import state
 from .adapter import Adapter
 from .cores import CURLoRAAdapter, SECURAAdapter
 from .merge import Mergeable
+from .stages import Stages
 
 RUNS_NOWHERE = ("the output projection of nn.MultiheadAttention never runs (the attention takes "
                 "its weight alone), so that nothing put in its place would be used")
@@ -44,7 +45,7 @@ def matrix_of(base: nn.Module) -> Tensor:
     return weight
 
 
-class CURLinear(Mergeable, Adapter):
+class CURLinear(Mergeable, Stages, Adapter):
     """A frozen linear layer whose change is alpha C core R, C and R its own columns and rows.
 
     Use ``CURLoRALinear.from_linear`` or ``SECURALinear.from_linear``. ``weight`` and ``bias`` are
@@ -64,8 +65,8 @@ class CURLinear(Mergeable, Adapter):
         resolve(check_choice("impl", impl, IMPLS), matrix.device, matrix.dtype, self.r)
         self.impl = impl
         self.transposed = not isinstance(base, nn.Linear)
-        self.base_changed = False  # by an M1 stage: W is no longer the one C and R came from
-        self.register_buffer("stage_weight", None, persistent=False)  # derived
+        # With a gate, the matrix that it divides after a stage; derived.
+        self.register_buffer("stage_weight", None, persistent=False)
         self.weight, self.bias = base.weight, base.bias
         self.weight.requires_grad_(False)
         if self.bias is not None:
@@ -76,17 +77,24 @@ class CURLinear(Mergeable, Adapter):
         """(..., K) -> (..., N)."""
         if self.merged or self.disable_adapters:
             return F.linear(x, self.base_matrix(), self.bias)
-        return self.add_past(self.linear(x, self.stage_matrix(), self.bias, self.impl), x)
+        matrix = self.base_matrix() if self.stage_weight is None else self._as_matrix(
+            self.stage_weight)
+        return self.add_past(self.linear(x, matrix, self.bias, self.impl, self.stage_core()), x)
 
     def base_matrix(self) -> Tensor:
         """W (N, K), whatever the layout of the base."""
-        return self.weight.T if self.transposed else self.weight
+        return self._as_matrix(self.weight)
 
-    def stage_matrix(self) -> Tensor:
-        """The matrix (N, K) that the trained core changes: W, until an M2 stage."""
-        if self.stage_weight is None:
-            return self.base_matrix()
-        return self.stage_weight.T if self.transposed else self.stage_weight
+    def _as_matrix(self, weight: Tensor) -> Tensor:
+        return weight.T if self.transposed else weight
+
+    def active_adapter_modules(self) -> list[Adapter]:
+        return [self]
+
+    @torch.no_grad()
+    def stage(self, kind: str) -> None:
+        super().stage(kind)
+        self.refresh()
 
     def change_factors(self) -> tuple[Tensor, Tensor, Tensor]:
         """C (N, r), core (r, r), R (r, K) with delta_W = C core R, M2 stages included; detached."""
@@ -99,10 +107,9 @@ class CURLinear(Mergeable, Adapter):
         self.stage_weight = None
         matrix = self.base_matrix()
         self.derive(matrix)
-        earlier = self.long_core()
-        if earlier is not None:
-            matrix = self.changed(matrix, matrix, earlier)
-            self.stage_weight = (matrix.T if self.transposed else matrix).contiguous()
+        if self.norm is not None and self.long_core() is not None:
+            self.untie(matrix)  # C and R are not columns and rows of what the gate divides
+            self.stage_weight = self._as_matrix(self.stage_matrix(matrix)).contiguous()
 
     # State.
 
@@ -128,11 +135,10 @@ class CURLinear(Mergeable, Adapter):
         found = {k.removeprefix(prefix): v for k, v in state_dict.items() if k.startswith(prefix)}
         if found or strict:
             try:
-                content = state.check_state(self, found, strict)
+                state.check_state(self, found, strict)
             except ValueError as error:
                 raise ValueError(f"{prefix.removesuffix('.') or type(self).__name__}: {error}") \
                     from error
-            self.base_changed = bool(content["base_changed"])
         super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, missing_keys,
                                       unexpected_keys, error_msgs)
         self.stale = False

@@ -19,8 +19,7 @@ SETTINGS = "_extra_state"  # the key under which nn.Module keeps what get_extra_
 
 def pack_settings(layer: nn.Module) -> Tensor:
     """The layer's settings and the format's version as UTF-8 JSON, (bytes,) uint8."""
-    content = dict(format=FORMAT, version=VERSION, base_changed=layer.base_changed,
-                   **layer.settings())
+    content = dict(format=FORMAT, version=VERSION, **layer.settings())
     return torch.tensor(list(json.dumps(content, sort_keys=True).encode()), dtype=torch.uint8)
 
 
@@ -41,8 +40,8 @@ def unpack_settings(packed: object) -> dict:
     return content
 
 
-def check_state(layer: nn.Module, found: dict[str, Tensor], strict: bool = True) -> dict:
-    """Checks a whole state against the layer and returns its settings; changes nothing.
+def check_state(layer: nn.Module, found: dict[str, Tensor], strict: bool = True) -> None:
+    """Checks a whole state against the layer; changes nothing.
 
     Args:
         found: the state by names within the layer. strict: whether every tensor must be there.
@@ -60,7 +59,15 @@ def check_state(layer: nn.Module, found: dict[str, Tensor], strict: bool = True)
             raise ValueError(f"the state was saved with {name}={content.get(name)!r}, the layer "
                              f"was built with {name}={value!r}")
     own = {k: v for k, v in layer.state_dict().items() if k != SETTINGS}
-    optional = layer.optional_shapes()
+    check_tensors(layer, own, found, strict)
+
+
+def check_tensors(adapter: nn.Module, own: dict[str, Tensor], found: dict[str, Tensor],
+                  strict: bool = True) -> None:
+    """Raises ValueError for tensors that an adapter, whose own are ``own``, cannot take: missing
+    ones (with ``strict``), of another shape or kind, a part of those that belong together, indices
+    outside W."""
+    optional = adapter.optional_shapes()
     expected = {k: tuple(v.shape) for k, v in own.items() if k not in optional} | optional
     for name, shape in expected.items():
         if name not in found:
@@ -70,14 +77,13 @@ def check_state(layer: nn.Module, found: dict[str, Tensor], strict: bool = True)
             raise fail(f"{name}.shape", tuple(found[name].shape), f"{shape} for this layer")
         elif found[name].is_floating_point() != _floating(name, own):
             raise fail(f"{name}.dtype", found[name].dtype, "the kind of number the layer holds")
-    for group in map(set, layer.optional_groups()):
+    for group in map(set, adapter.optional_groups()):
         if group & set(found) and not group <= set(found):
             raise ValueError(f"the state has {sorted(group & set(found))} without "
                              f"{sorted(group - set(found))}")
-    for name, size in (("cols", layer.in_features), ("rows", layer.out_features)):
+    for name, size in (("cols", adapter.in_features), ("rows", adapter.out_features)):
         if name in found:
             check_indices(name, found[name], size)
-    return content
 
 
 def fits(found: Tensor, shape: tuple[int | None, ...]) -> bool:

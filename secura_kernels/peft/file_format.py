@@ -17,10 +17,16 @@ from collections.abc import Iterator
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 
-from ..checks import fail
 from ..nn.adapter import Adapter
-from ..nn.state import CHECKSUM, FINGERPRINT, check_finite, check_sum, checksum, fingerprint, fits
-from ..selection import check_indices
+from ..nn.state import (
+    CHECKSUM,
+    FINGERPRINT,
+    check_finite,
+    check_sum,
+    check_tensors,
+    checksum,
+    fingerprint,
+)
 from . import base_weight, places, sharding
 from .config import SecuraConfig
 from .layer import SecuraLinear
@@ -164,25 +170,12 @@ def _checked(part: dict[str, Tensor], layer: SecuraLinear, adapter: Adapter,
     part, whole = dict(part), part
     about = {name: part.pop(name) for name in places.NAMES if name in part}
     optional = adapter.optional_shapes()
-    own = {k: v for k, v in adapter.state_dict().items() if k not in (*optional, *places.NAMES)}
-    shapes = {k: tuple(v.shape) for k, v in own.items()} | optional
-    missing = sorted(set(own) - set(part))
-    if missing:
-        raise ValueError(f"it has no {missing[0]}")
-    for name, value in part.items():
-        if name not in shapes:
-            raise ValueError(f"it holds an unknown tensor {name!r}")
-        if not fits(value, shapes[name]):
-            raise fail(f"{name}.shape", tuple(value.shape), f"{shapes[name]} for this layer")
-        if value.is_floating_point() != (name not in own or own[name].is_floating_point()):
-            raise fail(f"{name}.dtype", value.dtype, "the kind of number the layer holds")
-    for group in map(set, adapter.optional_groups()):
-        if group & set(part) and not group <= set(part):
-            raise ValueError(f"it has {sorted(group & set(part))} without "
-                             f"{sorted(group - set(part))}")
+    own = {k: v for k, v in adapter.state_dict().items() if k not in places.NAMES}
+    unknown = sorted(set(part) - set(own) - set(optional))
+    if unknown:
+        raise ValueError(f"it holds an unknown tensor {unknown[0]!r}")
+    check_tensors(adapter, own, part)
     check_finite(part)
-    check_indices("cols", part["cols"], layer.in_features)
-    check_indices("rows", part["rows"], layer.out_features)
     if "C" not in part and FINGERPRINT not in about:
         raise ValueError(f"it has neither C and R nor a {FINGERPRINT} of its base")
     if FINGERPRINT in about and not force:

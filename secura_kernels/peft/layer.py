@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from ..checks import fail
 from ..nn.adapter import Adapter
 from ..nn.cores import CURLoRAAdapter, SECURAAdapter
+from ..nn.stages import Stages
 from ..nn.state import fingerprint
 from ..ops import resolve
 from ..selection import select
@@ -22,7 +23,7 @@ from .merge import Mergeable
 KINDS = {"secura": SECURAAdapter, "curlora": CURLoRAAdapter}
 
 
-class SecuraLinear(nn.Module, Mergeable, BaseTunerLayer):
+class SecuraLinear(nn.Module, Mergeable, Stages, BaseTunerLayer):
     """A frozen linear layer with named adapters; the fused layer where one is active.
 
     Args:
@@ -116,7 +117,7 @@ class SecuraLinear(nn.Module, Mergeable, BaseTunerLayer):
         if in_weight_domain:
             weight, first = self.base_matrix(), None
             if long_core is not None:
-                weight, first = adapter.changed(weight, weight, long_core), weight
+                weight, first = adapter.stage_matrix(weight), weight
             bias = None if base.bias is None else base.bias.to(weight.dtype)
             y = adapter.linear(x.to(weight.dtype), weight, bias, impl, first=first)
             return y if torch.is_autocast_enabled(x.device.type) else y.to(x.dtype)
@@ -199,30 +200,8 @@ class SecuraLinear(nn.Module, Mergeable, BaseTunerLayer):
             raise fail("adapter_name", adapter_name, f"a name, as {names} are active")
         return self._ready(names[0]).factors(self.base_matrix())
 
-    def stage_m1(self) -> None:
-        """M1 [SECURA]: what the active adapters have learned becomes the next stage's base, their
-        cores are zero, and training goes on. W itself stays as it is: delta_W of all stages so far
-        is kept as one more r x r core, which is the same since C and R stay those of the first W.
-
-        Raises:
-            RuntimeError: a merged layer, one that has taken an M2 stage, or a gate in the weight
-                domain, whose W_eff is no delta_W.
-        """
-        self._stage("m1")
-
-    def stage_m2(self) -> None:
-        """M2 [SECURA]: B_long <- B_long + B, A_long <- A, B = 0 (U_long <- U_long + U, U = 0).
-
-        Raises:
-            RuntimeError: a merged layer, or one that has taken an M1 stage.
-        """
-        self._stage("m2")
-
-    def _stage(self, kind: str) -> None:
-        if self.merged:
-            raise RuntimeError(f"stage_{kind} needs an unmerged layer: call unmerge() first")
-        for name in self._present(self.active_adapters):
-            self.secura_adapter[name].stage(kind)
+    def active_adapter_modules(self) -> list[Adapter]:
+        return [self.secura_adapter[name] for name in self._present(self.active_adapters)]
 
     # PEFT's housekeeping.
 

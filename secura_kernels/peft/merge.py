@@ -6,13 +6,8 @@ import torch
 from peft.tuners.tuners_utils import check_adapters_to_merge
 from torch import Tensor
 
-from ..nn.adapter import Adapter
+from ..nn.merge import CANNOT_MERGE
 from . import base_weight, sharding
-
-CANNOT_MERGE = (
-    "adapter {name!r} cannot be merged: its gate acts on outputs, which is not a linear map of x. "
-    "Either fold delta_W alone (the published M1 step: call stage_m1() on each layer of an adapter "
-    "without adapter_bias, then merge), or train with norm_domain='weight', which merges exactly")
 
 
 class Mergeable:
@@ -34,11 +29,8 @@ class Mergeable:
         if len(names) > 1:
             self._check_several(names)
         for name in names:
-            adapter = self.secura_adapter[name]
-            if adapter.norm is not None and adapter.norm.domain == "output" and any(
-                    p is not None and p.any() for p in (adapter.core_parameter(),
-                                                        adapter.adapter_bias)):
-                raise ValueError(CANNOT_MERGE.format(name=name))
+            if not self.secura_adapter[name].is_linear():
+                raise ValueError(f"adapter {name!r} {CANNOT_MERGE}")
         if safe_merge and names:
             self._check_finite(names, *self._merged_tensors(names))
 
@@ -90,10 +82,10 @@ class Mergeable:
         added."""
         weight = self.base_matrix()
         bias = (self._unmerged or self.get_base_layer()).bias
-        merged = weight.to(torch.promote_types(weight.dtype, torch.float32), copy=True)
+        merged = weight
         for name in names:
             adapter = self._ready(name)
-            merged += self._change(adapter, weight)
+            merged = adapter.merged_matrix(weight, merged)
             if adapter.adapter_bias is not None:
                 more = adapter.adapter_bias.detach()
                 bias = more.to(weight.dtype) if bias is None else (bias + more).to(bias.dtype)
@@ -117,17 +109,6 @@ class Mergeable:
             for adapter in self.secura_adapter.values():
                 self._settle(adapter)
 
-    def _change(self, adapter: Adapter, weight: Tensor) -> Tensor:
-        """What an adapter adds to W (N, K), float32 or wider; M stages included."""
-        wide = torch.promote_types(weight.dtype, torch.float32)
-        change = 0.0
-        if adapter.long_core() is not None:
-            change = adapter.delta(weight, adapter.long_core())
-        if adapter.norm is None or adapter.norm.domain == "output":  # then the core is zero
-            return adapter.delta(weight) + change + adapter.past_delta()
-        stage = (weight.to(wide) + change).to(weight.dtype)
-        return adapter.effective(stage, weight).to(wide) - weight.to(wide)
-
     @torch.no_grad()
     def get_delta_weight(self, adapter: str) -> Tensor:
         """What an adapter adds to the base weight, (N, K) in the base's layout, float32 or wider.
@@ -136,7 +117,11 @@ class Mergeable:
             ValueError: a gate on outputs, which no matrix describes.
         """
         self.check_merge([adapter])
-        change = self._change(self._ready(adapter), self.base_matrix())
+        weight, ready = self.base_matrix(), self._ready(adapter)
+        if ready.norm is not None and ready.norm.domain == "weight":
+            change = ready.merged_matrix(weight).sub_(weight)
+        else:
+            change = ready.whole_delta(weight)
         return change.T if isinstance(self.get_base_layer(), base_weight.Conv1D) else change
 
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
