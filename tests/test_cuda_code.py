@@ -16,7 +16,7 @@ from secura_kernels.cuda.library import SCHEMAS
 from secura_kernels.kernel_host import cdiv
 
 ROOT = Path(__file__).parents[1]
-ARCHES = ("80", "90a", "100a")
+ARCHES = ("80", "90", "100")
 try:
     compiler.tools()
     inspect.cuobjdump()
@@ -58,7 +58,8 @@ def test_no_spill_and_the_needed_instructions(built):
     assert not faults, faults
     for arch in ARCHES:  # every pass, in every dtype
         here = {(c.kernel, c.dtype) for c in found if c.chip == arch}
-        assert here == {(name, dtype) for name in SCHEMAS for dtype in inspect.DTYPES.values()}
+        assert here == {(name, dtype) for name in inspect.ASKED
+                        for dtype in inspect.DTYPES.values()}
 
 
 def test_faults_are_found():
@@ -104,23 +105,6 @@ def test_library_links_only_libtorch_cpu(built):
     assert "[libtorch_cpu.so]" in needed
     for other in ("libtorch_cuda", "libc10_cuda", "libtorch_python", "libcudart"):
         assert other not in needed
-
-
-@compiles
-def test_library_of_other_sources_is_refused(tmp_path):
-    source, library = tmp_path / "source", tmp_path / "other.so"
-    source.mkdir()
-    (source / "none.cu").write_text("\n")
-    (source / "ops.cpp").write_text(
-        "#include <torch/csrc/stable/library.h>\n"
-        "STABLE_TORCH_LIBRARY(secura_cuda, m) {\n"
-        f'  m.def("gather{SCHEMAS["gather"]}");\n  m.def("down(Tensor a) -> ()");\n}}\n')
-    compiler.compile_library(source, library, ["80"], progress=False)
-    done = load(library)
-    assert done.returncode != 0
-    assert (f"RuntimeError: {library} was built from other sources than this version of "
-            "secura_kernels (down: secura_cuda::down(Tensor a) -> ()); build it again"
-            ) in done.stderr
 
 
 def test_schemas_are_those_of_the_sources():
