@@ -83,9 +83,15 @@ def host_library(*flags: str) -> Path:
 
 
 def _compile(command: list[str], sources: list[Path], folder: Path, library: Path) -> None:
+    # The simulated GPU's headers take two thirds of an unoptimised compilation: read once.
+    first = folder / "first.h"
+    first.write_text('#include "cuda_runtime.h"\n')
+    _run([*command, "-x", "c++-header", str(first), "-o", f"{first}.gch"])
+
     def compiled(source: Path) -> str:
         output = folder / f"{source.name}.o"
-        _run([*command, "-x", "c++", "-c", str(source), "-o", str(output)])
+        _run([*command, "-include", str(first), "-x", "c++", "-c", str(source),
+              "-o", str(output)])
         return str(output)
 
     with ThreadPoolExecutor(2) as pool:
