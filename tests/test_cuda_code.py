@@ -95,6 +95,11 @@ def test_names_of_kernels():
         name("new_kernel", "6__half")
 
 
+def test_ptx_is_of_the_newest_chip_alone(built):
+    listed = subprocess.check_output([inspect.cuobjdump(), "-lptx", built], text=True)
+    assert set(re.findall(r"\.sm_(\w+)\.ptx", listed)) == {ARCHES[-1]}
+
+
 def test_library_has_the_ops_for_cuda_alone(built):
     done = load(built)
     assert done.returncode == 0, done.stderr
