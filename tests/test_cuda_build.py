@@ -87,9 +87,10 @@ def test_library_links_only_libtorch_cpu(built):
 
 @compiles
 @pytest.mark.usefixtures("torch_with_cuda")
-def test_torchs_builder_where_torch_has_cuda(tmp_path):
+def test_torchs_builder_where_torch_has_cuda(tmp_path, monkeypatch):
     """``torch.utils.cpp_extension.load``; the library is tied to this torch's CUDA no more than
     nvcc's, nor to this Python."""
+    monkeypatch.setenv("CXX", "env g++ -m64")  # of which torch's builder would make one name
     library = tmp_path / "made" / builder.LIBRARY
     source = write_tiny(tmp_path / "the source", op=True)
     log = builder.compile_library(source, library, ["80"], progress=False).read_text()

@@ -85,11 +85,13 @@ def test_cxx_is_what_nvcc_calls(machine, toolkit, tmp_path, monkeypatch, value):
 
 
 def test_nvccs_own_variable_goes_before_cxx(machine, toolkit, monkeypatch):
+    """For nvcc alone."""
     machine(gxx="g++", ninja="ninja")
     toolkit()
     monkeypatch.setenv("CXX", "g++")
     monkeypatch.setenv("NVCC_CCBIN", "/opt/other/g++")
-    assert toolchain.tools().host == "/opt/other/g++"
+    found = toolchain.tools()
+    assert found.ccbin == "/opt/other/g++" and Path(found.host).name == "g++"
 
 
 @pytest.mark.parametrize("version, torchs", [("12.4", "13.0"), ("13.0", "12.8")])

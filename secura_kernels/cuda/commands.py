@@ -78,8 +78,8 @@ def torch_command(source: Path, found: Tools, arches: Sequence[str], build_dir: 
 def torch_environment(found: Tools) -> dict[str, str]:
     """Where torch's builder looks for what ``tools`` has found."""
     path = os.pathsep.join([str(Path(found.ninja).parent), os.environ.get("PATH", "")])
-    return {"CUDA_HOME": str(toolkit(found.nvcc)), "CXX": os.environ.get("CXX") or found.host,
-            "MAX_JOBS": str(jobs()), "NVCC_CCBIN": found.host, "PATH": path}
+    return {"CUDA_HOME": str(toolkit(found.nvcc)), "CXX": found.host, "PATH": path,
+            "MAX_JOBS": str(jobs()), "NVCC_CCBIN": found.ccbin}
 
 
 def nvcc_command(source: Path, found: Tools, arches: Sequence[str], build_dir: Path) -> list[str]:

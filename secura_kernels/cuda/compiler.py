@@ -146,7 +146,7 @@ def compile_library(source: Path, output: Path, arches: Sequence[str] | None,
     found = tools()
     arches = chips_for(found.nvcc, arches)
     output.parent.mkdir(parents=True, exist_ok=True)
-    env = os.environ | {"NVCC_CCBIN": found.host}
+    env = os.environ | {"NVCC_CCBIN": found.ccbin}
     with contextlib.ExitStack() as stack:
         if build_dir is None:
             build_dir = Path(stack.enter_context(tempfile.TemporaryDirectory()))

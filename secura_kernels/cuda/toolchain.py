@@ -25,7 +25,8 @@ class Tools(NamedTuple):
     nvcc: str
     ninja: str
     torch: Path  # its folder
-    host: str  # the C++ compiler that nvcc calls
+    host: str  # the C++ compiler
+    ccbin: str  # the one that nvcc calls
     version: str  # nvcc's, such as 13.0.88
 
 
@@ -65,7 +66,7 @@ def tools() -> Tools:
                            "\n- ".join(missing))
     version = nvcc_version(nvcc)
     _check_version(nvcc, version)
-    return Tools(nvcc, ninja, torch, host, version)
+    return Tools(nvcc, ninja, torch, host, os.environ.get("NVCC_CCBIN") or host, version)
 
 
 def torch_cuda() -> str | None:
@@ -76,15 +77,14 @@ def torch_cuda() -> str | None:
 
 
 def _host_compiler() -> tuple[str | None, str]:
-    """NVCC_CCBIN, which nvcc itself reads, else CXX, else g++ or c++; or None, and why."""
-    if named := os.environ.get("NVCC_CCBIN"):
-        return named, ""
+    """CXX, else NVCC_CCBIN, which nvcc itself reads, else g++ or c++; or None, and why."""
     if named := os.environ.get("CXX"):
-        # CXX="ccache g++ -m64": nvcc takes the compiler's name alone.
+        # CXX="ccache g++ -m64": nvcc and torch's builder take the compiler's name alone.
         program = [word for word in shlex.split(named) if not word.startswith("-")][-1:]
         found = shutil.which(*program) if program else None
         return found, f"a C++ compiler: CXX is {named!r}, which is not there; correct or unset it"
-    found = shutil.which("g++") or shutil.which("c++")
+    named = os.environ.get("NVCC_CCBIN") or "g++"  # a folder, as nvcc allows, is not found
+    found = shutil.which(named) or shutil.which("g++") or shutil.which("c++")
     return found, "a C++ compiler: install g++ (apt install g++), or set CXX to one"
 
 
