@@ -105,8 +105,9 @@ def test_torchs_builder_where_torch_has_cuda(tmp_path, monkeypatch):
 @compiles
 @pytest.mark.gpu
 def test_op_runs(built):
+    """By its code for sm_80, or on a later chip by the PTX."""
     major, minor = torch.cuda.get_device_capability()
-    if major != 8:
+    if major < 8:
         pytest.skip(f"compiled for sm_80, this is sm_{major}{minor}")
     torch.ops.load_library(built[0])
     x = torch.randn(1000, device="cuda")

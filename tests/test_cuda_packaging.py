@@ -102,21 +102,23 @@ def test_editable_with_the_library(checkout):
 
 
 @compiles
-@pytest.mark.parametrize("hook", ["build_wheel", "build_editable"])
 @pytest.mark.usefixtures("torch_with_cuda")
-def test_torchs_builder_where_torch_has_cuda(checkout, hook):
+def test_torchs_builder_where_torch_has_cuda(checkout):
     """``CUDAExtension`` and ``BuildExtension``."""
     (checkout / "csrc/ops.cpp").write_text(OP)
-    done, wheel = package(checkout, hook, SECURA_BUILD_CUDA="1", SECURA_CUDA_ARCHES="80")
+    settings = dict(SECURA_BUILD_CUDA="1", SECURA_CUDA_ARCHES="80")
+    done, wheel = package(checkout, "build_wheel", **settings)
     assert done.returncode == 0, done.stderr + done.stdout
     assert "building 'secura_cuda' extension" in done.stdout + done.stderr
-    library = checkout / "secura_kernels/cuda" / builder.LIBRARY
-    assert ("-py3-none-linux_" in wheel.name) and library.exists() == (hook == "build_editable")
-    if hook == "build_wheel":
-        names = {name for name in inside(wheel) if name.endswith((".so", ".o", ".log"))}
-        assert names == {builder.LIBRARY}
-        library = zipfile.ZipFile(wheel).extract(f"secura_kernels/cuda/{builder.LIBRARY}", checkout)
+    assert "-py3-none-linux_" in wheel.name
+    assert {name for name in inside(wheel) if name.endswith((".so", ".o", ".log"))} == {
+        builder.LIBRARY}
+    library = zipfile.ZipFile(wheel).extract(f"secura_kernels/cuda/{builder.LIBRARY}", checkout)
     assert needed(library) <= {"libtorch_cpu", "libc10"}
+    (checkout / "csrc/twice.cu").write_text("void twice() { unknown_name = 1; }\n")
+    done, _ = package(checkout, "build_editable", **settings)
+    assert done.returncode == 1 and "unknown_name" in done.stdout + done.stderr
+    assert done.stderr.splitlines()[-1].startswith("SECURA_BUILD_CUDA=1: ")
 
 
 @compiles
