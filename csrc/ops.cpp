@@ -19,6 +19,11 @@
 
 namespace {
 
+// Which sources these are: found in the file before it is loaded (secura_kernels/backends/cuda/compiler.py).
+#define SECURA_TEXT_OF(word) #word
+#define SECURA_TEXT(macro) SECURA_TEXT_OF(macro)
+[[gnu::used]] const char sources[] = "secura_cuda sources " SECURA_TEXT(SECURA_SOURCES);
+
 using namespace secura;
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
@@ -120,6 +125,9 @@ Finish finish_of(const OptionalTensor& adapter_bias, const OptionalTensor& decay
 Launch where(Dtype dtype, int64_t stream) {
   return {dtype, reinterpret_cast<cudaStream_t>(stream)};
 }
+
+// The tensor names the device, which is current.
+void probe_op(const Tensor&, int64_t) { probe(); }
 
 void gather_op(const Tensor& from, const OptionalTensor& index, const Tensor& side,
                int64_t stream) {
@@ -339,6 +347,7 @@ void weight_core_gradient_op(const Tensor& dy, const Tensor& x, const Tensor& we
 }  // namespace
 
 STABLE_TORCH_LIBRARY(secura_cuda, m) {
+  m.def("probe(Tensor like, int stream) -> ()");
   m.def("gather(Tensor matrix, Tensor? index, Tensor(a!) side, int stream) -> ()");
   m.def(
       "down(Tensor a, Tensor side, Tensor core, float alpha, Tensor(a!) p, Tensor(b!) q, "
@@ -375,6 +384,7 @@ STABLE_TORCH_LIBRARY(secura_cuda, m) {
 }
 
 STABLE_TORCH_LIBRARY_IMPL(secura_cuda, SECURA_DISPATCH_KEY, m) {
+  m.impl("probe", TORCH_BOX(&probe_op));
   m.impl("gather", TORCH_BOX(&gather_op));
   m.impl("down", TORCH_BOX(&down_op));
   m.impl("project", TORCH_BOX(&project_op));

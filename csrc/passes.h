@@ -35,6 +35,9 @@ struct Launch {
   cudaStream_t stream;
 };
 
+// Fails where the current device cannot run this library: no code for its chip, an old driver.
+void probe();
+
 // side = matrix[:, index], padded with zeros.
 struct Gather {
   Matrix matrix;         // (long, at least r)

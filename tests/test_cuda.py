@@ -162,25 +162,3 @@ def test_why_unavailable():
         wide.ours(None, impl="cuda")
     reason = library.why_unavailable(torch.device("meta"), torch.float32, 4)
     assert reason == "the CUDA kernels are for NVIDIA GPUs, not meta devices"
-
-
-@pytest.fixture
-def _a_gpu(monkeypatch):
-    """As on a machine with an A100 whose library was never built."""
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: (8, 0))
-    monkeypatch.setattr(library, "_registered_for", lambda key: False)
-    monkeypatch.setattr(library.compiler, "cached", lambda: None)
-    library._why_no_library.cache_clear()
-    yield
-    library._why_no_library.cache_clear()
-
-
-def test_not_built(_a_gpu):
-    reason = library.why_unavailable(torch.device("cuda"), torch.bfloat16, 64)
-    assert "not built: secura_kernels.backends.cuda.build()" in reason
-
-
-def test_too_old(_a_gpu, monkeypatch):
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: (7, 0))
-    reason = library.why_unavailable(torch.device("cuda"), torch.bfloat16, 64)
-    assert reason == "the GPU has compute capability 7.0; the CUDA kernels need 7.5"

@@ -1,4 +1,4 @@
-"""How csrc/ is compiled, cached and packaged, on a source folder of one small kernel."""
+"""How csrc/ is compiled and cached, on a source folder of one small kernel."""
 
 import os
 import shutil
@@ -7,13 +7,20 @@ import subprocess
 import sys
 import threading
 import time
-import zipfile
 from pathlib import Path
 
 import pytest
 import torch
+from cuda_sources import (
+    TINY,
+    fake_toolkit,
+    needed,
+    torch_with_cuda,  # noqa: F401  a fixture
+    write_tiny,
+)
 
 from secura_kernels.backends.cuda import compiler as builder
+from secura_kernels.backends.cuda import toolchain
 
 ROOT = Path(__file__).parents[1]
 try:
@@ -23,58 +30,32 @@ except RuntimeError as error:
     MISSING = str(error)
 compiles = pytest.mark.skipif(bool(MISSING), reason=MISSING)
 
-TINY = {
-    "passes.h": "void twice(const float* x, float* y, long n);\n",
-    "twice.cu": """
-#include "passes.h"
-__global__ void twice_kernel(const float* x, float* y, long n) {
-  const long i = blockIdx.x * long(blockDim.x) + threadIdx.x;
-  if (i < n) y[i] = 2 * x[i];
-}
-void twice(const float* x, float* y, long n) {
-  twice_kernel<<<(n + 255) / 256, 256>>>(x, y, n);
-}
-""",
-    "ops.cpp": """
-#include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/ops.h>
-#include "passes.h"
-using torch::stable::Tensor;
-Tensor run(const Tensor& x) {
-  Tensor y = torch::stable::empty_like(x);
-  twice(static_cast<const float*>(x.data_ptr()), static_cast<float*>(y.data_ptr()), x.numel());
-  return y;
-}
-STABLE_TORCH_LIBRARY(secura_tiny, m) { m.def("twice(Tensor x) -> Tensor"); }
-STABLE_TORCH_LIBRARY_IMPL(secura_tiny, CUDA, m) { m.impl("twice", TORCH_BOX(&run)); }
-""",
-}
-
-
-def write_tiny(folder: Path) -> Path:
-    folder.mkdir(parents=True)
-    for name, text in TINY.items():
-        (folder / name).write_text(text)
-    return folder
-
-
 @pytest.fixture
 def tiny(tmp_path, monkeypatch) -> Path:
-    """The sources, under a name that needs quoting; the user's cache is an empty folder."""
+    """The sources, under a name that needs quoting; the user's cache is an empty folder. They are
+    compiled by nvcc alone: torch's builder would call a g++ beside a toolkit that is none."""
+    monkeypatch.setattr(torch.version, "cuda", None)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     return write_tiny(tmp_path / "tiny source")
 
 
 @pytest.fixture
-def no_tools(tmp_path, monkeypatch):
-    """A machine without a CUDA toolkit and a compiler."""
-    def remove():
-        for name in ("CUDA_HOME", "CUDA_PATH", "NVCC_CCBIN"):
-            monkeypatch.delenv(name, raising=False)
-        monkeypatch.setenv("PATH", str(tmp_path))
-        monkeypatch.setattr(builder, "DEFAULT_CUDA", tmp_path)
+def toolkit(tmp_path, monkeypatch):
+    """Makes a toolkit that only looks like one, and CUDA_HOME name it; "": none is there."""
+    if shutil.which("ninja") is None:
+        pytest.skip("ninja is missing")
+    monkeypatch.setenv("NVCC_CCBIN", "g++")
 
-    return remove
+    def use(version: str, **more: str) -> Path:
+        home = tmp_path / f"cuda-{version}"
+        if version and not home.exists():
+            fake_toolkit(home, version, **more)
+        monkeypatch.setenv("CUDA_HOME", str(home))
+        if not version:
+            monkeypatch.setattr(toolchain.shutil, "which", lambda *_, **__: None)
+        return home
+
+    return use
 
 
 @pytest.fixture(scope="module")
@@ -83,8 +64,8 @@ def built(tmp_path_factory) -> tuple[Path, str]:
     if MISSING:
         pytest.skip(MISSING)
     folder = tmp_path_factory.mktemp("built")
-    library = folder / builder.LIBRARY
-    log = builder.compile_library(write_tiny(folder / "src"), library, ["80"], progress=False)
+    source, library = write_tiny(folder / "src", op=True), folder / builder.LIBRARY
+    log = builder.compile_library(source, library, ["80"], progress=False)
     return library, log.read_text()
 
 
@@ -99,41 +80,101 @@ def test_library_has_the_op_and_needs_little_of_torch(built):
 
 
 def test_library_links_only_libtorch_cpu(built):
-    if shutil.which("readelf") is None or shutil.which("nm") is None:
-        pytest.skip("readelf and nm (binutils) are missing")
-    needed = subprocess.check_output(["readelf", "-d", built[0]], text=True)
-    assert "[libtorch_cpu.so]" in needed and "RUNPATH" not in needed
-    for other in ("libtorch_cuda", "libtorch_python", "libpython", "libcudart"):
-        assert other not in needed
+    assert needed(built[0]) == {"libtorch_cpu"}
     # A second CUDA runtime in the process would take over the calls.
     assert " cuda" not in subprocess.check_output(["nm", "-D", built[0]], text=True)
 
 
 @compiles
+@pytest.mark.usefixtures("torch_with_cuda")
+def test_torchs_builder_where_torch_has_cuda(tmp_path, monkeypatch):
+    """``torch.utils.cpp_extension.load``; the library is tied to this torch's CUDA no more than
+    nvcc's, nor to this Python."""
+    monkeypatch.setenv("CXX", "env g++ -m64")  # of which torch's builder would make one name
+    library = tmp_path / "made" / builder.LIBRARY
+    source = write_tiny(tmp_path / "the source", op=True)
+    log = builder.compile_library(source, library, ["80"], progress=False).read_text()
+    assert "torch.utils.cpp_extension" in log and "twice_kernel" in log and "registers" in log
+    assert needed(library) <= {"libtorch_cpu", "libc10"}
+    assert " cuda" not in subprocess.check_output(["nm", "-D", library], text=True)
+    (source / "twice.cu").write_text("void twice() { unknown_name = 1; }\n")
+    with pytest.raises(RuntimeError, match=r"did not compile:\n .*unknown_name"):
+        builder.compile_library(source, library, ["80"], progress=False)
+
+
+@compiles
 @pytest.mark.gpu
 def test_op_runs(built):
+    """By its code for sm_80, or on a later chip by the PTX."""
     major, minor = torch.cuda.get_device_capability()
-    if major != 8:
+    if major < 8:
         pytest.skip(f"compiled for sm_80, this is sm_{major}{minor}")
     torch.ops.load_library(built[0])
     x = torch.randn(1000, device="cuda")
     assert torch.equal(torch.ops.secura_tiny.twice(x), 2 * x)
 
 
-@compiles
-def test_build_is_cached_and_found_without_nvcc(tiny, no_tools, capsys):
+def test_build_is_cached_and_found_without_nvcc(tiny, toolkit, capsys):
+    toolkit("13.0")
     assert builder.cached(["80"], source=tiny) is None
     library = builder.build(["80"], source=tiny, progress=True)
     assert "compiling secura_kernels CUDA kernels: 100%" in capsys.readouterr().err
     assert library.is_file() and library.with_suffix(".log").is_file()
     assert library.is_relative_to(os.environ["XDG_CACHE_HOME"])
-    no_tools()
+    toolkit("")
     assert builder.build(["80", "80"], source=tiny) == library
     assert builder.cached(["80"], source=tiny) == library
     assert capsys.readouterr().err == ""
+    with pytest.raises(RuntimeError, match="missing"):
+        builder.build(["80"], source=tiny, force=True)
     assert builder.cached(["86"], source=tiny) is None
     (tiny / "passes.h").write_text(TINY["passes.h"] + "// changed\n")
     assert builder.cached(["80"], source=tiny) is None
+
+
+def test_a_library_a_chip_and_nvcc(tiny, toolkit):
+    """Each is compiled once; the one that ``build`` was last asked for is found."""
+    calls = toolkit("13.0") / "calls"
+    first = builder.build(["80"], source=tiny, progress=False)
+    assert builder.build(["90"], source=tiny, progress=False) != first
+    count = len(calls.read_text().splitlines())
+    assert builder.build(["80"], source=tiny, progress=False) == first
+    toolkit("13.1")
+    second = builder.build(["80"], source=tiny, progress=False)
+    assert second != first and builder.cached(["80"], source=tiny) == second
+    toolkit("13.0")
+    assert builder.build(["80"], source=tiny, progress=False) == first
+    assert builder.cached(["80"], source=tiny) == first
+    assert len(calls.read_text().splitlines()) == count
+
+
+def test_force_compiles_again(tiny, toolkit):
+    calls = toolkit("13.0") / "calls"
+    library = builder.build(["80"], source=tiny, progress=False)
+    count = len(calls.read_text().splitlines())
+    library.write_text("spoiled")
+    assert builder.build(["80"], source=tiny, progress=False) == library
+    assert library.read_text() == "spoiled"
+    assert builder.build(["80"], source=tiny, progress=False, force=True) == library
+    assert library.read_text() == "made by 13.0\n"
+    assert len(calls.read_text().splitlines()) == 2 * count
+
+
+def test_nowhere_to_keep_it(tiny, toolkit, tmp_path, monkeypatch):
+    toolkit("13.0")
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))  # stands for one that is read-only
+    with pytest.raises(RuntimeError, match=r"cannot be kept in .*/file/.* set XDG_CACHE_HOME to a"):
+        builder.build(["80"], source=tiny)
+
+    def homeless():
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    monkeypatch.setattr(Path, "home", homeless)
+    for call in builder.build, builder.cached:
+        with pytest.raises(RuntimeError, match="neither XDG_CACHE_HOME nor HOME is set; set XDG"):
+            call(["80"], source=tiny)
 
 
 @compiles
@@ -167,18 +208,19 @@ def test_undefined_symbol_fails_at_link_time(tiny, tmp_path):
         builder.compile_library(tiny, tmp_path / "lib.so", ["80"], progress=False)
 
 
-@compiles
-def test_two_processes_at_once_compile_once(tiny):
+def test_two_processes_at_once_compile_once(tiny, toolkit):
+    calls = toolkit("13.0", compiles='sleep 0.3; : > "$out"') / "calls"
     program = ("import sys; from pathlib import Path\n"
                "from secura_kernels.backends.cuda import compiler\n"
+               "import torch; torch.version.cuda = None\n"
                "print(compiler.build(['80'], source=Path(sys.argv[1]), progress=False))")
     env = os.environ | {"PYTHONPATH": str(ROOT)}
     both = [subprocess.Popen([sys.executable, "-c", program, str(tiny)], env=env, text=True,
                              stdout=subprocess.PIPE, stderr=subprocess.PIPE) for _ in range(2)]
     ends = [process.communicate(timeout=100) for process in both]
-    assert ends[0][0] == ends[1][0] != "" and not any(process.returncode for process in both)
-    assert sum("compiling" in trouble.partition("waiting")[0] for _, trouble in ends) == 1
+    assert ends[0][0] == ends[1][0] != "" and not any(process.returncode for process in both), ends
     assert Path(ends[0][0].strip()).is_file()
+    assert len(calls.read_text().splitlines()) == 3
 
 
 def is_running(pid: str) -> bool:
@@ -188,18 +230,10 @@ def is_running(pid: str) -> bool:
         return False
 
 
-def test_ctrl_c_ends_the_compilers_and_leaves_no_library(tiny, tmp_path, monkeypatch):
-    """nvcc and g++ are stand-ins here: the compiler notes its process and sleeps."""
-    if shutil.which("ninja") is None:
-        pytest.skip("ninja is missing")
+def test_ctrl_c_ends_the_compilers_and_leaves_no_library(tiny, toolkit, tmp_path):
+    """nvcc is a stand-in here: it notes its process and sleeps."""
     notes = tmp_path / "pids"
-    fake = tmp_path / "cuda/bin/nvcc"
-    fake.parent.mkdir(parents=True)
-    fake.write_text(f'#!/bin/sh\n[ "$1" = --version ] && exit\necho $$ >> "{notes}"\n'
-                    "exec sleep 60\n")
-    fake.chmod(0o755)
-    monkeypatch.setenv("CUDA_HOME", str(tmp_path / "cuda"))
-    monkeypatch.setenv("NVCC_CCBIN", "g++")
+    toolkit("13.0", compiles=f'echo $$ >> "{notes}"; exec sleep 60')
 
     def interrupt():
         while not notes.exists():
@@ -217,14 +251,6 @@ def test_ctrl_c_ends_the_compilers_and_leaves_no_library(tiny, tmp_path, monkeyp
     assert builder.cached(["80"], source=tiny) is None
 
 
-def test_missing_tools_are_named_together(tiny, tmp_path, no_tools):
-    no_tools()
-    with pytest.raises(RuntimeError, match="missing") as caught:
-        builder.compile_library(tiny, tmp_path / "lib.so", ["80"])
-    for part in ("nvcc", "CUDA_HOME", "g++"):
-        assert part in str(caught.value)
-
-
 @pytest.mark.parametrize("bad", ["80", ["sm_80"], "abc", ["abc"], [], ["70"], ["80a"], [90], 80])
 def test_bad_arches(tiny, tmp_path, bad):
     for call in (lambda: builder.build(bad, source=tiny),
@@ -235,13 +261,12 @@ def test_bad_arches(tiny, tmp_path, bad):
         assert str(e.value).startswith(f"arches={bad!r} ")
 
 
-def test_arches_of_the_visible_gpus(tiny, monkeypatch):
-    found = [(9, 0), (8, 0), (9, 0), (7, 0), (7, 5), (10, 0), (12, 0)]
-    monkeypatch.setattr(torch.version, "cuda", "13.0")
+def test_chip_of_the_current_gpu(tiny, toolkit, monkeypatch):
+    toolkit("13.0")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: len(found))
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda i: found[i])
-    assert builder._visible_arches() == ["75", "80", "90a", "100a", "120a"]
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (8, 6))
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    assert builder._name(None) == "86"
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(RuntimeError, match=r"no NVIDIA GPU .*arches="):
         builder.build(source=tiny)
@@ -255,90 +280,3 @@ def test_sources(tiny, tmp_path, monkeypatch):
     with pytest.raises(FileNotFoundError, match="CUDA sources are missing"):
         builder.sources()
     assert write_tiny(package / "csrc") == builder.sources()
-
-
-@pytest.fixture
-def checkout(tmp_path) -> Path:
-    """A copy of the repository's packaged part, with the small source for csrc/."""
-    copy = tmp_path / "checkout"
-    shutil.copytree(ROOT / "secura_kernels", copy / "secura_kernels",
-                    ignore=shutil.ignore_patterns("__pycache__", "*.so"))
-    for name in ("pyproject.toml", "setup.py", "MANIFEST.in", "README.md", "LICENSE"):
-        shutil.copy(ROOT / name, copy)
-    write_tiny(copy / "csrc")
-    return copy
-
-
-def package(checkout: Path, hook: str, prelude: str = "", **env: str):
-    """Runs what pip calls in ``checkout``, as pip does; returns the process and the new file."""
-    program = (f"import sys\n{prelude}\nfrom setuptools import build_meta\n"
-               f"print('made', build_meta.{hook}('out'))")
-    (checkout / "out").mkdir(exist_ok=True)
-    clean = {k: v for k, v in os.environ.items() if not k.startswith("SECURA_")}
-    done = subprocess.run([sys.executable, "-c", program], cwd=checkout, env=clean | env,
-                          capture_output=True, text=True)
-    name = done.stdout.rpartition("made ")[2].strip()
-    return done, checkout / "out" / name
-
-
-def inside(wheel: Path) -> set[str]:
-    return {name.removeprefix("secura_kernels/backends/cuda/")
-            for name in zipfile.ZipFile(wheel).namelist()}
-
-
-def test_wheel_is_pure_by_default(checkout):
-    # Left by an earlier editable build.
-    (checkout / "secura_kernels/backends/cuda" / builder.LIBRARY).write_bytes(b"")
-    done, wheel = package(checkout, "build_wheel", SECURA_BUILD_CUDA="0")
-    assert done.returncode == 0, done.stderr
-    assert wheel.name.endswith("-py3-none-any.whl")
-    assert {"csrc/ops.cpp", "csrc/passes.h", "csrc/twice.cu", "compiler.py"} <= inside(wheel)
-    assert "secura_kernels/py.typed" in inside(wheel)
-    assert not any(name.endswith((".so", ".o", ".log")) for name in inside(wheel))
-    done, sdist = package(checkout, "build_sdist")
-    assert done.returncode == 0, done.stderr
-    shutil.unpack_archive(sdist, checkout / "unpacked")
-    unpacked = checkout / "unpacked" / sdist.name.removesuffix(".tar.gz")
-    assert (unpacked / "csrc/twice.cu").is_file() and not any(unpacked.rglob("*.so"))
-    done, wheel = package(unpacked, "build_wheel")
-    assert done.returncode == 0 and "csrc/twice.cu" in inside(wheel), done.stderr
-
-
-def test_editable_is_pure_by_default(checkout):
-    done, wheel = package(checkout, "build_editable")
-    assert done.returncode == 0, done.stderr
-    assert wheel.name.endswith("-py3-none-any.whl")
-    assert "__editable__.secura_kernels-0.1.0.pth" in inside(wheel)
-    assert not (checkout / "secura_kernels/backends/cuda/csrc").exists()
-
-
-@compiles
-def test_wheel_with_the_library(checkout):
-    done, wheel = package(checkout, "build_wheel", SECURA_BUILD_CUDA="1",
-                          SECURA_CUDA_ARCHES="80,90a")
-    assert done.returncode == 0, done.stderr
-    assert "-py3-none-linux_" in wheel.name
-    assert {builder.LIBRARY, "csrc/ops.cpp", "compiler.py"} <= inside(wheel)
-    assert not any(name.endswith((".o", ".log")) for name in inside(wheel))
-    done, wheel = package(checkout, "build_wheel")  # without it again
-    assert wheel.name.endswith("any.whl") and builder.LIBRARY not in inside(wheel)
-
-
-@compiles
-def test_editable_with_the_library(checkout):
-    done, wheel = package(checkout, "build_editable", SECURA_BUILD_CUDA="1",
-                          SECURA_CUDA_ARCHES="80")
-    assert done.returncode == 0, done.stderr
-    assert (checkout / "secura_kernels/backends/cuda" / builder.LIBRARY).is_file()
-    assert builder.LIBRARY not in inside(wheel)
-
-
-@pytest.mark.parametrize("hook", ["build_wheel", "build_editable"])
-def test_packaging_says_why_it_cannot_compile(checkout, hook):
-    """Of pip's isolated build, which has no torch, and of chips that are none."""
-    done, _ = package(checkout, hook, "sys.modules['torch'] = None", SECURA_BUILD_CUDA="1")
-    assert done.returncode == 1
-    assert "SECURA_BUILD_CUDA=1 pip install --no-build-isolation ." in done.stderr
-    done, _ = package(checkout, hook, SECURA_BUILD_CUDA="1", SECURA_CUDA_ARCHES="sm_80")
-    assert done.returncode == 1
-    assert "SECURA_CUDA_ARCHES=['sm_80'] is not allowed" in done.stderr

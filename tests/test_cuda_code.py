@@ -17,7 +17,8 @@ from secura_kernels.backends.host import cdiv
 from secura_kernels.tools import inspect_cuda
 
 ROOT = Path(__file__).parents[1]
-ARCHES = ("80", "90a", "100a")
+# Two, or a clean checkout compiles for long; `make codegen` reads the code for every chip.
+ARCHES = ("80", "90")
 try:
     compiler.tools()
     inspect_cuda.cuobjdump()
@@ -42,10 +43,12 @@ print(json.dumps({name: [has(name, "CUDA"), has(name, "CPU")]
 
 @pytest.fixture(scope="session")
 def built() -> Path:
-    """The real library. A clean machine compiles it in minutes, later runs find it."""
+    """The real library. A clean checkout compiles it in minutes, later runs find it in build/."""
     if MISSING:
         pytest.skip(MISSING)
-    return compiler.build(ARCHES, progress=False)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_CACHE_HOME", str(ROOT / "build"))
+        return compiler.build(ARCHES, progress=False)
 
 
 def load(library: Path) -> subprocess.CompletedProcess:
@@ -59,7 +62,8 @@ def test_no_spill_and_the_needed_instructions(built):
     assert not faults, faults
     for arch in ARCHES:  # every pass, in every dtype
         here = {(c.kernel, c.dtype) for c in found if c.chip == arch}
-        assert here == {(name, dtype) for name in SCHEMAS for dtype in inspect_cuda.DTYPES.values()}
+        assert here == {(name, dtype) for name in inspect_cuda.ASKED
+                        for dtype in inspect_cuda.DTYPES.values()}
 
 
 def test_faults_are_found():
@@ -93,6 +97,11 @@ def test_names_of_kernels():
         name("new_kernel", "6__half")
 
 
+def test_ptx_is_of_the_newest_chip_alone(built):
+    listed = subprocess.check_output([inspect_cuda.cuobjdump(), "-lptx", built], text=True)
+    assert set(re.findall(r"\.sm_(\w+)\.ptx", listed)) == {ARCHES[-1]}
+
+
 def test_library_has_the_ops_for_cuda_alone(built):
     done = load(built)
     assert done.returncode == 0, done.stderr
@@ -106,23 +115,6 @@ def test_library_links_only_libtorch_cpu(built):
     assert "[libtorch_cpu.so]" in needed
     for other in ("libtorch_cuda", "libc10_cuda", "libtorch_python", "libcudart"):
         assert other not in needed
-
-
-@compiles
-def test_library_of_other_sources_is_refused(tmp_path):
-    source, library = tmp_path / "source", tmp_path / "other.so"
-    source.mkdir()
-    (source / "none.cu").write_text("\n")
-    (source / "ops.cpp").write_text(
-        "#include <torch/csrc/stable/library.h>\n"
-        "STABLE_TORCH_LIBRARY(secura_cuda, m) {\n"
-        f'  m.def("gather{SCHEMAS["gather"]}");\n  m.def("down(Tensor a) -> ()");\n}}\n')
-    compiler.compile_library(source, library, ["80"], progress=False)
-    done = load(library)
-    assert done.returncode != 0
-    assert (f"RuntimeError: {library} was built from other sources than this version of "
-            "secura_kernels (down: secura_cuda::down(Tensor a) -> ()); build it again"
-            ) in done.stderr
 
 
 def test_schemas_are_those_of_the_sources():

@@ -19,8 +19,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ..backends.cuda import compiler
+from ..backends.cuda.toolchain import CHIPS
 
-ARCHES = ("75", "80", "86", "89", "90a", "100a", "120a")
 INSTRUCTIONS = ("HMMA", "LDSM", "LDGSTS", "LDG.E.128", "STG.E.128", "LDL", "STL", "FFMA")
 COUNTED = re.compile(r" (HMMA|LDSM|LDGSTS|LDL|STL|FFMA)\b| (LDG|STG)\.E[.\w]*\.128\b")
 
@@ -157,7 +157,7 @@ def cuobjdump() -> str:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--arch", nargs="+", default=list(ARCHES),
+    parser.add_argument("--arch", nargs="+", default=list(CHIPS),
                         help="chips as nvcc names them (default: %(default)s)")
     arches = compiler.check_arches("--arch", parser.parse_args().arch)
     faulty = 0

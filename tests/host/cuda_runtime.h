@@ -301,6 +301,12 @@ inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, 
 }
 
 template <typename T>
+cudaError_t cudaGetSymbolAddress(void** address, T& symbol) {
+  *address = &symbol;
+  return cudaSuccess;
+}
+
+template <typename T>
 cudaError_t cudaFuncSetAttribute(T* kernel, cudaFuncAttribute, int value) {
   const std::lock_guard lock(host::launch_mutex);
   if (value < 0 || value > host::opt_in_bytes()) return host::report(false);

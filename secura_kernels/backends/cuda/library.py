@@ -13,6 +13,7 @@ OLDEST_CHIP = (7, 5)
 
 # What this version calls; csrc/ops.cpp defines the same. Outputs are preallocated: (a!).
 SCHEMAS = {
+    "probe": "(Tensor like, int stream) -> ()",
     "gather": "(Tensor matrix, Tensor? index, Tensor(a!) side, int stream) -> ()",
     "down": "(Tensor a, Tensor side, Tensor core, float alpha, Tensor(a!) p, Tensor(b!) q, "
             "int stream) -> ()",
@@ -56,25 +57,25 @@ def _why_no_library(device: torch.device) -> str | None:
         return None  # the tests' simulated GPU
     if device.type != "cuda" or torch.version.hip is not None:
         return f"the CUDA kernels are for NVIDIA GPUs, not {device.type} devices"
-    major, minor = torch.cuda.get_device_capability(device)
-    if (major, minor) < OLDEST_CHIP:
-        return f"the GPU has compute capability {major}.{minor}; the CUDA kernels need 7.5"
-    if _registered_for("CUDA"):
-        return None
-    library = _find()
-    if library is None:
-        return ("the CUDA kernels are not built: secura_kernels.backends.cuda.build() compiles "
-                "them once (it needs nvcc), or install with SECURA_BUILD_CUDA=1")
     try:
-        load(library)
-    except (OSError, RuntimeError) as error:
+        chip = torch.cuda.get_device_capability(device)
+        if chip < OLDEST_CHIP:
+            return f"the GPU has compute capability {_dotted(chip)}; the CUDA kernels need 7.5"
+        if _loaded is None:
+            _load_for(chip)
+        _probe(device, chip)
+    except RuntimeError as error:
         return str(error)
     return None
 
 
 def _registered_for(key: str) -> bool:
-    return hasattr(torch.ops.secura_cuda, "product") and (
+    return _loaded is not None and (
         torch._C._dispatch_has_kernel_for_dispatch_key("secura_cuda::product", key))
+
+
+def _dotted(chip: tuple[int, int]) -> str:
+    return ".".join(map(str, chip))
 
 
 def build(*args, **kwargs) -> Path:
@@ -84,10 +85,32 @@ def build(*args, **kwargs) -> Path:
     return library
 
 
-def _find() -> Path | None:
-    """The library that was installed with the package, else what ``build`` made."""
-    installed = compiler.HERE / compiler.LIBRARY
-    return installed if installed.is_file() else compiler.cached()
+def _load_for(chip: tuple[int, int]) -> None:
+    """Loads the library that was installed with the package, else what ``build`` made for this
+    chip.
+
+    Raises:
+        RuntimeError: there is none, or none that can be loaded.
+    """
+    installed, reasons = compiler.HERE / compiler.LIBRARY, []
+    for found in (lambda: installed if installed.is_file() else None,
+                  lambda: compiler.cached(["{}{}".format(*chip)])):
+        try:
+            library = found()
+            if library is not None:
+                return load(library)
+        except RuntimeError as error:
+            reasons.append(str(error))
+        except OSError as error:
+            reasons.append(f"the CUDA kernels cannot be loaded: {error}; "
+                           "secura_kernels.backends.cuda.build(force=True) compiles them again")
+    raise RuntimeError("; ".join(reasons) or (
+        f"the CUDA kernels are not built for compute capability {_dotted(chip)}: "
+        "secura_kernels.backends.cuda.build() compiles them once (it needs nvcc), or install with "
+        "SECURA_BUILD_CUDA=1"))
+
+
+_loaded: Path | None = None  # the library that this process has; it takes one, and keeps it
 
 
 def load(library: Path) -> None:
@@ -95,16 +118,41 @@ def load(library: Path) -> None:
 
     Raises:
         OSError: it is not there, or not one for this machine. RuntimeError: it was built from
-            other sources than this version's.
+            other sources than this version's, or another library was loaded before.
     """
-    torch.ops.load_library(str(library))
+    global _loaded
     _why_no_library.cache_clear()
+    foreign = (f"{library} was built from other sources than this version of secura_kernels; "
+               "secura_kernels.backends.cuda.build() compiles these, or install again with "
+               "SECURA_BUILD_CUDA=1")
+    if compiler.digest_of(Path(library)) != compiler.digest(compiler.sources()):
+        raise RuntimeError(foreign)
+    torch.ops.load_library(str(library))
     for name, schema in SCHEMAS.items():
         op = getattr(torch.ops.secura_cuda, name, None)
         found = None if op is None else str(op.default._schema)
         if found != f"secura_cuda::{name}{schema}":
-            raise RuntimeError(f"{library} was built from other sources than this version of "
-                               f"secura_kernels ({name}: {found}); build it again")
+            raise RuntimeError(f"{foreign} ({name}: {found})")
+    _loaded = Path(library)
+
+
+def _probe(device: torch.device, chip: tuple[int, int]) -> None:
+    """Asks the device itself.
+
+    Raises:
+        RuntimeError: the loaded library has no code for it, or the driver is too old.
+    """
+    try:
+        call("probe", torch.empty(0, device=device))
+    except RuntimeError as error:
+        why = str(error).partition("\n")[0]
+        here = {torch.cuda.get_device_capability(i) for i in range(torch.cuda.device_count())}
+        chips = ";".join("{}{}".format(*other) for other in sorted(here))
+        raise RuntimeError(
+            f"the CUDA kernels of {_loaded} do not run on compute capability {_dotted(chip)} here: "
+            f"{why}; update the NVIDIA driver if it is older than the CUDA toolkit that compiled "
+            "them, else compile them for every GPU that is here: SECURA_BUILD_CUDA=1 "
+            f"SECURA_CUDA_ARCHES='{chips}' pip install --no-build-isolation .") from error
 
 
 def call(name: str, like: Tensor, *arguments) -> None:
