@@ -214,7 +214,8 @@ def messages() -> list[str]:
 
 @pytest.fixture(scope="module")
 def source() -> list[str]:
-    return [text for path in PACKAGE.rglob("*.py") for text in texts(ast.parse(path.read_text()))]
+    return [text for path in (*PACKAGE.rglob("*.py"), ROOT / "setup.py")
+            for text in texts(ast.parse(path.read_text()))]
 
 
 def says(source: list[str], message: str) -> bool:
