@@ -21,9 +21,11 @@ PACKAGE = Path("secura_kernels", "backends", "cuda")
 OBJECTS = Path("build", "csrc")
 COMPILE = os.environ.get("SECURA_BUILD_CUDA", "") not in ("", "0")
 ARCHES = os.environ.get("SECURA_CUDA_ARCHES") or None
-NO_TORCH = ("SECURA_BUILD_CUDA=1 compiles against the torch that is installed, and there is none, "
-            "or pip's isolated build does not see it: pip install 'torch>=2.11' 'setuptools>=77' "
-            "ninja, then SECURA_BUILD_CUDA=1 pip install --no-build-isolation .")
+NO_TORCH = (
+    "SECURA_BUILD_CUDA=1 compiles against the torch that is installed, and there is none, "
+    "or pip's isolated build does not see it: pip install 'torch>=2.11' 'setuptools>=77' "
+    "ninja, then SECURA_BUILD_CUDA=1 pip install --no-build-isolation ."
+)
 
 
 def part(name):
@@ -80,13 +82,20 @@ def compile_to(package):
 
     chips = toolchain.gencode(toolchain.chips_for(found.nvcc, arches))
     extension = CUDAExtension(
-        Path(commands.LIBRARY).stem, [str(unit) for unit in commands.units(Path("csrc"))],
-        include_dirs=["csrc"], py_limited_api=True, extra_link_args=commands.CXX_LINK_FLAGS,
-        extra_compile_args={"cxx": [*commands.CXX_FLAGS, commands.stamp(ROOT / "csrc")],
-                            "nvcc": [*commands.FLAGS, *chips]})
+        Path(commands.LIBRARY).stem,
+        [str(unit) for unit in commands.units(Path("csrc"))],
+        include_dirs=["csrc"],
+        py_limited_api=True,
+        extra_link_args=commands.CXX_LINK_FLAGS,
+        extra_compile_args={
+            "cxx": [*commands.CXX_FLAGS, commands.stamp(ROOT / "csrc")],
+            "nvcc": [*commands.FLAGS, *chips],
+        },
+    )
     extension.libraries = []  # CUDAExtension's tie the library to this torch's CUDA
-    build_ext = BuildExtension(Distribution({"ext_modules": [extension]}),
-                               no_python_abi_suffix=True)
+    build_ext = BuildExtension(
+        Distribution({"ext_modules": [extension]}), no_python_abi_suffix=True
+    )
     build_ext.build_lib, build_ext.build_temp = str(package), str(OBJECTS)
     build_ext.ensure_finalized()
     build_ext.run()

@@ -33,32 +33,149 @@ from shapes import RANKS, TOKENS  # noqa: E402
 LAYER = "benchmarks/layer/run.py"
 # Files by name: others need packages that a GPU machine may lack. Hundreds of kernels are compiled,
 # in several processes where pytest-xdist is installed.
-TESTS = ["-m", "pytest", "-m", "gpu", "-p", "no:cacheprovider", "-rfE", "--tb=short",
-         *(["-n", str(min(16, os.cpu_count()))] if importlib.util.find_spec("xdist") else [])]
+TESTS = [
+    "-m",
+    "pytest",
+    "-m",
+    "gpu",
+    "-p",
+    "no:cacheprovider",
+    "-rfE",
+    "--tb=short",
+    *(["-n", str(min(16, os.cpu_count()))] if importlib.util.find_spec("xdist") else []),
+]
 STAGES: dict[str, list[str]] = {
     "cuda-build": ["-c", "from secura_kernels import cuda; print(cuda.build())"],
-    "tests-cuda": [*TESTS, "tests/test_kernels.py", "tests/test_kernel_ops.py",
-                   "tests/test_gpu.py", "tests/test_cuda.py", "tests/test_cuda_build.py", "-k",
-                   "cuda"],
+    "tests-cuda": [
+        *TESTS,
+        "tests/test_kernels.py",
+        "tests/test_kernel_ops.py",
+        "tests/test_gpu.py",
+        "tests/test_cuda.py",
+        "tests/test_cuda_build.py",
+        "-k",
+        "cuda",
+    ],
     "tests-gpu": [*TESTS, "tests/test_gpu.py", "-k", "not cuda"],
-    "tests-triton": [*TESTS, "tests/test_kernels.py", "tests/test_kernel_ops.py",
-                     "tests/test_batched.py", "-k", "not cuda"],
+    "tests-triton": [
+        *TESTS,
+        "tests/test_kernels.py",
+        "tests/test_kernel_ops.py",
+        "tests/test_batched.py",
+        "-k",
+        "not cuda",
+    ],
     "sanitizer": ["benchmarks/sanitize.py"],
-    "tune": ["-m", "secura_kernels", "tune", "--layer", "4096x4096", "8192x8192", "14336x4096",
-             "4096x14336", "--tokens", "2048", "8192", "16384", "--rank", "16", "64"],
-    "bars": [LAYER, "--name", "bars", "--model", "square", "--layer", "4096", "8192", "--tokens",
-             "8192", "16384", "--rank", "16", "64", "150", "--rounds", "20", "--no-compiled"],
+    "tune": [
+        "-m",
+        "secura_kernels",
+        "tune",
+        "--layer",
+        "4096x4096",
+        "8192x8192",
+        "14336x4096",
+        "4096x14336",
+        "--tokens",
+        "2048",
+        "8192",
+        "16384",
+        "--rank",
+        "16",
+        "64",
+    ],
+    "bars": [
+        LAYER,
+        "--name",
+        "bars",
+        "--model",
+        "square",
+        "--layer",
+        "4096",
+        "8192",
+        "--tokens",
+        "8192",
+        "16384",
+        "--rank",
+        "16",
+        "64",
+        "150",
+        "--rounds",
+        "20",
+        "--no-compiled",
+    ],
     # torch.compile takes most of a minute a case.
-    "compiled": [LAYER, "--name", "compiled", "--model", "square", "--layer", "4096", "8192",
-                 "--tokens", "8192", "--rank", "64", "--compiled"],
-    "small": [LAYER, "--name", "small", "--model", "llama-3.1-8b", "--layer", "k_proj",
-              "down_proj", "--tokens", "1", "64", "512", "--rank", "64", "--compiled"],
-    "sweep": [LAYER, "--name", "sweep", "--model", "llama-3.1-8b", "--layer", "q_proj", "--tokens",
-              *map(str, TOKENS), "--rank", *map(str, RANKS), "--rounds", "20", "--no-compiled"],
-    "layer": [LAYER, "--name", "layer", "--model", "llama-3.1-8b", "llama-3-70b-tp8", "qwen2-1.5b",
-              "qwen2-7b", "gemma-2-2b", "gpt2-large", "--layer", "q_proj", "gate_proj",
-              "down_proj", "c_attn", "--tokens", "8192", "--rank", "64", "--rounds", "20",
-              "--no-compiled"],
+    "compiled": [
+        LAYER,
+        "--name",
+        "compiled",
+        "--model",
+        "square",
+        "--layer",
+        "4096",
+        "8192",
+        "--tokens",
+        "8192",
+        "--rank",
+        "64",
+        "--compiled",
+    ],
+    "small": [
+        LAYER,
+        "--name",
+        "small",
+        "--model",
+        "llama-3.1-8b",
+        "--layer",
+        "k_proj",
+        "down_proj",
+        "--tokens",
+        "1",
+        "64",
+        "512",
+        "--rank",
+        "64",
+        "--compiled",
+    ],
+    "sweep": [
+        LAYER,
+        "--name",
+        "sweep",
+        "--model",
+        "llama-3.1-8b",
+        "--layer",
+        "q_proj",
+        "--tokens",
+        *map(str, TOKENS),
+        "--rank",
+        *map(str, RANKS),
+        "--rounds",
+        "20",
+        "--no-compiled",
+    ],
+    "layer": [
+        LAYER,
+        "--name",
+        "layer",
+        "--model",
+        "llama-3.1-8b",
+        "llama-3-70b-tp8",
+        "qwen2-1.5b",
+        "qwen2-7b",
+        "gemma-2-2b",
+        "gpt2-large",
+        "--layer",
+        "q_proj",
+        "gate_proj",
+        "down_proj",
+        "c_attn",
+        "--tokens",
+        "8192",
+        "--rank",
+        "64",
+        "--rounds",
+        "20",
+        "--no-compiled",
+    ],
     "passes": ["benchmarks/layer/passes.py"],
     "mixed": ["benchmarks/layer/mixed.py", "--N", "4096", "--K", "4096", "--tokens", "32"],
     "step-1b": ["benchmarks/step/run.py", "--model", "1b", "--name", "step-1b"],
@@ -83,11 +200,18 @@ def run(name: str, folder: Path, limit: float | None) -> int:
     start = time.time()
     with open(folder / f"{name}.log", "w") as log:
         # A session of its own: ended, it leaves no process of its own behind.
-        process = subprocess.Popen([sys.executable, *STAGES[name]], cwd=ROOT, env=environment,
-                                   stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-                                   start_new_session=True)
-        end = threading.Timer(limit or threading.TIMEOUT_MAX,
-                              lambda: os.killpg(process.pid, signal.SIGKILL))
+        process = subprocess.Popen(
+            [sys.executable, *STAGES[name]],
+            cwd=ROOT,
+            env=environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            start_new_session=True,
+        )
+        end = threading.Timer(
+            limit or threading.TIMEOUT_MAX, lambda: os.killpg(process.pid, signal.SIGKILL)
+        )
         end.daemon = True
         end.start()
         try:
@@ -100,15 +224,17 @@ def run(name: str, folder: Path, limit: float | None) -> int:
             if process.poll() is None:
                 os.killpg(process.pid, signal.SIGKILL)
     device = torch.device("cuda")
-    content = dict(stage=name, status=status, seconds=round(time.time() - start, 1),
-                   **machine.describe(device))
+    content = dict(
+        stage=name, status=status, seconds=round(time.time() - start, 1), **machine.describe(device)
+    )
     (folder / f"{name}.stage.json").write_text(json.dumps(content, indent=1) + "\n")
     return status
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("stage", nargs="*", help=f"of {', '.join(STAGES)}; none: all that are left")
     parser.add_argument("--limit", type=float, help="seconds that a stage may take")
     parser.add_argument("--archive", type=Path, help="a .tar.gz of the results, after every stage")

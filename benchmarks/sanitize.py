@@ -40,14 +40,21 @@ ENVIRONMENT = {
 }
 
 NORMS = {"no gate": None} | {
-    ", ".join([domain, *["max"] * (ref == "max"), *["full"] * (not detach)]):
-        SMagNorm(domain=domain, ref=ref, detach_gate=detach)
-    for domain, ref, detach in product(("output", "weight"), (1.0, "max"), (True, False))}
+    ", ".join([domain, *["max"] * (ref == "max"), *["full"] * (not detach)]): SMagNorm(
+        domain=domain, ref=ref, detach_gate=detach
+    )
+    for domain, ref, detach in product(("output", "weight"), (1.0, "max"), (True, False))
+}
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 # M, N, K, r: one token, sizes that no block divides, rows off 16 bytes, several tiles both ways,
 # several parts of d_core's sum, the largest rank.
-SHAPES = ((1, 96, 64, 5), (67, 131, 97, 12), (130, 264, 200, 150), (300, 144, 272, 64),
-          (65, 280, 264, 256))
+SHAPES = (
+    (1, 96, 64, 5),
+    (67, 131, 97, 12),
+    (130, 264, 200, 150),
+    (300, 144, 272, 64),
+    (65, 280, 264, 256),
+)
 LAYOUTS = ("contiguous", "padded rows", "transposed")  # of x and dy
 
 
@@ -65,9 +72,15 @@ class Case:
     layout: str
 
     def __str__(self) -> str:
-        words = (self.form, "tied" if self.tied else "stored", *["biases"] * self.biases,
-                 *["one pass"] * self.one_pass, str(self.dtype).removeprefix("torch."),
-                 "M {} N {} K {} r {}".format(*self.shape), self.layout)
+        words = (
+            self.form,
+            "tied" if self.tied else "stored",
+            *["biases"] * self.biases,
+            *["one pass"] * self.one_pass,
+            str(self.dtype).removeprefix("torch."),
+            "M {} N {} K {} r {}".format(*self.shape),
+            self.layout,
+        )
         return "; ".join(words)
 
 
@@ -79,8 +92,17 @@ def cases() -> list[Case]:
         both = form in ("no gate", "output", "output, full")
         for one_pass in (False, True) if both else (False,):
             i = len(found)
-            found.append(Case(form, tied, biases, one_pass, dtype, SHAPES[i % len(SHAPES)],
-                              LAYOUTS[i // len(SHAPES) % len(LAYOUTS)]))
+            found.append(
+                Case(
+                    form,
+                    tied,
+                    biases,
+                    one_pass,
+                    dtype,
+                    SHAPES[i % len(SHAPES)],
+                    LAYOUTS[i // len(SHAPES) % len(LAYOUTS)],
+                )
+            )
     return found
 
 
@@ -101,7 +123,7 @@ def run_case(case: Case, impl: str, device: str) -> None:
         if case.layout == "transposed":
             return matrix.T.contiguous().to(device).T
         if case.layout == "padded rows":
-            return torch.nn.functional.pad(matrix, (0, 3)).to(device)[:, :matrix.shape[1]]
+            return torch.nn.functional.pad(matrix, (0, 3)).to(device)[:, : matrix.shape[1]]
         return matrix.to(device)
 
     W = (random(N, K) / K**0.5).to(device)
@@ -119,8 +141,9 @@ def run_case(case: Case, impl: str, device: str) -> None:
         decay = torch.where(torch.rand(N, generator=generator) > 0.5, 0.9, 1.0).to(device)
         trained.append(adapter_bias.requires_grad_())
     with mock.patch.object(linear, "one_pass", lambda *_: case.one_pass):
-        layer = CurOperands(W, bias, core, cols, rows, C, R, adapter_bias, decay, 0.7,
-                            NORMS[case.form])
+        layer = CurOperands(
+            W, bias, core, cols, rows, C, R, adapter_bias, decay, 0.7, NORMS[case.form]
+        )
         y, moved = cur_linear_and_moved(x, layer, impl, 1.2 if case.biases else 0.0)
         gradients = torch.autograd.grad(y, trained, laid_out(random(M, N)))
     names = ("y", "moved", "dx", "dcore", "dadapter_bias")
@@ -134,6 +157,7 @@ def run_case(case: Case, impl: str, device: str) -> None:
 def plain_products(key: str) -> torch.library.Library:
     """Replaces the library's products by multiplying and adding, as long as the result lives: they
     are NVIDIA's to check, and a tool may not see what they write by bulk copies."""
+
     def mm(a: Tensor, b: Tensor) -> Tensor:
         return (a.float()[:, :, None] * b.float()).sum(1).to(a.dtype)
 
@@ -162,17 +186,32 @@ def run(chosen: list[Case], impl: str, device: str) -> None:
 
 def find_sanitizer() -> str | None:
     homes = [os.environ[name] for name in ("CUDA_HOME", "CUDA_PATH") if os.environ.get(name)]
-    folders = [os.environ.get("PATH", ""), *(f"{home}/bin" for home in homes),
-               "/usr/local/cuda/bin"]
+    folders = [
+        os.environ.get("PATH", ""),
+        *(f"{home}/bin" for home in homes),
+        "/usr/local/cuda/bin",
+    ]
     return shutil.which("compute-sanitizer", path=os.pathsep.join(folders))
 
 
 def watch(sanitizer: str, tool: str, part: str, seconds: float) -> str:
     """Runs the cases under a tool; returns what is wrong, "" where nothing is."""
     # Errors that CUDA calls return are PyTorch's own probing; those of our launches raise.
-    command = [sanitizer, "--tool", tool, "--error-exitcode", "1", "--print-limit", "20",
-               *(["--report-api-errors", "no"] if tool == "memcheck" else []),
-               sys.executable, str(Path(__file__).resolve()), "--run", "--case", part]
+    command = [
+        sanitizer,
+        "--tool",
+        tool,
+        "--error-exitcode",
+        "1",
+        "--print-limit",
+        "20",
+        *(["--report-api-errors", "no"] if tool == "memcheck" else []),
+        sys.executable,
+        str(Path(__file__).resolve()),
+        "--run",
+        "--case",
+        part,
+    ]
     # A session of its own: stopped, the tool leaves nobody behind on the GPU.
     process = subprocess.Popen(command, env=os.environ | ENVIRONMENT, start_new_session=True)
     try:
@@ -187,8 +226,9 @@ def watch(sanitizer: str, tool: str, part: str, seconds: float) -> str:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--tool", nargs="+", choices=TOOLS, default=TOOLS)
     parser.add_argument("--case", default="", help="only the cases whose name has this in it")
     parser.add_argument("--limit", type=float, default=SECONDS, help="seconds a tool may take")
@@ -198,15 +238,20 @@ def main() -> int:
     options = parser.parse_args()
     chosen = [case for case in cases() if options.case in str(case)]
     if not chosen:
-        parser.error(f"case={options.case!r} is not allowed: it must be a part of a case's name, "
-                     f"such as {str(cases()[0])!r}")
+        parser.error(
+            f"case={options.case!r} is not allowed: it must be a part of a case's name, "
+            f"such as {str(cases()[0])!r}"
+        )
     if options.run:
         run(chosen, options.impl, options.device)
         return 0
     sanitizer = find_sanitizer()
     if sanitizer is None:
-        print("sanitize: compute-sanitizer is missing: it comes with the CUDA toolkit; looked in "
-              "$PATH, $CUDA_HOME/bin, $CUDA_PATH/bin and /usr/local/cuda/bin", file=sys.stderr)
+        print(
+            "sanitize: compute-sanitizer is missing: it comes with the CUDA toolkit; looked in "
+            "$PATH, $CUDA_HOME/bin, $CUDA_PATH/bin and /usr/local/cuda/bin",
+            file=sys.stderr,
+        )
         return 1
     if not torch.cuda.is_available():
         print("sanitize: no NVIDIA GPU is here", file=sys.stderr)

@@ -15,8 +15,9 @@ LINK = re.compile(r"\]\(([^)#\s]+)[^)]*\)")
 
 def on_files(files: Files, config: MkDocsConfig) -> Files:
     own = [file for file in files if file.src_dir != config.docs_dir]  # the theme's
-    return Files(own + [File(uri, str(ROOT), config.site_dir, config.use_directory_urls)
-                        for uri in linked()])
+    return Files(
+        own + [File(uri, str(ROOT), config.site_dir, config.use_directory_urls) for uri in linked()]
+    )
 
 
 def linked() -> list[str]:
@@ -28,6 +29,8 @@ def linked() -> list[str]:
             continue
         found.add(path)
         if path.suffix == ".md":
-            waiting += [(path.parent / link).resolve()
-                        for link in LINK.findall(path.read_text(encoding="utf-8"))]
+            waiting += [
+                (path.parent / link).resolve()
+                for link in LINK.findall(path.read_text(encoding="utf-8"))
+            ]
     return sorted(path.relative_to(ROOT).as_posix() for path in found)

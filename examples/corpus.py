@@ -45,7 +45,8 @@ class Corpus:
             if (length := len(self.streams[name])) < least:
                 raise InputError(
                     f"argument {argument}: the text is too short: its {name} part has {length} "
-                    f"tokens, {what} needs at least {least}")
+                    f"tokens, {what} needs at least {least}"
+                )
 
     def held_out(self, name: str, seq_len: int, tokens: int) -> Tensor:
         """Fixed windows of the stream `name`, (windows, seq_len) int64.
@@ -66,7 +67,8 @@ class Corpus:
         stream = self.streams["train"]
         generator = torch.Generator().manual_seed(seed)
         starts = torch.randint(
-            len(stream) - seq_len + 1, (steps, batch_size, 1), generator=generator)
+            len(stream) - seq_len + 1, (steps, batch_size, 1), generator=generator
+        )
         return list(stream[starts + torch.arange(seq_len)].long())
 
 
@@ -106,7 +108,8 @@ def read_text(argument: str, path: Path | None) -> str | None:
     except UnicodeDecodeError as error:
         raise InputError(
             f"argument {argument}: '{path}' is not UTF-8 text (byte {error.start}); save it as "
-            "UTF-8") from None
+            "UTF-8"
+        ) from None
 
 
 def encode(tokenizer, passage: str) -> Tensor:

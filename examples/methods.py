@@ -46,8 +46,13 @@ def calibrate_bases(model: nn.Module, job: Job, batches: list[Tensor]) -> None:
 
     from secura_kernels import calibrate
 
-    calibrate(model, tokenizer=AutoTokenizer.from_pretrained(job.model), tokens=OWN_TOKENS,
-              task=[{"input_ids": ids, "labels": ids} for ids in batches], seed=job.seed)
+    calibrate(
+        model,
+        tokenizer=AutoTokenizer.from_pretrained(job.model),
+        tokens=OWN_TOKENS,
+        task=[{"input_ids": ids, "labels": ids} for ids in batches],
+        seed=job.seed,
+    )
 
 
 def save(model: nn.Module, method: str, folder: Path) -> None:

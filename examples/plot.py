@@ -27,9 +27,15 @@ SMOOTHED_FROM = 50  # steps; shorter curves are drawn as they are
 
 def draw(path: Path, results: Results, title: str) -> None:
     """Write the PNG: loss curves on the left, learning against forgetting on the right."""
-    rc = {"font.size": 10, "axes.spines.top": False, "axes.spines.right": False,
-          "axes.edgecolor": GREY, "axes.labelcolor": INK, "xtick.color": INK,
-          "ytick.color": INK}
+    rc = {
+        "font.size": 10,
+        "axes.spines.top": False,
+        "axes.spines.right": False,
+        "axes.edgecolor": GREY,
+        "axes.labelcolor": INK,
+        "xtick.color": INK,
+        "ytick.color": INK,
+    }
     with plt.rc_context(rc):
         figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4.6), layout="constrained")
         draw_losses(left, results)
@@ -51,8 +57,15 @@ def draw_losses(axes: Axes, results: Results) -> None:
         if len(losses) >= SMOOTHED_FROM:
             axes.plot(steps, losses, color=style["color"], alpha=0.15, linewidth=0.8)
             shown = running_mean(losses, 0.9)
-        axes.plot(steps, shown, **style, linewidth=1.8, markersize=6,
-                  markevery=max(1, len(losses) // 8), label=METHODS[name].label)
+        axes.plot(
+            steps,
+            shown,
+            **style,
+            linewidth=1.8,
+            markersize=6,
+            markevery=max(1, len(losses) // 8),
+            label=METHODS[name].label,
+        )
     axes.set(xlabel="training step", ylabel="training loss (nats per token)")
     axes.set_title("Training: the same batches for all", loc="left", fontsize=10)
     axes.xaxis.get_major_locator().set_params(integer=True)
@@ -78,14 +91,25 @@ def draw_retention(axes: Axes, results: Results) -> None:
             style["label"] += f" (outside: {after[0]:.0f}, {after[1]:.2f})"
             axes.plot([], [], **style, markersize=9)
             continue
-        axes.annotate("", after, before, arrowprops={"arrowstyle": "-", "linewidth": 1.2,
-                                                     "color": style["color"], "alpha": 0.35})
+        axes.annotate(
+            "",
+            after,
+            before,
+            arrowprops={
+                "arrowstyle": "-",
+                "linewidth": 1.2,
+                "color": style["color"],
+                "alpha": 0.35,
+            },
+        )
         axes.plot(*after, **style, markersize=9)
     axes.plot(*before, "X", color=INK, markersize=10, label="before training")
     axes.axhline(before[1], color=GREY, linewidth=0.8, linestyle=(0, (4, 4)), zorder=0)
     axes.margins(0.15)
-    axes.set(xlabel="perplexity on held-out task text  (← learned more)",
-             ylabel="general text: next token as before  (kept more →)")
+    axes.set(
+        xlabel="perplexity on held-out task text  (← learned more)",
+        ylabel="general text: next token as before  (kept more →)",
+    )
     axes.set_title("Learning against forgetting: high and left is good", loc="left", fontsize=10)
     axes.grid(color="#E6E6E6", linewidth=0.8)
     axes.legend(frameon=False)

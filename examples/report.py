@@ -25,8 +25,16 @@ def print_table(results: Results, console: Console) -> None:
         "peak\nmemory",
     ):
         table.add_column(heading, justify="right")
-    table.add_row("before", "0", f"{base['task_perplexity']:.2f}",
-                  f"{base['general_perplexity']:.2f}", "1.000", "", "", style="dim")
+    table.add_row(
+        "before",
+        "0",
+        f"{base['task_perplexity']:.2f}",
+        f"{base['general_perplexity']:.2f}",
+        "1.000",
+        "",
+        "",
+        style="dim",
+    )
     for name, result in trained(results).items():
         table.add_row(
             name,

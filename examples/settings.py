@@ -31,11 +31,17 @@ class Method:
 METHODS = {
     "natural": Method("CURLoRA, natural", "secura_kernels", 7e-3, {"r": 64, "basis": "natural"}),
     "curlora": Method(
-        "CURLoRA published", "secura_kernels", 2e-3,
-        {"r": 16, "selection": "inverted", "basis": "raw"}),
+        "CURLoRA published",
+        "secura_kernels",
+        2e-3,
+        {"r": 16, "selection": "inverted", "basis": "raw"},
+    ),
     "secura": Method(
-        "SECURA published", "secura_kernels", 1e-4,
-        {"r": 150, "m": 200, "selection": "lowest", "basis": "raw", "norm": "published"}),
+        "SECURA published",
+        "secura_kernels",
+        1e-4,
+        {"r": 150, "m": 200, "selection": "lowest", "basis": "raw", "norm": "published"},
+    ),
     "lora": Method("LoRA", "peft", 5e-4, {"r": 16, "lora_alpha": 16}),
     "dora": Method("DoRA", "peft", 5e-4, {"r": 16, "lora_alpha": 16, "use_dora": True}),
     "full": Method("full fine-tuning", "torch", 3.5e-5, {}),

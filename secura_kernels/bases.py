@@ -41,7 +41,8 @@ def orthonormal_basis(C: Tensor, R: Tensor) -> tuple[Tensor, Tensor, Tensor, Ten
             raise ValueError(
                 f"basis='orthonormal' is not allowed: the {s.shape[0]} chosen {name} of the weight "
                 f"are linearly dependent (rank {rank}); choose others (selection, a smaller r, "
-                "replace=False) or basis='raw'")
+                "replace=False) or basis='raw'"
+            )
         sign = torch.where(s.diagonal() < 0, -1.0, 1.0).to(s.dtype)
         out += [q * sign, s * sign[:, None]]
     return tuple(out)

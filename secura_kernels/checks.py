@@ -13,8 +13,15 @@ def fail(argument: str, value: object, allowed: str) -> ValueError:
     return ValueError(f"{argument}={value!r} is not allowed: it must be {allowed}")
 
 
-def check_number(argument: str, value: Any, allowed: str, low: float, high: float = math.inf,
-                 *, open_low: bool = False) -> float:
+def check_number(
+    argument: str,
+    value: Any,
+    allowed: str,
+    low: float,
+    high: float = math.inf,
+    *,
+    open_low: bool = False,
+) -> float:
     """A finite real number in [low, high] (``open_low``: in (low, high])."""
     real = isinstance(value, Real) and not isinstance(value, bool)
     # A comparison rather than math.isfinite, which torch.compile cannot trace for a symbolic float.

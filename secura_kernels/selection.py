@@ -11,8 +11,14 @@ from .checks import check_choice, check_int, fail
 RULES = ("inverted", "lowest", "highest")
 
 
-def select(weight: Tensor, r: int, rule: str = "inverted", *, replace: bool = False,
-           generator: torch.Generator | None = None) -> tuple[Tensor, Tensor]:
+def select(
+    weight: Tensor,
+    r: int,
+    rule: str = "inverted",
+    *,
+    replace: bool = False,
+    generator: torch.Generator | None = None,
+) -> tuple[Tensor, Tensor]:
     """Chooses r columns and r rows of W.
 
     Args:
@@ -56,8 +62,12 @@ def _sample_inverted(norms: Tensor, r: int, replace: bool, generator) -> Tensor:
     positive = p > 0
     available = int(positive.sum())
     if not replace and available < r:
-        raise fail("r", r, f"at most {available} here, the number of non-zero columns or rows of "
-                           "the weight, when sampling without replacement")
+        raise fail(
+            "r",
+            r,
+            f"at most {available} here, the number of non-zero columns or rows of "
+            "the weight, when sampling without replacement",
+        )
     q = torch.where(positive, p[positive].min() / p, 0)  # proportional to 1 / p, within [0, 1]
     return torch.multinomial(q, r, replacement=replace, generator=generator).to(norms.device)
 
@@ -66,8 +76,10 @@ def check_weight(weight: Tensor) -> None:
     """W must be a finite, non-zero floating-point matrix."""
     if not isinstance(weight, Tensor) or not weight.is_floating_point():
         what = weight.dtype if isinstance(weight, Tensor) else type(weight).__name__
-        raise TypeError(f"weight has dtype {what}: it must be a floating-point tensor "
-                        "(dequantise a quantised weight first)")
+        raise TypeError(
+            f"weight has dtype {what}: it must be a floating-point tensor "
+            "(dequantise a quantised weight first)"
+        )
     if weight.ndim != 2:
         raise fail("weight.shape", tuple(weight.shape), "two-dimensional, (N, K)")
     if not torch.isfinite(weight).all():
@@ -82,5 +94,6 @@ def check_indices(argument: str, indices: Tensor, size: int) -> None:
         what = f"{indices.dtype} {tuple(indices.shape)}" if isinstance(indices, Tensor) else indices
         raise fail(argument, what, "an int64 tensor of shape (r,)")
     if indices.numel() and not (int(indices.min()) >= 0 and int(indices.max()) < size):
-        raise fail(argument, [int(indices.min()), int(indices.max())],
-                   f"indices from 0 to {size - 1}")
+        raise fail(
+            argument, [int(indices.min()), int(indices.max())], f"indices from 0 to {size - 1}"
+        )

@@ -137,6 +137,7 @@ class ImportanceDecay:
 
     def __post_init__(self) -> None:
         check_number("ratio", self.ratio, "a number from 0 to less than 1", 0, math.nextafter(1, 0))
-        check_number("edge", self.edge, "a number between 1 and 2", 1, math.nextafter(2, 0),
-                     open_low=True)
+        check_number(
+            "edge", self.edge, "a number between 1 and 2", 1, math.nextafter(2, 0), open_low=True
+        )
         check_number("decay", self.decay, "a number above 0, at most 1", 0, 1, open_low=True)

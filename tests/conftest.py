@@ -29,8 +29,14 @@ def impl(request):
 
 
 # Files of few long tests, which would leave one of several workers busy at the end.
-SLOW = ("test_kernel_code", "test_cuda_code", "test_cuda", "test_distributed", "test_examples",
-        "test_examples_training")
+SLOW = (
+    "test_kernel_code",
+    "test_cuda_code",
+    "test_cuda",
+    "test_distributed",
+    "test_examples",
+    "test_examples_training",
+)
 
 
 def pytest_collection_modifyitems(items):

@@ -52,8 +52,16 @@ def host_command() -> list[str]:
     if int(version.split(".")[0]) < needed:
         pytest.skip(f"g++ {version.strip()} is older than {needed}")
     # Kernels look at shared memory as one type and another; #pragma unroll is nvcc's.
-    return [path, "-std=c++20", "-fno-strict-aliasing", "-Wall", "-Wextra",
-            "-Wno-unknown-pragmas", f"-I{HOST}", f"-I{compiler.sources()}"]
+    return [
+        path,
+        "-std=c++20",
+        "-fno-strict-aliasing",
+        "-Wall",
+        "-Wextra",
+        "-Wno-unknown-pragmas",
+        f"-I{HOST}",
+        f"-I{compiler.sources()}",
+    ]
 
 
 def host_library(*flags: str) -> Path:
@@ -65,9 +73,15 @@ def host_library(*flags: str) -> Path:
     import fcntl  # of Unix only
 
     root = Path(torch.__file__).parent
-    command = [*host_command(), *flags, "-fPIC", "-DSECURA_DISPATCH_KEY=CPU",
-               f"-DTORCH_TARGET_VERSION={commands.TORCH_TARGET}", f"-isystem{root / 'include'}",
-               commands.stamp(compiler.sources())]
+    command = [
+        *host_command(),
+        *flags,
+        "-fPIC",
+        "-DSECURA_DISPATCH_KEY=CPU",
+        f"-DTORCH_TARGET_VERSION={commands.TORCH_TARGET}",
+        f"-isystem{root / 'include'}",
+        commands.stamp(compiler.sources()),
+    ]
     sources = sorted(compiler.sources().iterdir())
     digest = hashlib.sha256(" ".join([torch.__version__, *command]).encode())
     for path in [*sources, *sorted(HOST.iterdir())]:
@@ -90,8 +104,7 @@ def _compile(command: list[str], sources: list[Path], folder: Path, library: Pat
 
     def compiled(source: Path) -> str:
         output = folder / f"{source.name}.o"
-        _run([*command, "-include", str(first), "-x", "c++", "-c", str(source),
-              "-o", str(output)])
+        _run([*command, "-include", str(first), "-x", "c++", "-c", str(source), "-o", str(output)])
         return str(output)
 
     with ThreadPoolExecutor(2) as pool:

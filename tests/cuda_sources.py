@@ -64,10 +64,13 @@ def torch_with_cuda(tmp_path, monkeypatch) -> None:
     cuda = ".".join(toolchain.tools().version.split(".")[:2])
     (tmp_path / "sitecustomize.py").write_text(
         f"import torch\ntorch.version.cuda = {cuda!r}\n"
-        "torch.cuda._is_compiled = lambda: True\ntorch.cuda.is_available = lambda: False\n")
+        "torch.cuda._is_compiled = lambda: True\ntorch.cuda.is_available = lambda: False\n"
+    )
     for name in ("c10_cuda", "torch_cuda"):
-        subprocess.run(["g++", "-shared", "-x", "c++", "/dev/null", "-o",
-                        str(tmp_path / f"lib{name}.so")], check=True)
+        subprocess.run(
+            ["g++", "-shared", "-x", "c++", "/dev/null", "-o", str(tmp_path / f"lib{name}.so")],
+            check=True,
+        )
     for name, folders in {"PYTHONPATH": [ROOT], "LIBRARY_PATH": []}.items():
         monkeypatch.setenv(name, os.pathsep.join(map(str, [tmp_path, *folders])))
     monkeypatch.setattr(torch.version, "cuda", cuda)
@@ -83,8 +86,12 @@ def needed(library: Path) -> set[str]:
     return {name for name in names if re.match("libtorch|libc10|libcu|libpython", name)}
 
 
-def fake_toolkit(folder: Path, version: str = "13.0", chips: str = "75 80 86 89 90 100 120",
-                 compiles: str = 'echo "made by {version}" > "$out"') -> Path:
+def fake_toolkit(
+    folder: Path,
+    version: str = "13.0",
+    chips: str = "75 80 86 89 90 100 120",
+    compiles: str = 'echo "made by {version}" > "$out"',
+) -> Path:
     """A CUDA_HOME whose nvcc says that it is of ``version`` and knows ``chips``; of each call that
     compiles or links it writes the host compiler and the arguments to ``folder``/calls.
 

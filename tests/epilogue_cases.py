@@ -12,8 +12,9 @@ from secura_kernels.backends import reference
 from secura_kernels.backends.operands import CurOperands
 from secura_kernels.functional.epilogue import cur_epilogue
 
-OUTPUT_NORMS = {name: norm for name, norm in NORMS.items()
-                if norm is None or norm.domain == "output"}
+OUTPUT_NORMS = {
+    name: norm for name, norm in NORMS.items() if norm is None or norm.domain == "output"
+}
 # Where the fixture ``impl`` has the kernels only.
 EVERY_IMPL = pytest.mark.parametrize("impl", ["reference", "triton", "cuda"], indirect=True)
 
@@ -41,29 +42,52 @@ class EpilogueCase:
     def rounded_again(self) -> "EpilogueCase":
         """The core and the bias too: h and d are rounded once more on the way than they are."""
         again = {name: rounded_again(getattr(self, name), self.dtype) for name in ("y0", "t", "C")}
-        return replace(self, **again, core=rounded_again(self.core, self.core.dtype),
-                       adapter_bias=rounded_again(self.adapter_bias, self.adapter_bias.dtype))
+        return replace(
+            self,
+            **again,
+            core=rounded_again(self.core, self.core.dtype),
+            adapter_bias=rounded_again(self.adapter_bias, self.adapter_bias.dtype),
+        )
 
     def ours(self, norm, *trained, impl="auto"):
         y0, t, core, adapter_bias = trained or self.trained()
-        return cur_epilogue(y0, t, core, self.C, alpha=self.alpha, norm=norm, decay=self.decay,
-                          adapter_bias=adapter_bias, impl=impl)
+        return cur_epilogue(
+            y0,
+            t,
+            core,
+            self.C,
+            alpha=self.alpha,
+            norm=norm,
+            decay=self.decay,
+            adapter_bias=adapter_bias,
+            impl=impl,
+        )
 
     def operands(self, norm) -> CurOperands:
-        return CurOperands.of_epilogue(self.core, self.C, self.adapter_bias, self.decay, self.alpha,
-                                       norm)
+        return CurOperands.of_epilogue(
+            self.core, self.C, self.adapter_bias, self.decay, self.alpha, norm
+        )
 
     def eager(self, norm, dtype=None):
         """The plain formula, in ``dtype`` (its own by default), on leaves of its own."""
         leaves = [t.detach().to(dtype or t.dtype).requires_grad_() for t in self.trained()]
         y0, t, core, adapter_bias = leaves
         decay = None if self.decay is None else self.decay.to(dtype or self.decay.dtype)
-        return reference.cur_epilogue(y0, t, core, self.C.to(y0.dtype), alpha=self.alpha, norm=norm,
-                                    adapter_bias=adapter_bias, decay=decay), leaves
+        return reference.cur_epilogue(
+            y0,
+            t,
+            core,
+            self.C.to(y0.dtype),
+            alpha=self.alpha,
+            norm=norm,
+            adapter_bias=adapter_bias,
+            decay=decay,
+        ), leaves
 
 
-def epilogue_case(M=7, N=12, K=10, r=4, dtype=torch.float64, *, decay=True, small=False,
-           device="cpu") -> EpilogueCase:
+def epilogue_case(
+    M=7, N=12, K=10, r=4, dtype=torch.float64, *, decay=True, small=False, device="cpu"
+) -> EpilogueCase:
     """``small``: a core as small as a trained one's."""
     c = case(M, N, K, r, dtype, decay=decay, device=device)
     C, R = c.C_and_R

@@ -15,10 +15,12 @@ from secura_kernels.backends import reference
 from secura_kernels.backends.operands import CurOperands
 
 NORMS = {"no gate": None} | {
-    f"{preset}, {domain}, ref {ref}, {'detached' if detach else 'full'}":
-        SMagNorm.preset(preset, domain=domain, ref=ref, detach_gate=detach)
+    f"{preset}, {domain}, ref {ref}, {'detached' if detach else 'full'}": SMagNorm.preset(
+        preset, domain=domain, ref=ref, detach_gate=detach
+    )
     for preset, domain, ref, detach in product(
-        ("calibrated", "published", "figure"), ("output", "weight"), (1.0, "max"), (True, False))
+        ("calibrated", "published", "figure"), ("output", "weight"), (1.0, "max"), (True, False)
+    )
 }
 ALL_NORMS = dict(argvalues=list(NORMS.values()), ids=list(NORMS))
 
@@ -49,46 +51,90 @@ class Case:
     @property
     def quantities(self) -> tuple[str, ...]:
         """Names of y and of the gradients of ``trained``."""
-        return QUANTITIES[:1 + len(self.trained())]
+        return QUANTITIES[: 1 + len(self.trained())]
 
     def trained(self) -> list[Tensor]:
         found = [self.x, self.core, self.adapter_bias]
         return [t for t in found if t is not None]
 
     def rounded_again(self) -> "Case":
-        return replace(self, x=rounded_again(self.x, self.dtype),
-                       W=rounded_again(self.W, self.dtype))
+        return replace(
+            self, x=rounded_again(self.x, self.dtype), W=rounded_again(self.W, self.dtype)
+        )
 
     def ours(self, norm, x=None, core=None, adapter_bias=None, impl="auto"):
         C, R = self.C_and_R
         where = dict(cols=self.cols, rows=self.rows) if self.tied else dict(C=C, R=R)
         return cur_linear(
-            self.x if x is None else x, self.W, self.core if core is None else core,
-            bias=self.bias, alpha=self.alpha, norm=norm, decay=self.decay, impl=impl,
-            adapter_bias=self.adapter_bias if adapter_bias is None else adapter_bias, **where)
+            self.x if x is None else x,
+            self.W,
+            self.core if core is None else core,
+            bias=self.bias,
+            alpha=self.alpha,
+            norm=norm,
+            decay=self.decay,
+            impl=impl,
+            adapter_bias=self.adapter_bias if adapter_bias is None else adapter_bias,
+            **where,
+        )
 
     def operands(self, norm) -> CurOperands:
         C, R = (None, None) if self.tied else self.C_and_R
         cols, rows = (self.cols, self.rows) if self.tied else (None, None)
-        return CurOperands(self.W, self.bias, self.core, cols, rows, C, R, self.adapter_bias,
-                           self.decay, self.alpha, norm)
+        return CurOperands(
+            self.W,
+            self.bias,
+            self.core,
+            cols,
+            rows,
+            C,
+            R,
+            self.adapter_bias,
+            self.decay,
+            self.alpha,
+            norm,
+        )
 
     def eager(self, norm, dtype=None):
         """The plain formula, in ``dtype`` (its own by default), on leaves of its own."""
+
         def to(t):
             return None if t is None else t.detach().to(dtype or t.dtype)
 
-        leaves = [None if t is None else to(t).requires_grad_()
-                  for t in (self.x, self.core, self.adapter_bias)]
+        leaves = [
+            None if t is None else to(t).requires_grad_()
+            for t in (self.x, self.core, self.adapter_bias)
+        ]
         C, R = self.C_and_R
         y = reference.cur_linear(
-            leaves[0], to(self.W), to(self.bias), leaves[1], to(C), to(R), alpha=self.alpha,
-            norm=norm, adapter_bias=leaves[2], decay=to(self.decay))
+            leaves[0],
+            to(self.W),
+            to(self.bias),
+            leaves[1],
+            to(C),
+            to(R),
+            alpha=self.alpha,
+            norm=norm,
+            adapter_bias=leaves[2],
+            decay=to(self.decay),
+        )
         return y, [leaf for leaf in leaves if leaf is not None]
 
 
-def case(M=7, N=12, K=10, r=4, dtype=torch.float64, *, tied=True, bias=True, adapter_bias=True,
-         decay=True, core_dtype=None, device="cpu") -> Case:
+def case(
+    M=7,
+    N=12,
+    K=10,
+    r=4,
+    dtype=torch.float64,
+    *,
+    tied=True,
+    bias=True,
+    adapter_bias=True,
+    decay=True,
+    core_dtype=None,
+    device="cpu",
+) -> Case:
     core_dtype = core_dtype or torch.promote_types(dtype, torch.float32)
     cols, rows = torch.randint(K, (r,)), torch.randint(N, (r,))
     cols[-1], rows[-1] = cols[0], rows[0]
@@ -97,10 +143,14 @@ def case(M=7, N=12, K=10, r=4, dtype=torch.float64, *, tied=True, bias=True, ada
         W=(torch.randn(N, K) / K**0.5).to(device, dtype),
         bias=torch.randn(N).to(device, dtype) if bias else None,
         core=torch.randn(r, r).to(device, core_dtype).requires_grad_(),
-        cols=cols.to(device), rows=rows.to(device),
-        adapter_bias=(torch.randn(N).to(device, core_dtype).requires_grad_() if adapter_bias
-                      else None),
-        decay=torch.where(torch.rand(N) > 0.5, 0.9, 1.0).to(device) if decay else None, tied=tied)
+        cols=cols.to(device),
+        rows=rows.to(device),
+        adapter_bias=(
+            torch.randn(N).to(device, core_dtype).requires_grad_() if adapter_bias else None
+        ),
+        decay=torch.where(torch.rand(N) > 0.5, 0.9, 1.0).to(device) if decay else None,
+        tied=tied,
+    )
 
 
 def relative_error(a: Tensor, truth: Tensor) -> float:
@@ -129,8 +179,9 @@ def skip_where_low_precision_jumps(norm: SMagNorm | None, dtype: torch.dtype) ->
         pytest.skip("the preset jumps at d = 0, which low precision reaches")
 
 
-def check_no_more_than_eager(cases: Iterable[Case], norm: SMagNorm | None, impl: str,
-                             beside: dict[str, float] | None = None) -> None:
+def check_no_more_than_eager(
+    cases: Iterable[Case], norm: SMagNorm | None, impl: str, beside: dict[str, float] | None = None
+) -> None:
     """Errors of y and of every gradient against float64, pooled over the cases, are no more than
     the eager formula's in the same dtype, plus 1e-6. ``beside``: independent errors, by quantity,
     that ours may have beside eager's; squares add."""
@@ -139,9 +190,12 @@ def check_no_more_than_eager(cases: Iterable[Case], norm: SMagNorm | None, impl:
         truth, true_leaves = c.eager(norm, torch.float64)
         dy = torch.randn_like(truth).to(c.dtype)
         y, (eager, leaves) = c.ours(norm, impl=impl), c.eager(norm)
-        triples = zip((y, *torch.autograd.grad(y, c.trained(), dy)),
-                      (eager, *torch.autograd.grad(eager, leaves, dy)),
-                      (truth, *torch.autograd.grad(truth, true_leaves, dy.double())), strict=True)
+        triples = zip(
+            (y, *torch.autograd.grad(y, c.trained(), dy)),
+            (eager, *torch.autograd.grad(eager, leaves, dy)),
+            (truth, *torch.autograd.grad(truth, true_leaves, dy.double())),
+            strict=True,
+        )
         for name, (ours, plain, true) in zip(c.quantities, triples, strict=True):
             pair = relative_error(ours, true), relative_error(plain, true)
             found.setdefault(name, []).append(pair)
@@ -172,14 +226,15 @@ def compare(c: Case, norm, impl, dy=None):
 
     truth = plain(c, dy, torch.float64)
     assert y.shape == truth[0].shape and y.dtype == c.dtype and y.is_contiguous()
-    again = [plain(c.rounded_again(), rounded_again(dy, c.dtype), torch.float64)
-             for _ in range(3)]
+    again = [plain(c.rounded_again(), rounded_again(dy, c.dtype), torch.float64) for _ in range(3)]
     ours = y, *torch.autograd.grad(y, c.trained(), dy)
-    for name, value, eager, true, *moved in zip(c.quantities, ours, plain(c, dy), truth, *again,
-                                                strict=True):
+    for name, value, eager, true, *moved in zip(
+        c.quantities, ours, plain(c, dy), truth, *again, strict=True
+    ):
         error = relative_error(value, true)
-        allowed = 3 * (relative_error(eager, true)
-                       + max(relative_error(m, true) for m in moved)) + 1e-6
+        allowed = (
+            3 * (relative_error(eager, true) + max(relative_error(m, true) for m in moved)) + 1e-6
+        )
         assert error <= allowed, f"{name}: {error:.2e}, allowed {allowed:.2e}"
 
 
@@ -191,8 +246,7 @@ def rounded_again(tensor: Tensor, dtype: torch.dtype) -> Tensor:
 
 def small_change(*shape: int, dtype: torch.dtype, tied: bool, biases: bool, device="cpu") -> Case:
     """A case whose core is as small as a trained one's."""
-    c = case(*shape, dtype, tied=tied, bias=biases, adapter_bias=biases, decay=False,
-             device=device)
+    c = case(*shape, dtype, tied=tied, bias=biases, adapter_bias=biases, decay=False, device=device)
     with torch.no_grad():
         c.core.mul_(0.3 / shape[-1])
     return c

@@ -22,6 +22,7 @@ CURLORA = dict(variant="curlora", norm=None)
 
 # Processes.
 
+
 def run(checks: dict[str, Callable], folder: Path, seconds: float) -> dict[str, str | None]:
     """Runs checks ``(rank, folder)`` in one group of processes, one after another.
 
@@ -57,9 +58,14 @@ def _read(path: Path) -> str | None:
 
 def _work(rank: int, port: int, checks: dict[str, Callable], folder: Path) -> None:
     torch.set_num_threads(1)
-    os.environ |= dict(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), RANK=str(rank),
-                       LOCAL_RANK=str(rank), WORLD_SIZE=str(RANKS),
-                       OMP_NUM_THREADS="1")  # else accelerate sets another number of threads
+    os.environ |= dict(
+        MASTER_ADDR="127.0.0.1",
+        MASTER_PORT=str(port),
+        RANK=str(rank),
+        LOCAL_RANK=str(rank),
+        WORLD_SIZE=str(RANKS),
+        OMP_NUM_THREADS="1",
+    )  # else accelerate sets another number of threads
     dist.init_process_group("gloo", timeout=timedelta(seconds=30))
     for name, check in checks.items():
         torch.manual_seed(0)
@@ -76,14 +82,24 @@ def _work(rank: int, port: int, checks: dict[str, Callable], folder: Path) -> No
 
 # Models.
 
+
 def llama(dtype: torch.dtype = torch.float64) -> nn.Module:
     from transformers import LlamaConfig, LlamaForCausalLM
 
     torch.manual_seed(0)
     config = LlamaConfig(
-        vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=2,
-        num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=32,
-        attention_bias=True, mlp_bias=True, use_cache=False, attn_implementation="eager")
+        vocab_size=64,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=32,
+        attention_bias=True,
+        mlp_bias=True,
+        use_cache=False,
+        attn_implementation="eager",
+    )
     model = LlamaForCausalLM(config).to(dtype)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -117,8 +133,9 @@ def _moved(model: nn.Module) -> nn.Module:
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.requires_grad:
-                parameter += 0.2 * torch.randn(parameter.shape, generator=generator,
-                                               dtype=torch.float64).to(parameter.dtype)
+                parameter += 0.2 * torch.randn(
+                    parameter.shape, generator=generator, dtype=torch.float64
+                ).to(parameter.dtype)
     return model
 
 
@@ -131,6 +148,7 @@ def fully_sharded(model: nn.Module, layers: nn.ModuleList, **settings) -> nn.Mod
 
 
 # What they compute.
+
 
 def tokens() -> Tensor:
     return torch.randint(0, 64, (4, 12), generator=torch.Generator().manual_seed(2))
@@ -146,8 +164,11 @@ def loss(model: nn.Module, ids: Tensor) -> Tensor:
 
 def gradients(model: nn.Module) -> dict[str, Tensor]:
     """Of the trained parameters, gathered, by their names in one process."""
-    return {name.removeprefix("module."): full(p.grad)
-            for name, p in model.named_parameters() if p.requires_grad}
+    return {
+        name.removeprefix("module."): full(p.grad)
+        for name, p in model.named_parameters()
+        if p.requires_grad
+    }
 
 
 def full(value: Tensor) -> Tensor:

@@ -13,8 +13,12 @@ def adapted(basis: str) -> nn.Module:
 
     from secura_kernels.peft import SecuraConfig
 
-    return get_peft_model(llama(), SecuraConfig(
-        variant="curlora", r=4, basis=basis, target_modules=["q_proj", "v_proj", "down_proj"]))
+    return get_peft_model(
+        llama(),
+        SecuraConfig(
+            variant="curlora", r=4, basis=basis, target_modules=["q_proj", "v_proj", "down_proj"]
+        ),
+    )
 
 
 def task(ids: torch.Tensor) -> list[dict]:
@@ -34,14 +38,19 @@ def calibrated(rank: int, folder: Path) -> None:
             alone = torch.distributed.is_initialized
             torch.distributed.is_initialized = lambda: False
             try:
-                found = calibrate(one, [tokens()], task(tokens()) if learn else None,
-                                  progress=False)
+                found = calibrate(
+                    one, [tokens()], task(tokens()) if learn else None, progress=False
+                )
             finally:
                 torch.distributed.is_initialized = alone
             fully_sharded(sharded, layers_of(sharded))
             for model in (two, sharded):
-                mine = calibrate(model, [share(tokens(), rank)],
-                                 task(share(tokens(), rank)) if learn else None, progress=False)
+                mine = calibrate(
+                    model,
+                    [share(tokens(), rank)],
+                    task(share(tokens(), rank)) if learn else None,
+                    progress=False,
+                )
                 assert mine.tokens == found.tokens, (mine, found)
                 compare(one, model, basis)
     finally:

@@ -22,10 +22,15 @@ from parallel import (
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-KINDS = [(with_modules, {}), (with_modules, dict(norm="figure")),
-         (with_modules, dict(basis="orthonormal")),
-         (with_peft, {}), (with_peft, CURLORA),
-         (with_peft, dict(norm_domain="weight")), (with_peft, dict(basis="orthonormal"))]
+KINDS = [
+    (with_modules, {}),
+    (with_modules, dict(norm="figure")),
+    (with_modules, dict(basis="orthonormal")),
+    (with_peft, {}),
+    (with_peft, CURLORA),
+    (with_peft, dict(norm_domain="weight")),
+    (with_peft, dict(basis="orthonormal")),
+]
 
 
 def layers_of(model: nn.Module) -> nn.ModuleList:
@@ -89,8 +94,13 @@ def fsdp_bfloat16(rank: int, folder: Path) -> None:
             loss(each, tokens()).backward()
         loss(model, share(tokens(), rank)).backward()
         truth = torch.cat([g.flatten() for g in gradients(exact).values()])
-        errors = [float((torch.cat([g.double().flatten() for g in gradients(each).values()])
-                         - truth).norm() / truth.norm()) for each in (model, low)]
+        errors = [
+            float(
+                (torch.cat([g.double().flatten() for g in gradients(each).values()]) - truth).norm()
+                / truth.norm()
+            )
+            for each in (model, low)
+        ]
         assert 0 < errors[0] <= 2 * errors[1], (settings, errors)
 
 
@@ -112,8 +122,11 @@ def fsdp_importance(rank: int, folder: Path) -> None:
 def fsdp_refusals(rank: int, folder: Path) -> None:
     model = with_peft(llama())
     fully_sharded(model, layers_of(model))
-    refused(RuntimeError, "add them first", lambda: model.add_adapter(
-        "second", copy.deepcopy(model.peft_config["default"])))
+    refused(
+        RuntimeError,
+        "add them first",
+        lambda: model.add_adapter("second", copy.deepcopy(model.peft_config["default"])),
+    )
     refused(RuntimeError, "sharded over ranks", model.merge_adapter)
     assert "second" not in str(model)
 
@@ -161,8 +174,11 @@ def trainer_fsdp(rank: int, folder: Path) -> None:
 
     AcceleratorState._reset_state(True)
     AcceleratorState.__init__, os.environ["ACCELERATE_USE_FSDP"] = on_any_device, "true"
-    config = dict(fsdp_version=2, transformer_layer_cls_to_wrap=["LlamaDecoderLayer"],
-                  state_dict_type="FULL_STATE_DICT")
+    config = dict(
+        fsdp_version=2,
+        transformer_layer_cls_to_wrap=["LlamaDecoderLayer"],
+        state_dict_type="FULL_STATE_DICT",
+    )
     try:
         _check_trainer(folder / "fsdp", fsdp=True, fsdp_config=config)
     finally:
@@ -187,28 +203,49 @@ def _check_trainer(folder: Path, **settings) -> None:
                 if p.requires_grad:
                     p -= RATE * p.grad
     arguments = transformers.TrainingArguments(
-        output_dir=str(folder), per_device_train_batch_size=len(tokens()) // RANKS,
-        max_steps=STEPS, learning_rate=RATE, optim="sgd", lr_scheduler_type="constant",
-        max_grad_norm=0, report_to=[], save_strategy="no", use_cpu=True, disable_tqdm=True,
-        logging_strategy="no", **settings)
-    trainer = transformers.Trainer(model=with_peft(llama()), args=arguments,
-                                   train_dataset=Batch())
+        output_dir=str(folder),
+        per_device_train_batch_size=len(tokens()) // RANKS,
+        max_steps=STEPS,
+        learning_rate=RATE,
+        optim="sgd",
+        lr_scheduler_type="constant",
+        max_grad_norm=0,
+        report_to=[],
+        save_strategy="no",
+        use_cpu=True,
+        disable_tqdm=True,
+        logging_strategy="no",
+        **settings,
+    )
+    trainer = transformers.Trainer(model=with_peft(llama()), args=arguments, train_dataset=Batch())
     trainer.train()
     kind = "FSDP" if settings else "DistributedDataParallel"
     assert type(trainer.model_wrapped).__name__.startswith(kind)
     trained = {n: p for n, p in trainer.model.named_parameters() if p.requires_grad}
     before, after = dict(start.named_parameters()), dict(one.named_parameters())
-    check_equal({n: full(p.detach()) - before[n] for n, p in trained.items()},
-                {n: after[n] - before[n] for n in trained})
+    check_equal(
+        {n: full(p.detach()) - before[n] for n, p in trained.items()},
+        {n: after[n] - before[n] for n in trained},
+    )
     trainer.save_model(str(folder))
     torch.distributed.barrier()
-    found, expected = load_file(folder / "adapter_model.safetensors"), \
-        get_peft_model_state_dict(one)
+    found, expected = (
+        load_file(folder / "adapter_model.safetensors"),
+        get_peft_model_state_dict(one),
+    )
     assert found.keys() == expected.keys()
     for name, value in expected.items():
         if not name.endswith("checksum"):  # of other roundings
             torch.testing.assert_close(found[name], value, rtol=1e-12, atol=1e-14)
 
 
-CHECKS = [ddp, fsdp, fsdp_files, fsdp_bfloat16, fsdp_importance, fsdp_refusals, trainer_ddp,
-          trainer_fsdp]
+CHECKS = [
+    ddp,
+    fsdp,
+    fsdp_files,
+    fsdp_bfloat16,
+    fsdp_importance,
+    fsdp_refusals,
+    trainer_ddp,
+    trainer_fsdp,
+]

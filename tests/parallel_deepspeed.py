@@ -19,11 +19,17 @@ def zero3(rank: int, folder: Path) -> None:
 
     sys.modules["deepspeed.comm.torch"].build_shm_op = lambda: None  # would be compiled
     deepspeed.init_distributed("gloo")
-    config = dict(train_micro_batch_size_per_gpu=2, zero_allow_untested_optimizer=True,
-                  zero_optimization=dict(stage=3, stage3_param_persistence_threshold=0))
+    config = dict(
+        train_micro_batch_size_per_gpu=2,
+        zero_allow_untested_optimizer=True,
+        zero_optimization=dict(stage=3, stage3_param_persistence_threshold=0),
+    )
     for early, build, settings in (
-            (False, with_modules, {}), (False, with_peft, {}), (True, with_peft, {}),
-            (True, with_peft, CURLORA)):
+        (False, with_modules, {}),
+        (False, with_peft, {}),
+        (True, with_peft, {}),
+        (True, with_peft, CURLORA),
+    ):
         one, base = build(llama(torch.float32), **settings), llama(torch.float32)
         start, exact = copy.deepcopy(one), copy.deepcopy(one).double()
         if early:
@@ -44,8 +50,10 @@ def zero3(rank: int, folder: Path) -> None:
         trained = [p for p in model.parameters() if p.requires_grad]
         with deepspeed.zero.GatheredParameters(trained):
             found = _flat(p.detach() for p in trained)
-        expected, first, truth = (_flat(p.detach() for p in m.parameters() if p.requires_grad)
-                                  for m in (one, start, exact))
+        expected, first, truth = (
+            _flat(p.detach() for p in m.parameters() if p.requires_grad)
+            for m in (one, start, exact)
+        )
         errors = [float((v - truth).norm() / (truth - first).norm()) for v in (found, expected)]
         assert errors[0] <= 2 * errors[1] < 1e-3, (early, build.__name__, settings, errors)
 

@@ -18,8 +18,11 @@ def wrapped(model: nn.Module) -> nn.Module:
     with warnings.catch_warnings():  # that frozen parameters take part takes memory
         warnings.filterwarnings("ignore", ".*has both parameters with requires_grad")
         return FullyShardedDataParallel(
-            model, use_orig_params=True, device_id=torch.device("cpu"),
-            auto_wrap_policy=ModuleWrapPolicy({LlamaDecoderLayer}))
+            model,
+            use_orig_params=True,
+            device_id=torch.device("cpu"),
+            auto_wrap_policy=ModuleWrapPolicy({LlamaDecoderLayer}),
+        )
 
 
 def whole(model: nn.Module):
@@ -42,8 +45,9 @@ def fsdp1(rank: int, folder: Path) -> None:
         trained = {n: p for n, p in one.named_parameters() if p.requires_grad}
         with whole(model):
             found = named(model)
-            check_equal({n: found[n].grad for n in trained},
-                        {n: p.grad for n, p in trained.items()})
+            check_equal(
+                {n: found[n].grad for n in trained}, {n: p.grad for n, p in trained.items()}
+            )
         torch.optim.AdamW(model.parameters(), lr=0.1, weight_decay=0.1).step()
         with whole(model):
             for name, parameter in named(model).items():
@@ -72,8 +76,11 @@ def fsdp1_files(rank: int, folder: Path) -> None:
 def fsdp1_refusals(rank: int, folder: Path) -> None:
     """Importance decay hooks into a parameter's gradient, which is a part of another one here."""
     model = wrapped(with_peft(llama(), importance_decay=True).train())
-    refused(RuntimeError, "use fully_shard (FSDP2)",
-            lambda: loss(model, share(tokens(), rank)).backward())
+    refused(
+        RuntimeError,
+        "use fully_shard (FSDP2)",
+        lambda: loss(model, share(tokens(), rank)).backward(),
+    )
 
 
 CHECKS = [fsdp1, fsdp1_files, fsdp1_refusals]

@@ -13,8 +13,13 @@ from torch import Tensor, nn
 from secura_kernels import SMagNorm, cur_linear
 from secura_kernels.functional.epilogue import cur_epilogue
 
-NORMS = [None, SMagNorm(), SMagNorm(detach_gate=False), SMagNorm(ref="max"),
-         SMagNorm(ref="max", detach_gate=False)]
+NORMS = [
+    None,
+    SMagNorm(),
+    SMagNorm(detach_gate=False),
+    SMagNorm(ref="max"),
+    SMagNorm(ref="max", detach_gate=False),
+]
 
 
 @functools.cache
@@ -26,6 +31,7 @@ def mesh():
 
 # The ops.
 
+
 def _random(*shapes: tuple[int, ...]) -> list[Tensor]:
     generator = torch.Generator().manual_seed(3)
     return [torch.randn(*s, generator=generator, dtype=torch.float64) for s in shapes]
@@ -36,19 +42,26 @@ def rules_linear(rank: int, folder: Path) -> None:
     from torch.distributed.tensor import Shard
 
     N, K, r = 10, 7, 3  # K is not even
-    x, W, bias, core, adapter_bias, dy = _random(
-        (2, 3, K), (N, K), (N,), (r, r), (N,), (2, 3, N))
+    x, W, bias, core, adapter_bias, dy = _random((2, 3, K), (N, K), (N,), (r, r), (N,), (2, 3, N))
     cols, rows = torch.tensor([1, 4, 6]), torch.tensor([0, 6, 9])
-    ways = {"tokens": dict(x=Shard(0)), "inputs": dict(x=Shard(2), weight=Shard(1), R=Shard(1)),
-            "columns": dict(weight=Shard(0), bias=Shard(0), C=Shard(0), adapter_bias=Shard(0)),
-            "whole": {}}
+    ways = {
+        "tokens": dict(x=Shard(0)),
+        "inputs": dict(x=Shard(2), weight=Shard(1), R=Shard(1)),
+        "columns": dict(weight=Shard(0), bias=Shard(0), C=Shard(0), adapter_bias=Shard(0)),
+        "whole": {},
+    }
     for norm in NORMS:
         for sides in (dict(C=W[:, cols], R=W[rows]), dict(cols=cols, rows=rows)):
             for biases in (dict(bias=bias, adapter_bias=adapter_bias), {}):
                 operands = dict(x=x, weight=W, core=core) | sides | biases
                 for name, way in ways.items():
-                    lies = _check_sharded(functools.partial(cur_linear, norm=norm), operands, dy,
-                                          way, trained=("x", "core", "adapter_bias"))
+                    lies = _check_sharded(
+                        functools.partial(cur_linear, norm=norm),
+                        operands,
+                        dy,
+                        way,
+                        trained=("x", "core", "adapter_bias"),
+                    )
                     local = norm is None or norm.ref != "max"
                     if name == "tokens" and local:
                         assert lies == Shard(0)
@@ -76,22 +89,34 @@ def rules_update(rank: int, folder: Path) -> None:
     from torch.distributed.tensor import Partial, Shard
 
     y0, t, core, C, adapter_bias, dy = _random((6, 10), (6, 3), (3, 3), (10, 3), (10,), (6, 10))
-    ways = [(dict(y0=Shard(0), t=Shard(0)), Shard(0)), ({}, None),
-            (dict(y0=Shard(1), C=Shard(0), adapter_bias=Shard(0)), Shard(1)),
-            (dict(y0=Partial(), t=Partial()), Partial())]
+    ways = [
+        (dict(y0=Shard(0), t=Shard(0)), Shard(0)),
+        ({}, None),
+        (dict(y0=Shard(1), C=Shard(0), adapter_bias=Shard(0)), Shard(1)),
+        (dict(y0=Partial(), t=Partial()), Partial()),
+    ]
     for norm in NORMS:
         for biases in ({}, dict(adapter_bias=adapter_bias)):
             operands = dict(y0=y0, t=t, core=core, C=C) | biases
             for way, expected in ways:
-                lies = _check_sharded(functools.partial(cur_epilogue, norm=norm), operands, dy, way,
-                                      trained=("y0", "t", "core", "adapter_bias"))
-                if expected is not None and (norm is None or norm.ref != "max") and (
-                        not expected.is_partial() or (norm is None and not biases)):
+                lies = _check_sharded(
+                    functools.partial(cur_epilogue, norm=norm),
+                    operands,
+                    dy,
+                    way,
+                    trained=("y0", "t", "core", "adapter_bias"),
+                )
+                if (
+                    expected is not None
+                    and (norm is None or norm.ref != "max")
+                    and (not expected.is_partial() or (norm is None and not biases))
+                ):
                     assert lies == expected, (norm, way, lies)
 
 
-def _check_sharded(function, operands: dict[str, Tensor], dy: Tensor, way: dict,
-                   trained: tuple[str, ...]):
+def _check_sharded(
+    function, operands: dict[str, Tensor], dy: Tensor, way: dict, trained: tuple[str, ...]
+):
     """Output and gradients with operands sharded as ``way`` says; returns how y lies."""
     from torch.distributed.tensor import Replicate
 
@@ -123,10 +148,12 @@ def _placed(value: Tensor, placement):
 
 # PEFT layers.
 
+
 def _mlp(hidden: int) -> nn.Module:
     torch.manual_seed(3)
-    return nn.Sequential(nn.Linear(10, hidden), nn.GELU(), nn.Linear(hidden, 10),
-                         nn.Linear(10, 6, bias=False)).double()
+    return nn.Sequential(
+        nn.Linear(10, hidden), nn.GELU(), nn.Linear(hidden, 10), nn.Linear(10, 6, bias=False)
+    ).double()
 
 
 def _plans() -> dict[str, tuple[int, dict]]:
@@ -137,27 +164,42 @@ def _plans() -> dict[str, tuple[int, dict]]:
     gathered = ColwiseParallel(output_layouts=Replicate())
     return {
         "local": (14, {"0": ColwiseParallel(), "2": RowwiseParallel()}),
-        "dtensor": (13, {"0": ColwiseParallel(use_local_output=False),
-                         "2": RowwiseParallel(use_local_output=False), "3": gathered}),
-        "whole outputs": (13, {"0": gathered, "3": gathered,
-                               "2": RowwiseParallel(input_layouts=Replicate())})}
+        "dtensor": (
+            13,
+            {
+                "0": ColwiseParallel(use_local_output=False),
+                "2": RowwiseParallel(use_local_output=False),
+                "3": gathered,
+            },
+        ),
+        "whole outputs": (
+            13,
+            {"0": gathered, "3": gathered, "2": RowwiseParallel(input_layouts=Replicate())},
+        ),
+    }
 
 
 def tp_torch(rank: int, folder: Path) -> None:
     """Bases parallelised before adapters are added, and after."""
     from torch.distributed.tensor.parallel import parallelize_module
 
-    x, = _random((2, 5, 10))
-    for settings in (dict(), CURLORA, dict(basis="orthonormal"),
-                     dict(norm=dict(detach_gate=False)), dict(norm="published")):
+    (x,) = _random((2, 5, 10))
+    for settings in (
+        dict(),
+        CURLORA,
+        dict(basis="orthonormal"),
+        dict(norm=dict(detach_gate=False)),
+        dict(norm="published"),
+    ):
         settings = dict(r=3, target_modules=["0", "2", "3"]) | settings
         for name, (hidden, plan) in _plans().items():
             expected = _outcome(with_peft(_mlp(hidden), **settings), x)
             base = parallelize_module(_mlp(hidden), mesh(), plan)
             before = with_peft(base, **settings)
             after = with_peft(_mlp(hidden), **settings)
-            parallelize_module(after.base_model.model, mesh(),
-                               {f"{k}.base_layer": v for k, v in plan.items()})
+            parallelize_module(
+                after.base_model.model, mesh(), {f"{k}.base_layer": v for k, v in plan.items()}
+            )
             for model in (before, after):
                 try:
                     check_equal(_outcome(model, x), expected)
@@ -169,7 +211,7 @@ def tp_stages(rank: int, folder: Path) -> None:
     """An earlier stage's core counts too, gated or not."""
     from torch.distributed.tensor.parallel import parallelize_module
 
-    x, = _random((2, 5, 10))
+    (x,) = _random((2, 5, 10))
     hidden, plan = _plans()["local"]
     for norm in (None, "calibrated"):
         outcomes = []
@@ -199,8 +241,12 @@ def tp_transformers(rank: int, folder: Path) -> None:
     if rank == 0:
         llama().save_pretrained(folder / "llama")
     dist.barrier()
-    load = functools.partial(LlamaForCausalLM.from_pretrained, folder / "llama",
-                             dtype=torch.float64, attn_implementation="eager")
+    load = functools.partial(
+        LlamaForCausalLM.from_pretrained,
+        folder / "llama",
+        dtype=torch.float64,
+        attn_implementation="eager",
+    )
     for settings in (dict(), CURLORA | dict(basis="orthonormal")):
         one = with_peft(load(), **settings)
         model = with_peft(load(distributed_config=DistributedConfig(tp_plan="auto")), **settings)
@@ -216,9 +262,14 @@ def tp_transformers(rank: int, folder: Path) -> None:
         for name, value in expected.items():
             assert torch.equal(found[name], value), name
         trained = ("A", "B", "U", "adapter_bias")
-        set_peft_model_state_dict(model, {
-            k: 2 * v if k.rsplit(".", 1)[1] in trained else v
-            for k, v in expected.items() if not k.endswith("checksum")})  # of the former values
+        set_peft_model_state_dict(
+            model,
+            {
+                k: 2 * v if k.rsplit(".", 1)[1] in trained else v
+                for k, v in expected.items()
+                if not k.endswith("checksum")
+            },
+        )  # of the former values
         with torch.no_grad():
             assert not torch.allclose(loss(model, tokens()), one.value)
         refused(RuntimeError, "sharded over ranks", model.merge_adapter)
@@ -229,7 +280,7 @@ def tp_refusals(rank: int, folder: Path) -> None:
     from torch.distributed.tensor import Shard, distribute_tensor
     from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
 
-    x, = _random((2, 4, 10))
+    (x,) = _random((2, 4, 10))
 
     def attempt(plan=None, x=x, names=None, **settings):
         base = parallelize_module(_mlp(14), mesh(), {"0": plan or ColwiseParallel()})
@@ -241,17 +292,29 @@ def tp_refusals(rank: int, folder: Path) -> None:
     refused(ValueError, "norm_domain='weight'", lambda: attempt(norm_domain="weight"))
     refused(ValueError, "importance decay", lambda: attempt(importance_decay=True))
     refused(ValueError, "ref='max'", lambda: attempt(norm=dict(ref="max")))
-    refused(ValueError, "other tokens", lambda: attempt(
-        ColwiseParallel(input_layouts=Shard(1)), x.chunk(RANKS, 1)[rank]))
+    refused(
+        ValueError,
+        "other tokens",
+        lambda: attempt(ColwiseParallel(input_layouts=Shard(1)), x.chunk(RANKS, 1)[rank]),
+    )
     refused(ValueError, "adapter_names", lambda: attempt(names=["default", "other"]))
     attempt(names=["default"] * 2)
 
     model = with_peft(_mlp(14), r=3, target_modules=["0"])
     layer, two = model.base_model.model[0], init_device_mesh("cpu", (RANKS, 1))
-    layer.base_layer.weight = nn.Parameter(distribute_tensor(
-        layer.base_layer.weight.detach(), two, [Shard(0), Shard(1)]), requires_grad=False)
+    layer.base_layer.weight = nn.Parameter(
+        distribute_tensor(layer.base_layer.weight.detach(), two, [Shard(0), Shard(1)]),
+        requires_grad=False,
+    )
     refused(ValueError, "one dimension", lambda: layer._ready("default"))
 
 
-CHECKS = [rules_linear, rules_inputs, rules_update, tp_torch, tp_stages, tp_transformers,
-          tp_refusals]
+CHECKS = [
+    rules_linear,
+    rules_inputs,
+    rules_update,
+    tp_torch,
+    tp_stages,
+    tp_transformers,
+    tp_refusals,
+]

@@ -37,34 +37,95 @@ def _weights(model: nn.Module, seed: int, dtype: torch.dtype) -> nn.Module:
 
 
 def llama(seed: int = 0, dtype: torch.dtype = torch.float32) -> LlamaForCausalLM:
-    return _weights(LlamaForCausalLM(LlamaConfig(
-        vocab_size=50, hidden_size=32, intermediate_size=48, num_hidden_layers=2,
-        num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=32,
-        bos_token_id=1, eos_token_id=2, pad_token_id=0)), seed, dtype)
+    return _weights(
+        LlamaForCausalLM(
+            LlamaConfig(
+                vocab_size=50,
+                hidden_size=32,
+                intermediate_size=48,
+                num_hidden_layers=2,
+                num_attention_heads=4,
+                num_key_value_heads=2,
+                max_position_embeddings=32,
+                bos_token_id=1,
+                eos_token_id=2,
+                pad_token_id=0,
+            )
+        ),
+        seed,
+        dtype,
+    )
 
 
 def gpt2(seed: int = 0, dtype: torch.dtype = torch.float32) -> GPT2LMHeadModel:
-    return _weights(GPT2LMHeadModel(GPT2Config(
-        vocab_size=50, n_embd=32, n_layer=2, n_head=4, n_positions=32, resid_pdrop=0.0,
-        embd_pdrop=0.0, attn_pdrop=0.0, bos_token_id=1, eos_token_id=2)), seed, dtype)
+    return _weights(
+        GPT2LMHeadModel(
+            GPT2Config(
+                vocab_size=50,
+                n_embd=32,
+                n_layer=2,
+                n_head=4,
+                n_positions=32,
+                resid_pdrop=0.0,
+                embd_pdrop=0.0,
+                attn_pdrop=0.0,
+                bos_token_id=1,
+                eos_token_id=2,
+            )
+        ),
+        seed,
+        dtype,
+    )
 
 
 def bert(seed: int = 0, dtype: torch.dtype = torch.float32) -> BertForSequenceClassification:
-    return _weights(BertForSequenceClassification(BertConfig(
-        vocab_size=50, hidden_size=32, intermediate_size=48, num_hidden_layers=2,
-        num_attention_heads=4, max_position_embeddings=32, num_labels=3)), seed, dtype)
+    return _weights(
+        BertForSequenceClassification(
+            BertConfig(
+                vocab_size=50,
+                hidden_size=32,
+                intermediate_size=48,
+                num_hidden_layers=2,
+                num_attention_heads=4,
+                max_position_embeddings=32,
+                num_labels=3,
+            )
+        ),
+        seed,
+        dtype,
+    )
 
 
 def t5(seed: int = 0, dtype: torch.dtype = torch.float32) -> T5ForConditionalGeneration:
-    return _weights(T5ForConditionalGeneration(T5Config(
-        vocab_size=50, d_model=32, d_kv=8, d_ff=48, num_layers=2, num_heads=4, dropout_rate=0.0,
-        decoder_start_token_id=0, pad_token_id=0, eos_token_id=1)), seed, dtype)
+    return _weights(
+        T5ForConditionalGeneration(
+            T5Config(
+                vocab_size=50,
+                d_model=32,
+                d_kv=8,
+                d_ff=48,
+                num_layers=2,
+                num_heads=4,
+                dropout_rate=0.0,
+                decoder_start_token_id=0,
+                pad_token_id=0,
+                eos_token_id=1,
+            )
+        ),
+        seed,
+        dtype,
+    )
 
 
 def mlp(seed: int = 0, dtype: torch.dtype = torch.float32) -> nn.Sequential:
     torch.manual_seed(seed)
-    return nn.Sequential(nn.Linear(24, 20), nn.ReLU(), nn.Linear(20, 28, bias=False),
-                         nn.ReLU(), nn.Linear(28, 5)).to(dtype).eval()
+    return (
+        nn.Sequential(
+            nn.Linear(24, 20), nn.ReLU(), nn.Linear(20, 28, bias=False), nn.ReLU(), nn.Linear(28, 5)
+        )
+        .to(dtype)
+        .eval()
+    )
 
 
 def tokens(batch: int = 2, length: int = 6, seed: int = 0) -> torch.Tensor:
@@ -89,8 +150,12 @@ def move(model: nn.Module, name: str = "default", seed: int = 0, std: float = 0.
     for layer in layers(model).values():
         if name in layer.secura_adapter:
             for parameter in layer.secura_adapter[name].parameters():
-                parameter.add_(std * torch.randn(parameter.shape, generator=generator,
-                                                 dtype=torch.float64).to(parameter.dtype))
+                parameter.add_(
+                    std
+                    * torch.randn(parameter.shape, generator=generator, dtype=torch.float64).to(
+                        parameter.dtype
+                    )
+                )
     return model
 
 

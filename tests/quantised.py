@@ -19,11 +19,14 @@ def torchao_config(kind: str):
         PerGroup,
     )
 
-    return {"torchao int8": lambda: Int8WeightOnlyConfig(),
-            "torchao float8": lambda: Float8WeightOnlyConfig(),
-            "torchao int4": lambda: IntxWeightOnlyConfig(weight_dtype=torch.int4,
-                                                         granularity=PerGroup(32)),
-            "torchao int8 dynamic": lambda: Int8DynamicActivationInt8WeightConfig()}[kind]()
+    return {
+        "torchao int8": lambda: Int8WeightOnlyConfig(),
+        "torchao float8": lambda: Float8WeightOnlyConfig(),
+        "torchao int4": lambda: IntxWeightOnlyConfig(
+            weight_dtype=torch.int4, granularity=PerGroup(32)
+        ),
+        "torchao int8 dynamic": lambda: Int8DynamicActivationInt8WeightConfig(),
+    }[kind]()
 
 
 def bnb_layer(kind: str, N: int, K: int, bias: bool = True, dtype: torch.dtype = torch.float32):
@@ -31,8 +34,14 @@ def bnb_layer(kind: str, N: int, K: int, bias: bool = True, dtype: torch.dtype =
     bnb = pytest.importorskip("bitsandbytes")
     if kind == "int8":
         return bnb.nn.Linear8bitLt(K, N, bias=bias, has_fp16_weights=False)
-    return bnb.nn.Linear4bit(K, N, bias=bias, quant_type="nf4", compute_dtype=dtype,
-                             compress_statistics=kind == "nf4 double")
+    return bnb.nn.Linear4bit(
+        K,
+        N,
+        bias=bias,
+        quant_type="nf4",
+        compute_dtype=dtype,
+        compress_statistics=kind == "nf4 double",
+    )
 
 
 def quantised(kind: str, weight: Tensor, bias: Tensor | None = None) -> nn.Module:

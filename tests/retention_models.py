@@ -11,6 +11,14 @@ HELD_OUT = [{"input_ids": TOKENS[:3].flip(1), "labels": TOKENS[:3].flip(1)}]
 
 def llama(**settings):
     torch.manual_seed(0)
-    return LlamaForCausalLM(LlamaConfig(
-        vocab_size=VOCABULARY, hidden_size=32, intermediate_size=48, num_hidden_layers=2,
-        num_attention_heads=2, max_position_embeddings=32, **settings))
+    return LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=VOCABULARY,
+            hidden_size=32,
+            intermediate_size=48,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            max_position_embeddings=32,
+            **settings,
+        )
+    )

@@ -21,8 +21,11 @@ from secura_kernels.ops.batched import cur_batched as op
 
 pytestmark = MARKS
 
-NORMS = {k: n for k, n in PRECISION_NORMS.items()
-         if n is None or (n.domain == "output" and n.detach_gate)}
+NORMS = {
+    k: n
+    for k, n in PRECISION_NORMS.items()
+    if n is None or (n.domain == "output" and n.detach_gate)
+}
 FORMS = {"no gate": None, "gate": SMagNorm(), "max": SMagNorm(ref="max")}
 ADAPTERS = [3, -1, 0, 4, 2, 1, -1, 3]  # five, one of them twice, and the base
 
@@ -46,8 +49,17 @@ class Batch:
     alpha: float = 0.7
 
     def ours(self, norm, impl="auto", **changes):
-        tensors = dict(y0=self.y0, t=self.t, cores=self.cores, adapter=self.adapter, C=self.C,
-                       adapter_bias=self.adapter_bias) | changes
+        tensors = (
+            dict(
+                y0=self.y0,
+                t=self.t,
+                cores=self.cores,
+                adapter=self.adapter,
+                C=self.C,
+                adapter_bias=self.adapter_bias,
+            )
+            | changes
+        )
         return cur_batched(**tensors, alpha=self.alpha, norm=norm, impl=impl)
 
     def single(self, i: int) -> EpilogueCase:
@@ -58,13 +70,19 @@ class Batch:
 
 def batch(S=7, N=45, r=5, dtype=torch.float32, bias=True, adapters=ADAPTERS) -> Batch:
     """Sizes of a trained adapter's: a change of a third of the base."""
+
     def normal(*shape, dtype=torch.float32):
         return torch.randn(*shape).to(DEVICE, dtype)
 
     B = len(adapters)
-    return Batch(normal(B, S, N, dtype=dtype), normal(B, S, r, dtype=dtype),
-                 normal(5, r, r) * 0.3 / r, normal(N, r, dtype=dtype),
-                 0.1 * normal(5, N) if bias else None, torch.tensor(adapters, device=DEVICE))
+    return Batch(
+        normal(B, S, N, dtype=dtype),
+        normal(B, S, r, dtype=dtype),
+        normal(5, r, r) * 0.3 / r,
+        normal(N, r, dtype=dtype),
+        0.1 * normal(5, N) if bias else None,
+        torch.tensor(adapters, device=DEVICE),
+    )
 
 
 @EVERY_IMPL
@@ -99,14 +117,19 @@ def test_equals_single_runs_in_every_layout(norm, impl):
         torch.testing.assert_close(y[i], c.single(i).ours(norm, impl=impl))
     kept = c.y0.clone()
     strided = dict(
-        y0=c.y0.transpose(0, 2).contiguous().transpose(0, 2), t=torch.stack([c.t, c.t], 3)[..., 0],
-        cores=c.cores.mT.contiguous().mT, C=c.C.T.contiguous().T,
+        y0=c.y0.transpose(0, 2).contiguous().transpose(0, 2),
+        t=torch.stack([c.t, c.t], 3)[..., 0],
+        cores=c.cores.mT.contiguous().mT,
+        C=c.C.T.contiguous().T,
         adapter=torch.stack([c.adapter, c.adapter], 1)[:, 0],
-        adapter_bias=torch.stack([c.adapter_bias] * 2, 2)[..., 0])
+        adapter_bias=torch.stack([c.adapter_bias] * 2, 2)[..., 0],
+    )
     assert torch.equal(c.ours(norm, impl, **strided), y) and torch.equal(c.y0, kept)
     one = dict(cores=c.cores[:1].expand(5, -1, -1), y0=c.y0[:1].expand(8, -1, -1))
-    torch.testing.assert_close(c.ours(norm, impl, **one)[[0, 2]], c.ours(
-        norm, impl, **{k: v.contiguous() for k, v in one.items()})[[0, 2]])
+    torch.testing.assert_close(
+        c.ours(norm, impl, **one)[[0, 2]],
+        c.ours(norm, impl, **{k: v.contiguous() for k, v in one.items()})[[0, 2]],
+    )
     tokens = c.ours(norm, impl, y0=c.y0[:, 0], t=c.t[:, 0])
     torch.testing.assert_close(tokens, c.ours(norm, impl, y0=c.y0[:, :1], t=c.t[:, :1])[:, 0])
     more = batch(S=6)
@@ -155,20 +178,27 @@ def test_more_than_one_block_of_rows(norm, monkeypatch):
 
 
 @EVERY_IMPL
-@pytest.mark.parametrize("norm", [*FORMS.values(), SMagNorm(detach_gate=False),
-                                  SMagNorm(ref="max", detach_gate=False)],
-                         ids=[*FORMS, "full", "full max"])
+@pytest.mark.parametrize(
+    "norm",
+    [*FORMS.values(), SMagNorm(detach_gate=False), SMagNorm(ref="max", detach_gate=False)],
+    ids=[*FORMS, "full", "full max"],
+)
 def test_gradients_of_the_plain_formula(norm, impl):
     c = batch()
     leaves = [c.y0, c.t, c.cores, c.adapter_bias]
     for leaf in leaves:
         leaf.requires_grad_()
     y = c.ours(norm, impl)
-    singles = torch.stack([c.y0[i] if k < 0 else c.single(i).ours(norm, impl="reference")
-                           for i, k in enumerate(ADAPTERS)])
+    singles = torch.stack(
+        [
+            c.y0[i] if k < 0 else c.single(i).ours(norm, impl="reference")
+            for i, k in enumerate(ADAPTERS)
+        ]
+    )
     dy = torch.randn_like(y)
-    for a, b in zip(torch.autograd.grad(y, leaves, dy), torch.autograd.grad(singles, leaves, dy),
-                    strict=True):
+    for a, b in zip(
+        torch.autograd.grad(y, leaves, dy), torch.autograd.grad(singles, leaves, dy), strict=True
+    ):
         torch.testing.assert_close(a, b)
 
 
@@ -176,11 +206,14 @@ def test_gradients_of_the_plain_formula(norm, impl):
 def test_op(impl):
     for norm in FORMS.values():
         c = batch(S=3, dtype=torch.bfloat16)
-        opcheck(op, (c.y0, c.t, c.cores, c.adapter, c.C, c.adapter_bias, 0.7,
-                     pack_norm(norm), True, impl))
+        opcheck(
+            op,
+            (c.y0, c.t, c.cores, c.adapter, c.C, c.adapter_bias, 0.7, pack_norm(norm), True, impl),
+        )
     torch.compiler.reset()
-    compiled = torch.compile(lambda y0, t: c.ours(norm, impl, y0=y0, t=t), fullgraph=True,
-                             backend="aot_eager")
+    compiled = torch.compile(
+        lambda y0, t: c.ours(norm, impl, y0=y0, t=t), fullgraph=True, backend="aot_eager"
+    )
     assert torch.equal(compiled(c.y0, c.t), c.ours(norm, impl))
     cores = torch.stack([c.cores, 2 * c.cores])
     got = torch.vmap(lambda each: c.ours(norm, impl, cores=each))(cores)
@@ -213,31 +246,45 @@ def test_the_host_never_reads_which_adapter():
     from torch._subclasses.fake_tensor import FakeTensorMode
 
     meta = batch()
-    arguments = [v.to("meta") for v in (meta.y0, meta.t, meta.cores, meta.adapter, meta.C,
-                                        meta.adapter_bias)]
+    arguments = [
+        v.to("meta") for v in (meta.y0, meta.t, meta.cores, meta.adapter, meta.C, meta.adapter_bias)
+    ]
     for norm in FORMS.values():
         with instead_of_launching(lambda *_: None):
             assert triton_mixed.forward(*arguments, 0.7, norm).shape == (8, 7, 45)
         with FakeTensorMode() as mode:
-            fake = [mode.from_tensor(v) for v in (meta.y0, meta.t, meta.cores, meta.adapter,
-                                                  meta.C, meta.adapter_bias)]
+            fake = [
+                mode.from_tensor(v)
+                for v in (meta.y0, meta.t, meta.cores, meta.adapter, meta.C, meta.adapter_bias)
+            ]
             assert reference.forward(*fake, 0.7, norm).shape == (8, 7, 45)
 
 
-@pytest.mark.parametrize(("changes", "message"), [
-    (dict(y0=torch.zeros(12), t=torch.zeros(4)), r"y0.shape=\(12,\) is not allowed"),
-    (dict(cores=torch.zeros(4, 4)), r"cores='torch.float32 \(4, 4\)' is not allowed.*A >= 1"),
-    (dict(cores=torch.zeros(0, 4, 4)), r"cores='torch.float32 \(0, 4, 4\)' is not allowed"),
-    (dict(cores=torch.zeros(2, 3, 3)), r"cores='torch.float32 \(2, 3, 3\)' is not allowed"),
-    (dict(adapter=torch.zeros(3)), "adapter.dtype=torch.float32 is not allowed"),
-    (dict(adapter=torch.zeros(2, dtype=torch.int64)), r"adapter.shape=\(2,\) is not allowed"),
-    (dict(adapter_bias=torch.zeros(12)), r"adapter_bias.shape=\(12,\) is not allowed.*\(2, 12\)"),
-    (dict(norm=SMagNorm(domain="weight")), "norm.domain='weight' is not allowed"),
-    (dict(impl="fast"), "impl='fast' is not allowed"),
-])
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (dict(y0=torch.zeros(12), t=torch.zeros(4)), r"y0.shape=\(12,\) is not allowed"),
+        (dict(cores=torch.zeros(4, 4)), r"cores='torch.float32 \(4, 4\)' is not allowed.*A >= 1"),
+        (dict(cores=torch.zeros(0, 4, 4)), r"cores='torch.float32 \(0, 4, 4\)' is not allowed"),
+        (dict(cores=torch.zeros(2, 3, 3)), r"cores='torch.float32 \(2, 3, 3\)' is not allowed"),
+        (dict(adapter=torch.zeros(3)), "adapter.dtype=torch.float32 is not allowed"),
+        (dict(adapter=torch.zeros(2, dtype=torch.int64)), r"adapter.shape=\(2,\) is not allowed"),
+        (
+            dict(adapter_bias=torch.zeros(12)),
+            r"adapter_bias.shape=\(12,\) is not allowed.*\(2, 12\)",
+        ),
+        (dict(norm=SMagNorm(domain="weight")), "norm.domain='weight' is not allowed"),
+        (dict(impl="fast"), "impl='fast' is not allowed"),
+    ],
+)
 def test_bad_arguments(changes, message):
-    good = dict(y0=torch.zeros(3, 12), t=torch.zeros(3, 4), cores=torch.zeros(2, 4, 4),
-                adapter=torch.tensor([0, -1, 1]), C=torch.zeros(12, 4))
+    good = dict(
+        y0=torch.zeros(3, 12),
+        t=torch.zeros(3, 4),
+        cores=torch.zeros(2, 4, 4),
+        adapter=torch.tensor([0, -1, 1]),
+        C=torch.zeros(12, 4),
+    )
     assert torch.equal(cur_batched(**good), good["y0"])
     with pytest.raises(ValueError, match=message):
         cur_batched(**good | changes)

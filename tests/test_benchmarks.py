@@ -43,16 +43,26 @@ def test_cases_by_name():
 def test_rows_of_a_case(tiny):
     rows, missing = timing.measure(tiny[0], torch.device("cpu"), 3, compiled=False)
     names = {row["rival"] for row in rows}
-    assert {"frozen", "CURLoRA, reference", "SECURA, reference", "SECURA, dense", "LoRA (PEFT)",
-            "DoRA (PEFT)", "CURLoRA, eager"} <= names
+    assert {
+        "frozen",
+        "CURLoRA, reference",
+        "SECURA, reference",
+        "SECURA, dense",
+        "LoRA (PEFT)",
+        "DoRA (PEFT)",
+        "CURLoRA, eager",
+    } <= names
     assert {row["mode"] for row in rows} == set(timing.MODES)
     by = {(row["rival"], row["mode"]): row for row in rows}
     assert by["frozen", "both"]["ratio"] == 1 and by["frozen", "both"]["saved_bytes"] == 0
     assert by["CURLoRA, reference", "both"]["saved_bytes"] == 8 * 4 * 4  # t alone
     assert by["SECURA, reference", "both"]["saved_bytes"] >= 8 * (4 + 48) * 4  # and the gate
     assert by["SECURA, dense", "both"]["error"] < 1e-5
-    assert by["CURLoRA, reference", "both"]["host_ms"] >= by["CURLoRA, reference",
-                                                             "both"]["low_ms"] > 0
+    assert (
+        by["CURLoRA, reference", "both"]["host_ms"]
+        >= by["CURLoRA, reference", "both"]["low_ms"]
+        > 0
+    )
     both, forward = by["SECURA, dense", "both"], by["SECURA, dense", "forward"]
     assert both["median_ms"] > forward["median_ms"] > 0
     assert any(reason.startswith("LoRA (Unsloth)") for reason in missing)
@@ -67,9 +77,12 @@ def test_what_computes_something_else_is_not_timed(tiny, monkeypatch):
     monkeypatch.setattr(timing, "rivals", lambda *_, **__: (found, []))
     rows, missing = timing.measure(tiny[0], torch.device("cpu"), 1, compiled=False)
     assert [reason.split(" is off by")[0] for reason in missing] == [
-        "CURLoRA, dense", "SECURA, dense"]
+        "CURLoRA, dense",
+        "SECURA, dense",
+    ]
     assert {row["rival"] for row in rows} & {"CURLoRA, dense", "SECURA, dense", "frozen"} == {
-        "frozen"}
+        "frozen"
+    }
 
 
 def test_what_fails_is_left_out(tiny, monkeypatch):
@@ -78,8 +91,7 @@ def test_what_fails_is_left_out(tiny, monkeypatch):
             raise RuntimeError("out of memory\nand a long story")
 
     linear = torch.nn.Linear(32, 48, bias=False)
-    found = {"frozen": rivals.Rival(linear.requires_grad_(False)),
-             "broken": rivals.Rival(Broken())}
+    found = {"frozen": rivals.Rival(linear.requires_grad_(False)), "broken": rivals.Rival(Broken())}
     monkeypatch.setattr(timing, "rivals", lambda *_, **__: (found, []))
     rows, missing = timing.measure(tiny[0], torch.device("cpu"), 1, compiled=False)
     assert {row["rival"] for row in rows} == {"frozen"}
@@ -93,8 +105,9 @@ def test_hand_written_lora_is_lora():
     leaves, dy = [x, layer.A, layer.B], torch.randn(8, 48)
     plain = linear(x) + x @ layer.A.T @ layer.B.T
     torch.testing.assert_close(layer(x), plain)
-    torch.testing.assert_close(torch.autograd.grad(layer(x), leaves, dy),
-                               torch.autograd.grad(plain, leaves, dy))
+    torch.testing.assert_close(
+        torch.autograd.grad(layer(x), leaves, dy), torch.autograd.grad(plain, leaves, dy)
+    )
 
 
 def test_a_stopped_run_goes_on(tiny, tmp_path, monkeypatch):
@@ -110,8 +123,11 @@ def test_a_stopped_run_goes_on(tiny, tmp_path, monkeypatch):
     monkeypatch.setattr(run, "measure", stop_at_the_second)
     with pytest.raises(KeyboardInterrupt):
         run.run(cases, torch.device("cpu"), 2, False, tmp_path, "layer")
-    monkeypatch.setattr(run, "measure", lambda case, *rest, **options: (
-        calls.append(case), original(case, *rest, **options))[1])
+    monkeypatch.setattr(
+        run,
+        "measure",
+        lambda case, *rest, **options: (calls.append(case), original(case, *rest, **options))[1],
+    )
     rows, about = run.run(cases, torch.device("cpu"), 2, False, tmp_path, "layer")
     assert calls == cases  # the first case was not measured again
     content = json.loads((tmp_path / "layer.json").read_text())
@@ -124,16 +140,34 @@ def test_a_stopped_run_goes_on(tiny, tmp_path, monkeypatch):
 
 def test_wrong_options_name_themselves():
     for words in (["--tokens", "0"], ["--layer", "nope"], ["--model", "gpt-9"]):
-        done = subprocess.run([sys.executable, LAYER / "run.py", *words], capture_output=True,
-                              text=True)
+        done = subprocess.run(
+            [sys.executable, LAYER / "run.py", *words], capture_output=True, text=True
+        )
         assert done.returncode == 2 and words[0] in done.stderr.replace("layers=", "--layer")
 
 
 def test_a_fine_tuning_step_of_each_method(tmp_path):
     done = subprocess.run(
-        [sys.executable, LAYER.parent / "step/run.py", "--model", "tiny", "--method", "SECURA",
-         "LoRA (PEFT)", "--steps", "2", "--rank", "4", "--device", "cpu", "--out", tmp_path],
-        capture_output=True, text=True)
+        [
+            sys.executable,
+            LAYER.parent / "step/run.py",
+            "--model",
+            "tiny",
+            "--method",
+            "SECURA",
+            "LoRA (PEFT)",
+            "--steps",
+            "2",
+            "--rank",
+            "4",
+            "--device",
+            "cpu",
+            "--out",
+            tmp_path,
+        ],
+        capture_output=True,
+        text=True,
+    )
     assert done.returncode == 0, done.stderr
     rows = json.loads((tmp_path / "step.json").read_text())["rows"]
     assert [row["method"] for row in rows] == ["SECURA", "LoRA (PEFT)"]
@@ -159,18 +193,48 @@ PASSES_ABOUT = dict(gpu="a chip", ceilings=dict(bandwidth=3e12, flops=8e14))
 
 def test_passes_without_the_cuda_library(tmp_path):
     common = dict(M=8, N=8, K=8, r=4, floor_ms=1.0, bandwidth=1e11)
-    rows = [dict(run="product", impl="triton", median_ms=2.5, of_roofline=0.4, flops=1e12,
-                 of_cublas=0.8, **common),
-            dict(run="product", impl="cublas", median_ms=2.0, of_roofline=0.5, flops=1e12,
-                 of_cublas=1.0, **common),
-            dict(run="gather", impl="triton", median_ms=1.25, of_roofline=0.8, flops=0.0,
-                 of_cublas=None, **common)]
+    rows = [
+        dict(
+            run="product",
+            impl="triton",
+            median_ms=2.5,
+            of_roofline=0.4,
+            flops=1e12,
+            of_cublas=0.8,
+            **common,
+        ),
+        dict(
+            run="product",
+            impl="cublas",
+            median_ms=2.0,
+            of_roofline=0.5,
+            flops=1e12,
+            of_cublas=1.0,
+            **common,
+        ),
+        dict(
+            run="gather",
+            impl="triton",
+            median_ms=1.25,
+            of_roofline=0.8,
+            flops=0.0,
+            of_cublas=None,
+            **common,
+        ),
+    ]
     about = PASSES_ABOUT | dict(missing=["no CUDA times: nobody built it"])
     shown = passes.table(rows, about)
     assert shown.caption == "no CUDA times: nobody built it"
     cells = [list(column.cells) for column in shown.columns]
-    assert cells[1:] == [["product", "gather"], ["1.0000"] * 2, ["2.5000 (40%)", "1.2500 (80%)"],
-                         ["", ""], ["2.0000 (50%)", ""], ["0.80", ""], ["", ""]]
+    assert cells[1:] == [
+        ["product", "gather"],
+        ["1.0000"] * 2,
+        ["2.5000 (40%)", "1.2500 (80%)"],
+        ["", ""],
+        ["2.0000 (50%)", ""],
+        ["0.80", ""],
+        ["", ""],
+    ]
     passes.draw(tmp_path / "roofline.png", rows, about)
     assert (tmp_path / "roofline.png").stat().st_size > 5000
 
@@ -190,8 +254,10 @@ def test_every_pass_of_both_backends_is_run(tmp_path, monkeypatch):
     assert not wrong
     by = {(row["run"], row["impl"]): row for row in rows}
     products = [name for name in passes.PASSES if name.startswith("product")]
-    assert set(by) == ({(name, impl) for name in passes.PASSES for impl in ("triton", "cuda")}
-                       | {(name, "cublas") for name in products})
+    assert set(by) == (
+        {(name, impl) for name in passes.PASSES for impl in ("triton", "cuda")}
+        | {(name, "cublas") for name in products}
+    )
     ours, cublas = by["product", "cuda"], by["product", "cublas"]
     assert ours["of_cublas"] == pytest.approx(cublas["median_ms"] / ours["median_ms"])
     assert by["gather", "cuda"]["of_cublas"] is None
@@ -212,8 +278,9 @@ def test_a_pass_that_fails_costs_no_other_figure(monkeypatch):
     monkeypatch.setattr(passes.triton.testing, "do_bench", do_bench)
     monkeypatch.setattr(passes, "PASSES", ("gather",))
     monkeypatch.setattr(passes, "contenders", lambda *_: {"triton": [print], "cuda": [broken]})
-    rows, wrong = passes.measure((33, 48, 40, 5), torch.device("cpu"), PASSES_ABOUT["ceilings"],
-                                 cuda=True)
+    rows, wrong = passes.measure(
+        (33, 48, 40, 5), torch.device("cpu"), PASSES_ABOUT["ceilings"], cuda=True
+    )
     assert [row["impl"] for row in rows] == ["triton"]
     assert set(wrong) == {"CUDA gather at (33, 48, 40, 5): launch of gather"}
 
@@ -222,13 +289,32 @@ def test_mixed_batches_are_checked_and_measured(tmp_path, monkeypatch, capsys):
     pytest.importorskip("peft")
     import mixed
 
-    monkeypatch.setattr(sys, "argv", [
-        "mixed.py", "--device", "cpu", "--N", "24", "--K", "16", "--rank", "4", "--tokens", "2",
-        "--rounds", "2", "--out", str(tmp_path)])
+    monkeypatch.setattr(
+        sys,
+        "argv",
+        [
+            "mixed.py",
+            "--device",
+            "cpu",
+            "--N",
+            "24",
+            "--K",
+            "16",
+            "--rank",
+            "4",
+            "--tokens",
+            "2",
+            "--rounds",
+            "2",
+            "--out",
+            str(tmp_path),
+        ],
+    )
     mixed.main()
     rows = json.loads((tmp_path / "mixed.json").read_text())["rows"]
     assert {(row["method"], row["adapters"]) for row in rows} == {
-        (name, count) for name in ("CURLoRA", "SECURA", "LoRA (PEFT)") for count in (1, 8, 64)}
+        (name, count) for name in ("CURLoRA", "SECURA", "LoRA (PEFT)") for count in (1, 8, 64)
+    }
     assert all(row["ratio"] == 1 for row in rows if row["adapters"] == 1)
     assert (tmp_path / "mixed.png").stat().st_size > 5000
     broken = mixed.build(mixed.methods(4)["SECURA"], mixed.arguments(), torch.device("cpu"))
@@ -244,8 +330,9 @@ def test_stages_are_in_order():
     assert names.index("sanitizer") == names.index("tests-triton") + 1
     for words in gpu.STAGES.values():
         assert words[0] in ("-m", "-c") or (LAYER.parents[1] / words[0]).is_file()
-        assert all((LAYER.parents[1] / word).is_file() for word in words if
-                   word.startswith("tests/"))
+        assert all(
+            (LAYER.parents[1] / word).is_file() for word in words if word.startswith("tests/")
+        )
     compile(gpu.STAGES["cuda-build"][1], "cuda-build", "exec")
 
 
@@ -278,9 +365,21 @@ def test_the_sanitizer_watches_every_form():
 
 
 def test_what_the_sanitizer_watches_runs_by_itself():
-    done = subprocess.run([sys.executable, LAYER.parent / "sanitize.py", "--run", "--impl",
-                           "reference", "--device", "cpu", "--case", "no gate; stored; biases"],
-                          capture_output=True, text=True)
+    done = subprocess.run(
+        [
+            sys.executable,
+            LAYER.parent / "sanitize.py",
+            "--run",
+            "--impl",
+            "reference",
+            "--device",
+            "cpu",
+            "--case",
+            "no gate; stored; biases",
+        ],
+        capture_output=True,
+        text=True,
+    )
     assert done.returncode == 0 and not done.stderr, done.stderr
     assert done.stdout.endswith("6 cases have run\n")
 
@@ -308,9 +407,14 @@ def test_a_watched_run_ends_as_its_tool_says(tmp_path):
         assert given.endswith("sanitize.py --run --case weight\n")
 
 
-@pytest.mark.parametrize(("script", "option", "wrong"), [
-    (sanitize, "--tool", ["--tool", "nope"]), (sanitize, "--case", ["--case", "nope"]),
-    (gpu, "cuda-build", ["nope"])])
+@pytest.mark.parametrize(
+    ("script", "option", "wrong"),
+    [
+        (sanitize, "--tool", ["--tool", "nope"]),
+        (sanitize, "--case", ["--case", "nope"]),
+        (gpu, "cuda-build", ["nope"]),
+    ],
+)
 def test_scripts_name_their_options(script, option, wrong, monkeypatch, capsys):
     for words, status in ((["--help"], 0), (wrong, 2)):
         monkeypatch.setattr(sys, "argv", ["script", *words])
@@ -324,18 +428,30 @@ def test_scripts_name_their_options(script, option, wrong, monkeypatch, capsys):
 @pytest.mark.skipif(torch.cuda.is_available(), reason="for machines without a GPU")
 def test_without_a_gpu_the_gpu_run_says_so():
     for script in ("gpu.py", "layer/passes.py"):
-        done = subprocess.run([sys.executable, LAYER.parent / script], capture_output=True,
-                              text=True)
+        done = subprocess.run(
+            [sys.executable, LAYER.parent / script], capture_output=True, text=True
+        )
         assert done.returncode == 1 and "no NVIDIA GPU is here" in done.stderr
-    done = subprocess.run([sys.executable, LAYER.parent / "sanitize.py"], capture_output=True,
-                          text=True)
+    done = subprocess.run(
+        [sys.executable, LAYER.parent / "sanitize.py"], capture_output=True, text=True
+    )
     assert done.returncode == 1 and done.stderr.startswith("sanitize: ")
 
 
 def test_what_calibration_costs(tmp_path):
     done = subprocess.run(
-        [sys.executable, LAYER.parent / "calibration" / "run.py", "--quick", "--tokens", "256",
-         "--out", tmp_path], capture_output=True, text=True)
+        [
+            sys.executable,
+            LAYER.parent / "calibration" / "run.py",
+            "--quick",
+            "--tokens",
+            "256",
+            "--out",
+            tmp_path,
+        ],
+        capture_output=True,
+        text=True,
+    )
     assert done.returncode == 0, done.stderr
     found = json.loads((tmp_path / "calibration.json").read_text())
     memory = {(row["basis"], row["rank"]): row["GiB_8b"] for row in found["rows"]}

@@ -53,8 +53,15 @@ def test_the_measured_divergence_is_that_of_the_formula(how):
     model, base = adapted(how=how)
     assert base_kl(model, TEXT) == 0
     move(model, 1.0)
-    expected = F.kl_div(model(TOKENS).logits.log_softmax(-1), base.log_softmax(-1),
-                        reduction="sum", log_target=True) / TOKENS.numel()
+    expected = (
+        F.kl_div(
+            model(TOKENS).logits.log_softmax(-1),
+            base.log_softmax(-1),
+            reduction="sum",
+            log_target=True,
+        )
+        / TOKENS.numel()
+    )
     assert base_kl(model, TEXT) == pytest.approx(float(expected), rel=1e-4) and expected > 1e-3
     with without_adapters(model):
         assert torch.equal(model(TOKENS).logits, base)
@@ -70,8 +77,12 @@ def test_the_size_of_cores_is_in_nats():
     """The sum of ||V||^2 unit^2 / 2, of the core that earlier stages left too."""
     model, _ = adapted()
     move(model, 1.0)
-    adapters = [a for m in model.modules() if hasattr(m, "secura_adapter")
-                for a in m.secura_adapter.values()]
+    adapters = [
+        a
+        for m in model.modules()
+        if hasattr(m, "secura_adapter")
+        for a in m.secura_adapter.values()
+    ]
     expected = sum(float((a.A.T @ a.B.T).square().sum() * a.unit**2 / 2) for a in adapters)
     assert core_size(model) == pytest.approx(expected, rel=1e-5)
     for module in model.modules():
@@ -82,15 +93,30 @@ def test_the_size_of_cores_is_in_nats():
 
 
 def trained(model, folder, callback, steps=30, **settings):
-    trainer = Trainer(model, TrainingArguments(
-        str(folder), use_cpu=True, report_to=[], disable_tqdm=True, seed=0,
-        per_device_train_batch_size=4, save_strategy="no",
-        **dict(logging_steps=1, max_steps=steps, learning_rate=0.3) | settings),
-        train_dataset=DATA)
+    trainer = Trainer(
+        model,
+        TrainingArguments(
+            str(folder),
+            use_cpu=True,
+            report_to=[],
+            disable_tqdm=True,
+            seed=0,
+            per_device_train_batch_size=4,
+            save_strategy="no",
+            **dict(logging_steps=1, max_steps=steps, learning_rate=0.3) | settings,
+        ),
+        train_dataset=DATA,
+    )
     callback.attach(trainer)
     trainer.train()
-    return {name: {logs["step"]: logs[f"retention/{name}"] for logs in trainer.state.log_history
-                   if f"retention/{name}" in logs} for name in ("kl", "predicted_kl")}
+    return {
+        name: {
+            logs["step"]: logs[f"retention/{name}"]
+            for logs in trainer.state.log_history
+            if f"retention/{name}" in logs
+        }
+        for name in ("kl", "predicted_kl")
+    }
 
 
 @pytest.mark.parametrize("basis", ["whitened", "natural"])
@@ -131,11 +157,17 @@ def test_a_divergence_that_is_no_number_stops(tmp_path):
     assert "kl nan nats" in callback.stopped and len(curves["kl"]) == 2
 
 
-@pytest.mark.parametrize("change, message", [
-    (dict(budget=0), "budget=0 is not allowed"),
-    (dict(budget=1.0, at_budget="penalty"), "at_budget='penalty' is not allowed"),
-    (dict(budget=1.0, batches=None), "budget=1.0 is not allowed: it must be None without batches"),
-])
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (dict(budget=0), "budget=0 is not allowed"),
+        (dict(budget=1.0, at_budget="penalty"), "at_budget='penalty' is not allowed"),
+        (
+            dict(budget=1.0, batches=None),
+            "budget=1.0 is not allowed: it must be None without batches",
+        ),
+    ],
+)
 def test_bad_arguments(change, message):
     with pytest.raises(ValueError, match=message):
         RetentionCallback(**dict(batches=TEXT) | change)

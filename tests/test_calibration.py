@@ -28,8 +28,12 @@ from secura_kernels.train.own_text import own_text
 WHITENED = dict(r=4, basis="whitened")
 GATE_FREE = WHITENED | dict(variant="secura")
 GATED = GATE_FREE | dict(norm="calibrated")
-VARIANTS = [WHITENED | dict(variant="curlora"), GATED, GATE_FREE,
-            GATED | dict(norm_domain="weight")]
+VARIANTS = [
+    WHITENED | dict(variant="curlora"),
+    GATED,
+    GATE_FREE,
+    GATED | dict(norm_domain="weight"),
+]
 GENERAL = [dict(input_ids=tokens(4, 12, seed)) for seed in range(3)]
 
 
@@ -62,9 +66,11 @@ def likeliest(monkeypatch):
 
 
 def folds(model):
-    return {f"{name}.{key}": getattr(adapter, key)
-            for name, (_, adapter) in calibration._layers(model, None)
-            for key in ("fold_c", "fold_r", "unit")}
+    return {
+        f"{name}.{key}": getattr(adapter, key)
+        for name, (_, adapter) in calibration._layers(model, None)
+        for key in ("fold_c", "fold_r", "unit")
+    }
 
 
 def assert_same_folds(a, b, rtol=1e-9):
@@ -104,15 +110,21 @@ def test_the_folded_layer_equals_the_formula(monkeypatch):
     model, x, damping = two_layers(), torch.randn(90, 10, dtype=torch.float64), 0.03
     found = calibrate(model, [x[:50], x[50:]], damping=damping, progress=False)
     move_cores(model)
-    base = nn.Sequential(*(nn.Linear(m.in_features, m.out_features, dtype=torch.float64)
-                           if isinstance(m, SECURALinear) else m for m in model))
+    base = nn.Sequential(
+        *(
+            nn.Linear(m.in_features, m.out_features, dtype=torch.float64)
+            if isinstance(m, SECURALinear)
+            else m
+            for m in model
+        )
+    )
     inputs, gradients = {}, {}
     for i in (0, 2):
-        base[i].weight, base[i].bias = (nn.Parameter(p.detach().clone())
-                                        for p in (model[i].weight, model[i].bias))
+        base[i].weight, base[i].bias = (
+            nn.Parameter(p.detach().clone()) for p in (model[i].weight, model[i].bias)
+        )
         base[i].register_forward_hook(lambda m, args, y, i=i: inputs.update({i: args[0].detach()}))
-        base[i].register_full_backward_hook(
-            lambda m, gx, gy, i=i: gradients.update({i: gy[0]}))
+        base[i].register_full_backward_hook(lambda m, gx, gy, i=i: gradients.update({i: gy[0]}))
     y = base(x)
     F.cross_entropy(y.float(), y.argmax(1), reduction="sum").backward()
     for i in (0, 2):
@@ -170,8 +182,11 @@ def test_the_model_is_what_it_was_but_for_its_folds(settings):
     assert not any(m._forward_hooks for m in layers(model).values())
     assert torch.equal(logits(model.eval(), tokens()), expected)
     model.train()(tokens(), labels=tokens()).loss.backward()
-    assert all(p.grad is not None and p.grad.isfinite().all()
-               for n, p in model.named_parameters() if n in trained)
+    assert all(
+        p.grad is not None and p.grad.isfinite().all()
+        for n, p in model.named_parameters()
+        if n in trained
+    )
 
 
 def test_a_core_changes_the_weight_as_much_as_one_between_orthonormal_bases():
@@ -229,8 +244,9 @@ def test_over_a_quantised_base(kind, monkeypatch):
     plain = nn.Linear(96, 64, bias=False)
     with torch.no_grad():
         plain.weight.copy_(dequantised(base))
-    models = [peft(nn.Sequential(layer), target_modules=["0"], **VARIANTS[0])
-              for layer in (base, plain)]
+    models = [
+        peft(nn.Sequential(layer), target_modules=["0"], **VARIANTS[0]) for layer in (base, plain)
+    ]
     for model in models:
         calibrate(model, [x], progress=False)
     first, second = map(folds, models)
@@ -252,13 +268,22 @@ def test_files_bring_the_basis_back_to_the_bit(settings, stage, tmp_path):
         move(model, seed=3)
     expected = logits(model, tokens())
     model.save_pretrained(tmp_path)
-    for load in (lambda: PeftModel.from_pretrained(llama(), tmp_path),
-                 lambda: PeftModel.from_pretrained(llama(), tmp_path, low_cpu_mem_usage=True),
-                 lambda: with_transformers(tmp_path)):
+    for load in (
+        lambda: PeftModel.from_pretrained(llama(), tmp_path),
+        lambda: PeftModel.from_pretrained(llama(), tmp_path, low_cpu_mem_usage=True),
+        lambda: with_transformers(tmp_path),
+    ):
         read = load()
         assert torch.equal(logits(read, tokens()), expected)
-        assert all(torch.equal(v, folds(read)[k.replace("base_model.model.", "") if
-                   not isinstance(read, PeftModel) else k]) for k, v in folds(model).items())
+        assert all(
+            torch.equal(
+                v,
+                folds(read)[
+                    k.replace("base_model.model.", "") if not isinstance(read, PeftModel) else k
+                ],
+            )
+            for k, v in folds(model).items()
+        )
     read.train()(tokens())  # calibrated
     unfilled = get_peft_model(llama(), SecuraConfig.from_pretrained(tmp_path)).train()
     with pytest.raises(RuntimeError, match="calibrate"):
@@ -299,8 +324,9 @@ def test_merging_and_lora(tmp_path):
     save_as_lora(model, tmp_path)
     lora = PeftModel.from_pretrained(llama(), tmp_path)
     torch.testing.assert_close(logits(lora, tokens()), expected, rtol=1e-4, atol=1e-4)
-    torch.testing.assert_close(logits(model.merge_and_unload(), tokens()), expected, rtol=1e-4,
-                               atol=1e-4)
+    torch.testing.assert_close(
+        logits(model.merge_and_unload(), tokens()), expected, rtol=1e-4, atol=1e-4
+    )
 
 
 @pytest.mark.parametrize("settings", VARIANTS[:3], ids=str)
@@ -356,17 +382,27 @@ def test_a_layer_that_general_text_never_reaches():
     torch.testing.assert_close(left.get_delta_weight("default").norm(), U.norm())
 
 
-@pytest.mark.parametrize("change, message", [
-    (dict(general=[]), "at least one batch"),
-    (dict(general=[torch.full((20, 10), torch.nan)]), "are not finite"),
-    (dict(general=[torch.randn(3, 10)]), "saw 3 tokens of general text, fewer than its rank 4"),
-    (dict(general=["text"]), r"general\[0\]='str' is not allowed: it must be a dict or a tensor"),
-    (dict(general=None), "general=None is not allowed: .* a Sequential cannot generate"),
-    (dict(damping=0), "damping=0 is not allowed"),
-    (dict(too_few="skip"), "too_few='skip' is not allowed"),
-    (dict(model=nn.Linear(3, 3)), "model='Linear' is not allowed: .* basis='whitened'"),
-    (dict(model=two_layers(torch.float32).append(nn.Linear(7, 1))), "do not reach the predictions"),
-], ids=lambda v: v if isinstance(v, str) else "")
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (dict(general=[]), "at least one batch"),
+        (dict(general=[torch.full((20, 10), torch.nan)]), "are not finite"),
+        (dict(general=[torch.randn(3, 10)]), "saw 3 tokens of general text, fewer than its rank 4"),
+        (
+            dict(general=["text"]),
+            r"general\[0\]='str' is not allowed: it must be a dict or a tensor",
+        ),
+        (dict(general=None), "general=None is not allowed: .* a Sequential cannot generate"),
+        (dict(damping=0), "damping=0 is not allowed"),
+        (dict(too_few="skip"), "too_few='skip' is not allowed"),
+        (dict(model=nn.Linear(3, 3)), "model='Linear' is not allowed: .* basis='whitened'"),
+        (
+            dict(model=two_layers(torch.float32).append(nn.Linear(7, 1))),
+            "do not reach the predictions",
+        ),
+    ],
+    ids=lambda v: v if isinstance(v, str) else "",
+)
 def test_bad_input_changes_nothing(change, message):
     model = change.pop("model", None) or two_layers(torch.float32)
     before = copy.deepcopy(model.state_dict())
@@ -407,8 +443,9 @@ def test_own_text():
     assert [tuple(b["input_ids"].shape) for b in rows] == [(8, 9), (4, 9)]
     assert all((b["input_ids"][:, 0] == 1).all() and b["attention_mask"].all() for b in rows)
     again = list(own_text(model, 100, length=9, batch_size=8, seed=1, progress=False))
-    assert all(torch.equal(a["input_ids"], b["input_ids"])
-               for a, b in zip(rows, again, strict=True))
+    assert all(
+        torch.equal(a["input_ids"], b["input_ids"]) for a, b in zip(rows, again, strict=True)
+    )
     # Of a chat model as many documents as chats; one row more of these where they are odd.
     (batch,) = own_text(model, 5 * 9, tokenizer=Chat(), length=9, progress=False)
     starts = [tuple(row) for row in batch["input_ids"][:, :2].tolist()]
@@ -422,8 +459,9 @@ def test_own_text():
 def test_folding_costs_little_precision(dtype, allowed):
     """The change in low precision against float64, beside what stored whitened bases give."""
     torch.manual_seed(0)
-    model = nn.Sequential(CURLoRALinear.from_linear(
-        nn.Linear(96, 80, bias=False, dtype=dtype), 32, basis="whitened")).eval()
+    model = nn.Sequential(
+        CURLoRALinear.from_linear(nn.Linear(96, 80, bias=False, dtype=dtype), 32, basis="whitened")
+    ).eval()
     scales = torch.logspace(0, -2, 96)
     x = (torch.randn(600, 96) @ torch.linalg.qr(torch.randn(96, 96)).Q * scales).to(dtype)
     calibrate(model, [x], progress=False)
@@ -436,9 +474,10 @@ def test_folding_costs_little_precision(dtype, allowed):
         stored = dict(C=(C @ A).to(dtype), R=(B @ R).to(dtype))
         zero = torch.zeros_like(layer.weight)
         errors = []
-        for sides, core in ((dict(cols=None, rows=None, **stored), layer.U),
-                            (dict(cols=None, rows=None, C=C.to(dtype), R=R.to(dtype)),
-                             layer.core())):
+        for sides, core in (
+            (dict(cols=None, rows=None, **stored), layer.U),
+            (dict(cols=None, rows=None, C=C.to(dtype), R=R.to(dtype)), layer.core()),
+        ):
             y = cur_linear(x, zero, core, **sides).double()
             errors.append(float((y - truth).norm() / truth.norm()))
     assert errors[1] <= allowed * errors[0], errors

@@ -26,10 +26,22 @@ def adapted(kind=CURLoRALinear, **settings):
 
 def trainer_of(model, folder, *callbacks, eval_dataset=None, **settings):
     settings = dict(max_steps=5, logging_steps=2, save_strategy="no") | settings
-    return Trainer(model, TrainingArguments(
-        str(folder), use_cpu=True, report_to=["tensorboard"], disable_tqdm=True, seed=0,
-        learning_rate=0.05, per_device_train_batch_size=2, **settings),
-        train_dataset=DATA, eval_dataset=eval_dataset, callbacks=list(callbacks))
+    return Trainer(
+        model,
+        TrainingArguments(
+            str(folder),
+            use_cpu=True,
+            report_to=["tensorboard"],
+            disable_tqdm=True,
+            seed=0,
+            learning_rate=0.05,
+            per_device_train_batch_size=2,
+            **settings,
+        ),
+        train_dataset=DATA,
+        eval_dataset=eval_dataset,
+        callbacks=list(callbacks),
+    )
 
 
 def curve(history, name):
@@ -50,7 +62,8 @@ def test_retention_logs_to_the_history_and_to_tensorboard(tmp_path):
         assert list(curve(history, f"retention/{name}")) == [0, 2, 4, 5], name
     # Clipped, and taken before the optimiser's step ended with zeroed gradients.
     assert curve(history, "retention/gradient_norm") == pytest.approx(
-        dict.fromkeys([2, 4, 5], 0.01), rel=1e-3)
+        dict.fromkeys([2, 4, 5], 0.01), rel=1e-3
+    )
     assert list(curve(history, "loss")) == [2, 4]  # the Trainer's own records stay
 
     layers = drift(model).values()
@@ -71,8 +84,9 @@ def test_retention_logs_to_the_history_and_to_tensorboard(tmp_path):
         assert scalars == pytest.approx(curve(history, f"retention/{name}"), rel=1e-6)
 
 
-@pytest.mark.parametrize("limit, name", [("drift_limit", "drift_max"),
-                                         ("forgetting_limit", "forgetting")])
+@pytest.mark.parametrize(
+    "limit, name", [("drift_limit", "drift_max"), ("forgetting_limit", "forgetting")]
+)
 def test_a_limit_stops_training_at_the_first_measurement_above_it(limit, name, tmp_path, caplog):
     trainer = trainer_of(adapted(), tmp_path, max_steps=6)
     RetentionCallback(HELD_OUT, every=1).attach(trainer)
@@ -82,14 +96,16 @@ def test_a_limit_stops_training_at_the_first_measurement_above_it(limit, name, t
 
     trainer = trainer_of(adapted(), tmp_path, max_steps=6)
     # Between steps 2 and 3, seen at step 4 by a callback that looks every second step.
-    callback = RetentionCallback(
-        HELD_OUT, every=2, **{limit: (values[2] + values[3]) / 2}).attach(trainer)
+    callback = RetentionCallback(HELD_OUT, every=2, **{limit: (values[2] + values[3]) / 2}).attach(
+        trainer
+    )
     with caplog.at_level(logging.WARNING, "secura_kernels.train.callbacks"):
         trainer.train()
     assert trainer.state.global_step == 4
     assert callback.stopped.startswith(f"step 4: {name} {values[4]:.6g} is not within its limit")
-    messages = [r.getMessage() for r in caplog.records
-                if r.name == "secura_kernels.train.callbacks"]
+    messages = [
+        r.getMessage() for r in caplog.records if r.name == "secura_kernels.train.callbacks"
+    ]
     assert messages == [f"training stops at {callback.stopped}"]
     assert curve(trainer.state.log_history, f"retention/{name}")[4] == values[4]
 
@@ -107,8 +123,15 @@ def test_measures_where_another_callback_stops_training_off_schedule(tmp_path):
         def on_evaluate(self, args, state, control, **_):
             control.should_training_stop = True
 
-    trainer = trainer_of(adapted(), tmp_path, StopWhenEvaluated(), eval_strategy="steps",
-                         eval_steps=3, eval_dataset=DATA, max_steps=8)
+    trainer = trainer_of(
+        adapted(),
+        tmp_path,
+        StopWhenEvaluated(),
+        eval_strategy="steps",
+        eval_steps=3,
+        eval_dataset=DATA,
+        max_steps=8,
+    )
     RetentionCallback(every=2).attach(trainer)
     trainer.train()
     assert list(curve(trainer.state.log_history, "retention/drift_max")) == [0, 2, 3]
@@ -119,12 +142,20 @@ def test_measures_where_another_callback_stops_training_off_schedule(tmp_path):
 @pytest.mark.parametrize("restore", [False, True], ids=["", "restored callbacks"])
 def test_a_resumed_run_keeps_the_first_base_loss(restore, tmp_path):
     def run(steps, resume, batches=HELD_OUT):
-        trainer = trainer_of(adapted(), tmp_path, max_steps=steps, save_strategy="steps",
-                             save_steps=3, restore_callback_states_from_checkpoint=restore)
+        trainer = trainer_of(
+            adapted(),
+            tmp_path,
+            max_steps=steps,
+            save_strategy="steps",
+            save_steps=3,
+            restore_callback_states_from_checkpoint=restore,
+        )
         RetentionCallback(batches, every=2).attach(trainer)
         trainer.train(resume_from_checkpoint=resume)
-        return {name: curve(trainer.state.log_history, f"retention/{name}")
-                for name in ("base_loss", "forgetting")}
+        return {
+            name: curve(trainer.state.log_history, f"retention/{name}")
+            for name in ("base_loss", "forgetting")
+        }
 
     start = run(3, False)["base_loss"][0]
     resumed = run(5, True)
@@ -168,16 +199,19 @@ def test_attach_joins_once(tmp_path):
     assert trainer.callback_handler.callbacks.count(callback) == 1
 
 
-@pytest.mark.parametrize("make, message", [
-    (lambda: RetentionCallback(every=0), "every=0"),
-    (lambda: RetentionCallback(batches=[]), "batches=.*at least one batch"),
-    (lambda: RetentionCallback(drift_limit=-1), "drift_limit=-1"),
-    (lambda: RetentionCallback(HELD_OUT, forgetting_limit=math.nan), "forgetting_limit=nan"),
-    (lambda: RetentionCallback(forgetting_limit=0.1), "forgetting_limit=0.1.*without batches"),
-    (lambda: RetentionCallback().attach("trainer"), "trainer='trainer'"),
-    (lambda: StageCallback("m3"), "kind='m3'"),
-    (lambda: StageCallback("m1", every=0), "every=0"),
-])
+@pytest.mark.parametrize(
+    "make, message",
+    [
+        (lambda: RetentionCallback(every=0), "every=0"),
+        (lambda: RetentionCallback(batches=[]), "batches=.*at least one batch"),
+        (lambda: RetentionCallback(drift_limit=-1), "drift_limit=-1"),
+        (lambda: RetentionCallback(HELD_OUT, forgetting_limit=math.nan), "forgetting_limit=nan"),
+        (lambda: RetentionCallback(forgetting_limit=0.1), "forgetting_limit=0.1.*without batches"),
+        (lambda: RetentionCallback().attach("trainer"), "trainer='trainer'"),
+        (lambda: StageCallback("m3"), "kind='m3'"),
+        (lambda: StageCallback("m1", every=0), "every=0"),
+    ],
+)
 def test_bad_settings(make, message):
     with pytest.raises(ValueError, match=message):
         make()
@@ -194,6 +228,7 @@ def stages(monkeypatch):
         def stage(layer):
             taken.append((kind, id(layer), bool(layer.U.any())))
             own(layer)
+
         monkeypatch.setattr(CURLoRALinear, f"stage_{kind}", stage)
 
     note("m1")
@@ -213,12 +248,15 @@ class Steps(TrainerCallback):
             self.seen = len(self.taken)
 
 
-@pytest.mark.parametrize("kind, every, settings, expected", [
-    ("m1", 2, {}, [2, 4]),
-    ("m2", 2, dict(max_steps=4), [2]),  # none after the last step
-    ("m1", 2, dict(gradient_accumulation_steps=2), [2, 4]),
-    ("m2", None, dict(max_steps=-1, num_train_epochs=3), [4, 8]),  # 4 steps an epoch
-])
+@pytest.mark.parametrize(
+    "kind, every, settings, expected",
+    [
+        ("m1", 2, {}, [2, 4]),
+        ("m2", 2, dict(max_steps=4), [2]),  # none after the last step
+        ("m1", 2, dict(gradient_accumulation_steps=2), [2, 4]),
+        ("m2", None, dict(max_steps=-1, num_train_epochs=3), [4, 8]),  # 4 steps an epoch
+    ],
+)
 def test_stages_fall_between_steps(kind, every, settings, expected, stages, tmp_path):
     steps = Steps(stages)
     trainer = trainer_of(adapted(), tmp_path, StageCallback(kind, every), steps, **settings)
@@ -233,8 +271,9 @@ def test_stages_of_peft_layers_keep_their_drift(tmp_path):
     peft = pytest.importorskip("peft", reason="the layers are PEFT's")
     from secura_kernels.peft import SecuraConfig
 
-    model = peft.get_peft_model(llama(), SecuraConfig(
-        r=4, variant="curlora", target_modules=["q_proj", "v_proj"]))
+    model = peft.get_peft_model(
+        llama(), SecuraConfig(r=4, variant="curlora", target_modules=["q_proj", "v_proj"])
+    )
     trainer = trainer_of(model, tmp_path, StageCallback("m1", 1), max_steps=3)
     RetentionCallback(HELD_OUT, every=1).attach(trainer)
     trainer.train()
@@ -244,13 +283,20 @@ def test_stages_of_peft_layers_keep_their_drift(tmp_path):
 
 @pytest.mark.parametrize("every, save, expected", [(2, 2, [2, 4]), (None, 6, []), (None, 4, [4])])
 def test_a_resumed_run_takes_the_stages_that_its_checkpoint_stood_before(
-        every, save, expected, stages, tmp_path):
+    every, save, expected, stages, tmp_path
+):
     settings = dict(save_strategy="steps", save_steps=save)
     trainer_of(adapted(), tmp_path, StageCallback("m2", every), max_steps=save, **settings).train()
     stages.clear()
     steps = Steps(stages)
-    trainer = trainer_of(adapted(), tmp_path, StageCallback("m2", every), steps,
-                         max_steps=save + 1 if every is None else 5, **settings)
+    trainer = trainer_of(
+        adapted(),
+        tmp_path,
+        StageCallback("m2", every),
+        steps,
+        max_steps=save + 1 if every is None else 5,
+        **settings,
+    )
     trainer.train(resume_from_checkpoint=True)
     assert steps.steps == expected
 

@@ -46,9 +46,21 @@ def test_no_order_of_threads_shows(norm, dtype, monkeypatch):
 def run_tests(flags: str, selected: str, **environment: str) -> None:
     """tests/test_kernels.py again, in a process of its own, with another simulated GPU."""
     done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-x", "-p", "no:cacheprovider",
-         str(Path(__file__).with_name("test_kernels.py")), "-k", f"cuda and ({selected})"],
-        env=os.environ | {"SECURA_HOST_FLAGS": flags} | environment, capture_output=True, text=True)
+        [
+            sys.executable,
+            "-m",
+            "pytest",
+            "-x",
+            "-p",
+            "no:cacheprovider",
+            str(Path(__file__).with_name("test_kernels.py")),
+            "-k",
+            f"cuda and ({selected})",
+        ],
+        env=os.environ | {"SECURA_HOST_FLAGS": flags} | environment,
+        capture_output=True,
+        text=True,
+    )
     assert done.returncode == 0 and " passed" in done.stdout, done.stdout[-4000:] + done.stderr
 
 
@@ -61,21 +73,30 @@ def test_without_tensor_cores():
 @simulated
 def test_address_and_undefined_behaviour_sanitizers():
     """No access outside of a tensor or of shared memory, no misaligned vector, no overflow."""
-    libraries = [subprocess.run([host_command()[0], f"-print-file-name={name}"], text=True,
-                                capture_output=True).stdout.strip()
-                 for name in ("libasan.so", "libubsan.so")]
+    libraries = [
+        subprocess.run(
+            [host_command()[0], f"-print-file-name={name}"], text=True, capture_output=True
+        ).stdout.strip()
+        for name in ("libasan.so", "libubsan.so")
+    ]
     if not all(Path(path).is_file() for path in libraries):
         pytest.skip("g++ has no sanitizers")
     # What Python itself never frees is not ours to report; torch and the library share inlines.
     options = "detect_leaks=0:detect_odr_violation=0:abort_on_error=1"
-    run_tests(" ".join(SANITIZE), "every_form or duplicates or expanded or any_shape",
-              LD_PRELOAD=" ".join(libraries), ASAN_OPTIONS=options, SECURA_HOST_SCHEDULE="random")
+    run_tests(
+        " ".join(SANITIZE),
+        "every_form or duplicates or expanded or any_shape",
+        LD_PRELOAD=" ".join(libraries),
+        ASAN_OPTIONS=options,
+        SECURA_HOST_SCHEDULE="random",
+    )
 
 
 @simulated
 @pytest.mark.parametrize("r", [9, 100, 150])
-@pytest.mark.parametrize("norm", [None, SMagNorm(), SMagNorm(domain="weight")],
-                         ids=["no gate", "output", "weight"])
+@pytest.mark.parametrize(
+    "norm", [None, SMagNorm(), SMagNorm(domain="weight")], ids=["no gate", "output", "weight"]
+)
 def test_no_bank_conflicts(norm, r, monkeypatch):
     """No ldmatrix meets a bank of shared memory twice; the simulated GPU ends the process if so."""
     monkeypatch.setenv("SECURA_HOST_BANKS", "1")
@@ -102,8 +123,9 @@ def test_columns_of_W_in_several_groups(detach_gate, M, monkeypatch):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("norm", [None, SMagNorm(), SMagNorm(detach_gate=False)],
-                         ids=["no gate", "gate", "full"])
+@pytest.mark.parametrize(
+    "norm", [None, SMagNorm(), SMagNorm(detach_gate=False)], ids=["no gate", "gate", "full"]
+)
 def test_one_pass_of_any_operands(norm, dtype, monkeypatch):
     """Strides and sizes for which the plan would take the library's product."""
     monkeypatch.setattr(linear, "one_pass", lambda *_: True)
@@ -118,15 +140,25 @@ def test_one_pass_of_any_operands(norm, dtype, monkeypatch):
 def test_the_plan():
     def planned(M=8192, N=4096, K=512, norm=None, dtype=torch.bfloat16, transposed=False):
         x = torch.empty(M, K, dtype=dtype, device="meta")  # planned for as on an A100
-        W = torch.empty(K, N, dtype=dtype, device="meta").T if transposed else torch.empty(
-            N, K, dtype=dtype, device="meta")
+        W = (
+            torch.empty(K, N, dtype=dtype, device="meta").T
+            if transposed
+            else torch.empty(N, K, dtype=dtype, device="meta")
+        )
         return one_pass(x, W, norm)
 
     assert planned() and planned(norm=SMagNorm()) and planned(transposed=True)
     assert planned(K=48, dtype=torch.float32)
-    assert not any((planned(K=4096), planned(M=64), planned(norm=SMagNorm(ref="max")),
-                    planned(norm=SMagNorm(), transposed=True), planned(K=511),
-                    planned(dtype=torch.float32)))
+    assert not any(
+        (
+            planned(K=4096),
+            planned(M=64),
+            planned(norm=SMagNorm(ref="max")),
+            planned(norm=SMagNorm(), transposed=True),
+            planned(K=511),
+            planned(dtype=torch.float32),
+        )
+    )
 
 
 def test_bad_arguments_of_an_op():

@@ -47,8 +47,11 @@ def machine(tmp_path, monkeypatch):
     machine = Machine(tmp_path)
     monkeypatch.setattr(compiler, "HERE", machine.package)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    monkeypatch.setattr(torch.cuda, "get_device_capability",
-                        lambda device: [(8, 0), (7, 5)][getattr(device, "index", device)])
+    monkeypatch.setattr(
+        torch.cuda,
+        "get_device_capability",
+        lambda device: [(8, 0), (7, 5)][getattr(device, "index", device)],
+    )
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setattr(torch, "empty", lambda *_, **__: None)
     monkeypatch.setattr(torch.ops, "load_library", machine.loaded.append)
@@ -92,9 +95,11 @@ def test_installed_goes_before_built(machine):
 def test_installed_of_other_sources(machine):
     """It is refused before it is loaded: ops of a library stay for the life of the process."""
     path = machine.install(of="0" * 64)
-    assert why() == (f"{path} was built from other sources than this version of secura_kernels; "
-                     "secura_kernels.backends.cuda.build() compiles these, or install again with "
-                     "SECURA_BUILD_CUDA=1")
+    assert why() == (
+        f"{path} was built from other sources than this version of secura_kernels; "
+        "secura_kernels.backends.cuda.build() compiles these, or install again with "
+        "SECURA_BUILD_CUDA=1"
+    )
     with pytest.raises(RuntimeError, match="was built from other sources"):
         library.load(path)
     assert machine.loaded == []
@@ -106,19 +111,28 @@ def test_installed_of_other_sources(machine):
     assert why() is None and machine.loaded == [str(built)]
 
 
-@pytest.mark.parametrize("trouble", [
-    "no kernel image is available for execution on the device",
-    "CUDA driver version is insufficient for CUDA runtime version"])
+@pytest.mark.parametrize(
+    "trouble",
+    [
+        "no kernel image is available for execution on the device",
+        "CUDA driver version is insufficient for CUDA runtime version",
+    ],
+)
 def test_device_that_does_not_take_it(machine, trouble):
     """Asked of each device: the first may run what the second cannot."""
     path = machine.build()
     machine.trouble[2] = trouble
     assert why(A100) is None
-    assert why(T4) == why(T4) == (
-        f"the CUDA kernels of {path} do not run on compute capability 7.5 here: probe() failed: "
-        f"{trouble}; update the NVIDIA driver if it is older than the CUDA toolkit that compiled "
-        "them, else compile them for every GPU that is here: SECURA_BUILD_CUDA=1 "
-        "SECURA_CUDA_ARCHES='75;80' pip install --no-build-isolation .")
+    assert (
+        why(T4)
+        == why(T4)
+        == (
+            f"the CUDA kernels of {path} do not run on compute capability 7.5 here: probe() failed: "
+            f"{trouble}; update the NVIDIA driver if it is older than the CUDA toolkit that compiled "
+            "them, else compile them for every GPU that is here: SECURA_BUILD_CUDA=1 "
+            "SECURA_CUDA_ARCHES='75;80' pip install --no-build-isolation ."
+        )
+    )
     assert why(A100) is None and len(machine.asked) == 2 and machine.loaded == [str(path)]
 
 
@@ -138,8 +152,10 @@ def test_broken_library(machine, monkeypatch):
         raise OSError(f"{path}: file too short")
 
     monkeypatch.setattr(torch.ops, "load_library", load)
-    assert why() == (f"the CUDA kernels cannot be loaded: {path}: file too short; "
-                     "secura_kernels.backends.cuda.build(force=True) compiles them again")
+    assert why() == (
+        f"the CUDA kernels cannot be loaded: {path}: file too short; "
+        "secura_kernels.backends.cuda.build(force=True) compiles them again"
+    )
 
 
 def test_installed_that_does_not_load(machine, monkeypatch):
@@ -162,9 +178,11 @@ def refuse(*_):
 def test_unreadable_cache(machine, monkeypatch):
     machine.build()
     monkeypatch.setattr(os, "listdir", refuse)
-    assert why() == (f"the compiled CUDA kernels in {machine.cache} cannot be read: Permission "
-                     "denied; set XDG_CACHE_HOME to a folder that can be read, and "
-                     "secura_kernels.backends.cuda.build() compiles them there")
+    assert why() == (
+        f"the compiled CUDA kernels in {machine.cache} cannot be read: Permission "
+        "denied; set XDG_CACHE_HOME to a folder that can be read, and "
+        "secura_kernels.backends.cuda.build() compiles them there"
+    )
 
 
 def test_no_home(machine, monkeypatch):

@@ -30,6 +30,7 @@ except RuntimeError as error:
     MISSING = str(error)
 compiles = pytest.mark.skipif(bool(MISSING), reason=MISSING)
 
+
 @pytest.fixture
 def tiny(tmp_path, monkeypatch) -> Path:
     """The sources, under a name that needs quoting; the user's cache is an empty folder. They are
@@ -71,10 +72,13 @@ def built(tmp_path_factory) -> tuple[Path, str]:
 
 def test_library_has_the_op_and_needs_little_of_torch(built):
     library, log = built
-    program = ("import sys, torch\ntorch.ops.load_library(sys.argv[1])\n"
-               "print(torch.ops.secura_tiny.twice.default._schema)")
-    done = subprocess.run([sys.executable, "-c", program, str(library)], capture_output=True,
-                          text=True)
+    program = (
+        "import sys, torch\ntorch.ops.load_library(sys.argv[1])\n"
+        "print(torch.ops.secura_tiny.twice.default._schema)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program, str(library)], capture_output=True, text=True
+    )
     assert done.stdout.strip() == "secura_tiny::twice(Tensor x) -> Tensor", done.stderr
     assert "twice_kernel" in log and "registers" in log and "0 bytes spill stores" in log
 
@@ -180,8 +184,9 @@ def test_nowhere_to_keep_it(tiny, toolkit, tmp_path, monkeypatch):
 @compiles
 def test_build_dir_compiles_only_what_changed(tiny, tmp_path):
     def run() -> str:
-        return builder.compile_library(tiny, tmp_path / "lib.so", ["80"], tmp_path / "objects",
-                                       progress=False).read_text()
+        return builder.compile_library(
+            tiny, tmp_path / "lib.so", ["80"], tmp_path / "objects", progress=False
+        ).read_text()
 
     assert "twice.cu.o" in run()
     (tiny / "ops.cpp").write_text(TINY["ops.cpp"] + "// changed\n")
@@ -210,13 +215,23 @@ def test_undefined_symbol_fails_at_link_time(tiny, tmp_path):
 
 def test_two_processes_at_once_compile_once(tiny, toolkit):
     calls = toolkit("13.0", compiles='sleep 0.3; : > "$out"') / "calls"
-    program = ("import sys; from pathlib import Path\n"
-               "from secura_kernels.backends.cuda import compiler\n"
-               "import torch; torch.version.cuda = None\n"
-               "print(compiler.build(['80'], source=Path(sys.argv[1]), progress=False))")
+    program = (
+        "import sys; from pathlib import Path\n"
+        "from secura_kernels.backends.cuda import compiler\n"
+        "import torch; torch.version.cuda = None\n"
+        "print(compiler.build(['80'], source=Path(sys.argv[1]), progress=False))"
+    )
     env = os.environ | {"PYTHONPATH": str(ROOT)}
-    both = [subprocess.Popen([sys.executable, "-c", program, str(tiny)], env=env, text=True,
-                             stdout=subprocess.PIPE, stderr=subprocess.PIPE) for _ in range(2)]
+    both = [
+        subprocess.Popen(
+            [sys.executable, "-c", program, str(tiny)],
+            env=env,
+            text=True,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+        )
+        for _ in range(2)
+    ]
     ends = [process.communicate(timeout=100) for process in both]
     assert ends[0][0] == ends[1][0] != "" and not any(process.returncode for process in both), ends
     assert Path(ends[0][0].strip()).is_file()
@@ -253,9 +268,11 @@ def test_ctrl_c_ends_the_compilers_and_leaves_no_library(tiny, toolkit, tmp_path
 
 @pytest.mark.parametrize("bad", ["80", ["sm_80"], "abc", ["abc"], [], ["70"], ["80a"], [90], 80])
 def test_bad_arches(tiny, tmp_path, bad):
-    for call in (lambda: builder.build(bad, source=tiny),
-                 lambda: builder.cached(bad, source=tiny),
-                 lambda: builder.compile_library(tiny, tmp_path / "lib.so", bad)):
+    for call in (
+        lambda: builder.build(bad, source=tiny),
+        lambda: builder.cached(bad, source=tiny),
+        lambda: builder.compile_library(tiny, tmp_path / "lib.so", bad),
+    ):
         with pytest.raises(ValueError, match="is not allowed: it must be a list") as e:
             call()
         assert str(e.value).startswith(f"arches={bad!r} ")

@@ -52,8 +52,12 @@ def built() -> Path:
 
 
 def load(library: Path) -> subprocess.CompletedProcess:
-    return subprocess.run([sys.executable, "-c", LOAD, str(library)], capture_output=True,
-                          text=True, env=os.environ | {"PYTHONPATH": str(ROOT)})
+    return subprocess.run(
+        [sys.executable, "-c", LOAD, str(library)],
+        capture_output=True,
+        text=True,
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+    )
 
 
 def test_no_spill_and_the_needed_instructions(built):
@@ -62,16 +66,18 @@ def test_no_spill_and_the_needed_instructions(built):
     assert not faults, faults
     for arch in ARCHES:  # every pass, in every dtype
         here = {(c.kernel, c.dtype) for c in found if c.chip == arch}
-        assert here == {(name, dtype) for name in inspect_cuda.ASKED
-                        for dtype in inspect_cuda.DTYPES.values()}
+        assert here == {
+            (name, dtype) for name in inspect_cuda.ASKED for dtype in inspect_cuda.DTYPES.values()
+        }
 
 
 def test_faults_are_found():
     def faults(kernel="product", dtype="bfloat16", chip="80", stack=0, spills=0, **found):
         wide = {f"{i}.E.128": found.pop(i, 0) for i in ("LDG", "STG")}
         counts = dict.fromkeys(inspect_cuda.INSTRUCTIONS, 0) | wide | found
-        return inspect_cuda.Compiled(chip, kernel, dtype, (), 255, stack, spills, 0,
-                                     counts).faults()
+        return inspect_cuda.Compiled(
+            chip, kernel, dtype, (), 255, stack, spills, 0, counts
+        ).faults()
 
     tensor = dict(HMMA=4, LDSM=4, LDGSTS=4)
     assert faults(**tensor, STG=4) == []
@@ -87,11 +93,16 @@ def test_faults_are_found():
 
 def test_names_of_kernels():
     def name(kernel: str, arguments: str) -> tuple:
-        return inspect_cuda._name("_ZN6secura49_GLOBAL__N__1f6571f7_10_product_cu_9248afd214"
-                                  f"{kernel}I{arguments}EEvNS_7ProductE")
+        return inspect_cuda._name(
+            "_ZN6secura49_GLOBAL__N__1f6571f7_10_product_cu_9248afd214"
+            f"{kernel}I{arguments}EEvNS_7ProductE"
+        )
 
     assert name("product_kernel", "13__nv_bfloat16Lb1ELNS_5AlongE0E") == (
-        "product", "bfloat16", ("gate", "DEPTH"))
+        "product",
+        "bfloat16",
+        ("gate", "DEPTH"),
+    )
     assert name("gate_backward_kernel", "fLi64ELb0E") == ("gate_backward", "float32", ("64",))
     with pytest.raises(ValueError, match="unknown kernel"):
         name("new_kernel", "6__half")
@@ -119,8 +130,10 @@ def test_library_links_only_libtorch_cpu(built):
 
 def test_schemas_are_those_of_the_sources():
     code = (compiler.sources() / "ops.cpp").read_text()
-    defined = ["".join(re.findall(r'"(.*?)"', strings))
-               for strings in re.findall(r'm\.def\(((?:\s*".*?")+)\s*\);', code)]
+    defined = [
+        "".join(re.findall(r'"(.*?)"', strings))
+        for strings in re.findall(r'm\.def\(((?:\s*".*?")+)\s*\);', code)
+    ]
     assert defined == [name + schema for name, schema in SCHEMAS.items()]
     assert re.findall(r'm\.impl\("(\w+)"', code) == list(SCHEMAS)
 
@@ -130,7 +143,8 @@ def header() -> str:
 
 
 @pytest.mark.parametrize(
-    "name", ["ROWS_PER_PROGRAM", "BIAS_PARTS", "ROWS_PER_PART", "COLUMNS_OF_W", "MOST_TOKENS"])
+    "name", ["ROWS_PER_PROGRAM", "BIAS_PARTS", "ROWS_PER_PART", "COLUMNS_OF_W", "MOST_TOKENS"]
+)
 def test_constants_are_those_of_the_sources(name):
     assert re.findall(rf"constexpr int {name} = (\d+);", header()) == [str(getattr(passes, name))]
 
@@ -140,16 +154,17 @@ def test_constants_are_those_of_the_sources(name):
 def test_rows_of_w_are_those_of_the_sources(monkeypatch, dtype, full):
     """Seen in the groups of columns, of which there are 256 / (N / rows) in a wide enough W."""
     condition, yes, no = re.search(
-        r"rows_of_w\(bool float32, bool full\) \{\s*return (.+?) \? (\d+) : (\d+);",
-        header()).groups()
+        r"rows_of_w\(bool float32, bool full\) \{\s*return (.+?) \? (\d+) : (\d+);", header()
+    ).groups()
     condition = condition.replace("||", "or").replace("&&", "and")
     rows = int(yes if eval(condition, dict(float32=dtype == torch.float32, full=full)) else no)
     groups = []
     monkeypatch.setattr(passes, "call", lambda *arguments: groups.append(len(arguments[-2])))
     N, K = 1280, 256 * passes.COLUMNS_OF_W
-    dy, x, weight, side = (torch.empty(shape, dtype=dtype, device="meta")
-                           for shape in ((1, N), (1, K), (N, K), (K, 16)))
+    dy, x, weight, side = (
+        torch.empty(shape, dtype=dtype, device="meta")
+        for shape in ((1, N), (1, K), (N, K), (K, 16))
+    )
     P = torch.empty(N, 16, device="meta")
-    passes.weight_core_gradient(dy, x, passes.WeightChange(weight, P, side, None, None), None,
-                                full)
+    passes.weight_core_gradient(dy, x, passes.WeightChange(weight, P, side, None, None), None, full)
     assert groups == [cdiv(256, cdiv(N, rows))]

@@ -31,8 +31,11 @@ compiles = pytest.mark.skipif(bool(MISSING), reason=MISSING)
 def checkout(tmp_path) -> Path:
     """A copy of the repository's packaged part, with the small source for csrc/."""
     copy = tmp_path / "checkout"
-    shutil.copytree(ROOT / "secura_kernels", copy / "secura_kernels",
-                    ignore=shutil.ignore_patterns("__pycache__", "*.so"))
+    shutil.copytree(
+        ROOT / "secura_kernels",
+        copy / "secura_kernels",
+        ignore=shutil.ignore_patterns("__pycache__", "*.so"),
+    )
     for name in ("pyproject.toml", "setup.py", "MANIFEST.in", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, copy)
     write_tiny(copy / "csrc")
@@ -41,19 +44,28 @@ def checkout(tmp_path) -> Path:
 
 def package(checkout: Path, hook: str, prelude: str = "", **env: str):
     """Runs what pip calls in ``checkout``, as pip does; returns the process and the new file."""
-    program = (f"import sys\n{prelude}\nfrom setuptools import build_meta\n"
-               f"print('made', build_meta.{hook}('out'))")
+    program = (
+        f"import sys\n{prelude}\nfrom setuptools import build_meta\n"
+        f"print('made', build_meta.{hook}('out'))"
+    )
     (checkout / "out").mkdir(exist_ok=True)
     clean = {k: v for k, v in os.environ.items() if not k.startswith("SECURA_")}
-    done = subprocess.run([sys.executable, "-c", program], cwd=checkout, env=clean | env,
-                          capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-c", program],
+        cwd=checkout,
+        env=clean | env,
+        capture_output=True,
+        text=True,
+    )
     name = done.stdout.rpartition("made ")[2].strip()
     return done, checkout / "out" / name
 
 
 def inside(wheel: Path) -> set[str]:
-    return {name.removeprefix("secura_kernels/backends/cuda/")
-            for name in zipfile.ZipFile(wheel).namelist()}
+    return {
+        name.removeprefix("secura_kernels/backends/cuda/")
+        for name in zipfile.ZipFile(wheel).namelist()
+    }
 
 
 def test_wheel_is_pure_by_default(checkout):
@@ -84,8 +96,9 @@ def test_editable_is_pure_by_default(checkout):
 
 @compiles
 def test_wheel_with_the_library(checkout):
-    done, wheel = package(checkout, "build_wheel", SECURA_BUILD_CUDA="1",
-                          SECURA_CUDA_ARCHES="80,90a")
+    done, wheel = package(
+        checkout, "build_wheel", SECURA_BUILD_CUDA="1", SECURA_CUDA_ARCHES="80,90a"
+    )
     assert done.returncode == 0, done.stderr
     assert "-py3-none-linux_" in wheel.name
     assert {builder.LIBRARY, "csrc/ops.cpp", "compiler.py"} <= inside(wheel)
@@ -96,8 +109,9 @@ def test_wheel_with_the_library(checkout):
 
 @compiles
 def test_editable_with_the_library(checkout):
-    done, wheel = package(checkout, "build_editable", SECURA_BUILD_CUDA="1",
-                          SECURA_CUDA_ARCHES="80")
+    done, wheel = package(
+        checkout, "build_editable", SECURA_BUILD_CUDA="1", SECURA_CUDA_ARCHES="80"
+    )
     assert done.returncode == 0, done.stderr
     assert (checkout / "secura_kernels/backends/cuda" / builder.LIBRARY).is_file()
     assert builder.LIBRARY not in inside(wheel)
@@ -114,7 +128,8 @@ def test_torchs_builder_where_torch_has_cuda(checkout):
     assert "building 'secura_cuda' extension" in done.stdout + done.stderr
     assert "-py3-none-linux_" in wheel.name
     assert {name for name in inside(wheel) if name.endswith((".so", ".o", ".log"))} == {
-        builder.LIBRARY}
+        builder.LIBRARY
+    }
     name = f"secura_kernels/backends/cuda/{builder.LIBRARY}"
     library = zipfile.ZipFile(wheel).extract(name, checkout)
     assert needed(library) <= {"libtorch_cpu", "libc10"}
@@ -134,14 +149,18 @@ def test_packaging_says_why_it_cannot_compile(checkout, hook):
     assert done.stderr.splitlines()[-1] == (
         "SECURA_BUILD_CUDA=1 compiles against the torch that is installed, and there is none, or "
         "pip's isolated build does not see it: pip install 'torch>=2.11' 'setuptools>=77' ninja, "
-        "then SECURA_BUILD_CUDA=1 pip install --no-build-isolation .")
+        "then SECURA_BUILD_CUDA=1 pip install --no-build-isolation ."
+    )
     done, _ = package(checkout, hook, SECURA_BUILD_CUDA="1", SECURA_CUDA_ARCHES="sm_80")
     assert done.returncode == 1
     assert "SECURA_CUDA_ARCHES=['sm_80'] is not allowed" in done.stderr
-    done, _ = package(checkout, hook, "import torch; torch.version.cuda = '11.8'",
-                      SECURA_BUILD_CUDA="1")
+    done, _ = package(
+        checkout, hook, "import torch; torch.version.cuda = '11.8'", SECURA_BUILD_CUDA="1"
+    )
     assert done.returncode == 1
     last = done.stderr.splitlines()[-1]
     assert last.startswith("SECURA_BUILD_CUDA=1: the CUDA kernels cannot be compiled here: ")
-    assert last.endswith("set CUDA_HOME to the folder of a CUDA 11 toolkit, or install a torch for "
-                         f"CUDA {toolchain.tools().version.partition('.')[0]}")
+    assert last.endswith(
+        "set CUDA_HOME to the folder of a CUDA 11 toolkit, or install a torch for "
+        f"CUDA {toolchain.tools().version.partition('.')[0]}"
+    )

@@ -25,7 +25,8 @@ def machine(tmp_path, monkeypatch):
         folder.mkdir()
         for name, real in programs.items():
             (folder / name.replace("cxx", "c++").replace("gxx", "g++")).symlink_to(
-                shutil.which(real) or pytest.skip(f"{real} is missing"))
+                shutil.which(real) or pytest.skip(f"{real} is missing")
+            )
         monkeypatch.setenv("PATH", str(folder))
 
     return only
@@ -135,8 +136,10 @@ def test_chips_that_nvcc_does_not_know(toolkit, tmp_path):
 
 
 def test_ptx_is_of_a_chip_without_a_letter():
-    assert toolchain.gencode(["80", "90a"]) == ["-gencode=arch=compute_80,code=sm_80",
-                                                "-gencode=arch=compute_90a,code=sm_90a"]
+    assert toolchain.gencode(["80", "90a"]) == [
+        "-gencode=arch=compute_80,code=sm_80",
+        "-gencode=arch=compute_90a,code=sm_90a",
+    ]
     assert toolchain.gencode(["80"])[-1] == "-gencode=arch=compute_80,code=compute_80"
 
 

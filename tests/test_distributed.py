@@ -12,8 +12,9 @@ from parallel import run
 from parallel_deepspeed import zero3
 
 pytestmark = [
-    pytest.mark.skipif(not dist.is_available() or not dist.is_gloo_available(),
-                       reason="torch has no gloo"),
+    pytest.mark.skipif(
+        not dist.is_available() or not dist.is_gloo_available(), reason="torch has no gloo"
+    ),
 ]
 pytest.importorskip("peft", reason="peft is not installed")
 PARTS = (parallel_data, parallel_fsdp1, parallel_calibration, parallel_tensor)
@@ -31,8 +32,9 @@ def test_two_processes(name, errors):
     assert errors[name] is None, errors[name]
 
 
-@pytest.mark.skipif(importlib.util.find_spec("deepspeed") is None,
-                    reason="deepspeed is not installed")
+@pytest.mark.skipif(
+    importlib.util.find_spec("deepspeed") is None, reason="deepspeed is not installed"
+)
 def test_deepspeed_zero3(tmp_path):
-    error, = run({"zero3": zero3}, tmp_path, seconds=120).values()
+    (error,) = run({"zero3": zero3}, tmp_path, seconds=120).values()
     assert error is None, error

@@ -19,17 +19,32 @@ import secura_kernels
 ROOT = Path(__file__).parents[1]
 PACKAGE = Path(secura_kernels.__file__).parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
-LINKED = [*PAGES, *(ROOT / name for name in ("CHANGELOG.md", "CONTRIBUTING.md", "AGENTS.md",
-                                             "SECURITY.md", "csrc/README.md")),
-          *sorted(PACKAGE.rglob("README.md")), *sorted((ROOT / "benchmarks").rglob("*.md"))]
-BLOCK = re.compile(r"^(?:<!-- (needs a GPU|not run: [^>]+) -->\n)?```python\n(.*?)^```$",
-                   re.M | re.S)
+LINKED = [
+    *PAGES,
+    *(
+        ROOT / name
+        for name in (
+            "CHANGELOG.md",
+            "CONTRIBUTING.md",
+            "AGENTS.md",
+            "SECURITY.md",
+            "csrc/README.md",
+        )
+    ),
+    *sorted(PACKAGE.rglob("README.md")),
+    *sorted((ROOT / "benchmarks").rglob("*.md")),
+]
+BLOCK = re.compile(
+    r"^(?:<!-- (needs a GPU|not run: [^>]+) -->\n)?```python\n(.*?)^```$", re.M | re.S
+)
 FENCED = re.compile(r"^```.*?^```$", re.M | re.S)
 
 
 def names(paths: list[Path]) -> list[str]:
-    return [path.relative_to(ROOT).as_posix() if path.is_relative_to(ROOT) else path.name
-            for path in paths]
+    return [
+        path.relative_to(ROOT).as_posix() if path.is_relative_to(ROOT) else path.name
+        for path in paths
+    ]
 
 
 # Python
@@ -46,8 +61,9 @@ def test_python_runs(page, tmp_path, monkeypatch):
     """Each page's blocks one after another. What a page takes from its reader is made here."""
     pytest.importorskip("peft", reason="the documents use PEFT")
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(secura_kernels, "calibrate",
-                        partial(secura_kernels.calibrate, tokens=256))  # for speed: 4096 is usual
+    monkeypatch.setattr(
+        secura_kernels, "calibrate", partial(secura_kernels.calibrate, tokens=256)
+    )  # for speed: 4096 is usual
     given = dict(model=lambda page: page["adapted"]) if page.stem == "troubleshooting" else {}
     variables = Variables(MAKERS | given)
     for skipped, code in blocks(page):
@@ -78,10 +94,20 @@ def llama():
     from transformers import LlamaConfig, LlamaForCausalLM
 
     torch.manual_seed(0)
-    return LlamaForCausalLM(LlamaConfig(
-        vocab_size=96, hidden_size=64, intermediate_size=80, num_hidden_layers=1,
-        num_attention_heads=4, num_key_value_heads=4, max_position_embeddings=128,
-        bos_token_id=1, eos_token_id=2, pad_token_id=0))
+    return LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=96,
+            hidden_size=64,
+            intermediate_size=80,
+            num_hidden_layers=1,
+            num_attention_heads=4,
+            num_key_value_heads=4,
+            max_position_embeddings=128,
+            bos_token_id=1,
+            eos_token_id=2,
+            pad_token_id=0,
+        )
+    )
 
 
 def batches(seed: int, count: int = 8) -> list[dict]:
@@ -109,9 +135,19 @@ def trainer(model):
     from transformers import Trainer, TrainingArguments
 
     rows = [dict(input_ids=row, labels=row) for batch in batches(1) for row in batch["input_ids"]]
-    return Trainer(model, TrainingArguments(
-        "trainer", use_cpu=True, max_steps=2, per_device_train_batch_size=4, report_to=[],
-        save_strategy="no", disable_tqdm=True), train_dataset=rows)
+    return Trainer(
+        model,
+        TrainingArguments(
+            "trainer",
+            use_cpu=True,
+            max_steps=2,
+            per_device_train_batch_size=4,
+            report_to=[],
+            save_strategy="no",
+            disable_tqdm=True,
+        ),
+        train_dataset=rows,
+    )
 
 
 def adapted(model):
@@ -137,8 +173,12 @@ MAKERS: dict[str, Callable] = {
     "tokenizer": lambda page: Tokenizer(),
     "trainer": lambda page: trainer(page["model"]),
     "train_batches": lambda page: iter(batches(2)),
-} | {name: lambda page, seed=seed: batches(seed) for seed, name in enumerate(
-    ("general", "general_batches", "task_a", "batches_of_a", "task_b"), 3)}
+} | {
+    name: lambda page, seed=seed: batches(seed)
+    for seed, name in enumerate(
+        ("general", "general_batches", "task_a", "batches_of_a", "task_b"), 3
+    )
+}
 
 
 # Links
@@ -214,8 +254,11 @@ def messages() -> list[str]:
 
 @pytest.fixture(scope="module")
 def source() -> list[str]:
-    return [text for path in (*PACKAGE.rglob("*.py"), ROOT / "setup.py")
-            for text in texts(ast.parse(path.read_text()))]
+    return [
+        text
+        for path in (*PACKAGE.rglob("*.py"), ROOT / "setup.py")
+        for text in texts(ast.parse(path.read_text()))
+    ]
 
 
 def says(source: list[str], message: str) -> bool:
@@ -231,6 +274,9 @@ def test_the_package_says(message, source):
 def test_messages_are_looked_for(source):
     """Neither a docstring counts, nor an argument's name alone."""
     assert len(messages()) > 50
-    for message in ("The one form of the package's argument errors", "nonsense=… is not allowed",
-                    "m=… is not allowed: it must be odd"):
+    for message in (
+        "The one form of the package's argument errors",
+        "nonsense=… is not allowed",
+        "m=… is not allowed: it must be odd",
+    ):
         assert not says(source, message)

@@ -34,8 +34,13 @@ pytestmark = MARKS
 PRECISION = {k: n for k, n in PRECISION_NORMS.items() if n is None or n.domain == "output"}
 FULL = {k: n for k, n in OUTPUT_NORMS.items() if n is None or not n.detach_gate}
 ALL = dict(argvalues=list(OUTPUT_NORMS.values()), ids=list(OUTPUT_NORMS))
-FORMS = {"no gate": None, "gate": SMagNorm(), "full": SMagNorm(detach_gate=False),
-         "max": SMagNorm(ref="max"), "full max": SMagNorm(ref="max", detach_gate=False)}
+FORMS = {
+    "no gate": None,
+    "gate": SMagNorm(),
+    "full": SMagNorm(detach_gate=False),
+    "max": SMagNorm(ref="max"),
+    "full max": SMagNorm(ref="max", detach_gate=False),
+}
 # M, N, K, r: ragged; the published rank; few tokens.
 SHAPES = [(101, 131, 67, 7), (33, 60, 176, 150), (20, 96, 64, 8)]
 
@@ -51,8 +56,11 @@ def _poisoned():
 @pytest.mark.parametrize("norm", PRECISION.values(), ids=PRECISION)
 def test_error_is_no_more_than_eager(norm, dtype, impl):
     skip_where_low_precision_jumps(norm, dtype)
-    cases = [epilogue_case(*shape, dtype, decay=False, small=True, device=DEVICE)
-             for shape in SHAPES for _ in range(3)]
+    cases = [
+        epilogue_case(*shape, dtype, decay=False, small=True, device=DEVICE)
+        for shape in SHAPES
+        for _ in range(3)
+    ]
     beside = {}
     if dtype == torch.bfloat16 and norm is not None and norm.detach_gate:
         beside["dy0"] = error_of_the_code(cases, norm)
@@ -87,9 +95,13 @@ def test_strides(norm, impl):
     c = epilogue_case(70, 45, 38, 5, torch.float32, device=DEVICE)
     wide = torch.randn(140, 48, device=DEVICE)
     c = replace(
-        c, y0=wide[::2, 1:46].requires_grad_(), t=c.t.detach().T.contiguous().T.requires_grad_(),
-        C=torch.stack([c.C, c.C * math.nan], 1)[:, 0], decay=c.decay[:1].expand(45),
-        core=c.core.detach().T.contiguous().T.requires_grad_())
+        c,
+        y0=wide[::2, 1:46].requires_grad_(),
+        t=c.t.detach().T.contiguous().T.requires_grad_(),
+        C=torch.stack([c.C, c.C * math.nan], 1)[:, 0],
+        decay=c.decay[:1].expand(45),
+        core=c.core.detach().T.contiguous().T.requires_grad_(),
+    )
     transposed, one = torch.randn(45, 70, device=DEVICE).T, torch.ones(1, 1, device=DEVICE)
     for dy in (transposed, one.expand(70, 45)):
         compare(c, norm, impl, dy)
@@ -139,13 +151,25 @@ def test_equals_cur_linear_over_its_base_product(norm, impl):
         c.core.mul_(0.1)
     C, R = c.C_and_R
     y = c.ours(norm, impl=impl)
-    z = cur_epilogue(F.linear(c.x, c.W, c.bias), c.x @ R.T, c.core, C, alpha=c.alpha, norm=norm,
-                   adapter_bias=c.adapter_bias, decay=c.decay, impl=impl)
+    z = cur_epilogue(
+        F.linear(c.x, c.W, c.bias),
+        c.x @ R.T,
+        c.core,
+        C,
+        alpha=c.alpha,
+        norm=norm,
+        adapter_bias=c.adapter_bias,
+        decay=c.decay,
+        impl=impl,
+    )
     if impl == "reference":
         assert torch.equal(y, z)
     dy = torch.randn_like(y)
-    for a, b in zip((y, *torch.autograd.grad(y, c.trained(), dy)),
-                    (z, *torch.autograd.grad(z, c.trained(), dy)), strict=True):
+    for a, b in zip(
+        (y, *torch.autograd.grad(y, c.trained(), dy)),
+        (z, *torch.autograd.grad(z, c.trained(), dy)),
+        strict=True,
+    ):
         torch.testing.assert_close(a, b)
 
 
@@ -170,8 +194,9 @@ def test_only_what_is_asked_for(norm, impl):
     for i, tensor in enumerate(c.trained()):
         for other in c.trained():
             other.requires_grad_(other is tensor)
-        assert torch.equal(torch.autograd.grad(c.ours(norm, impl=impl), tensor, dy)[0],
-                           everything[i])
+        assert torch.equal(
+            torch.autograd.grad(c.ours(norm, impl=impl), tensor, dy)[0], everything[i]
+        )
     module = backend(impl, "epilogue", c.y0, 4)
     with torch.no_grad():
         _, saved, _ = module.forward(c.y0, c.t, c.operands(norm), 0.0, True)
@@ -180,8 +205,10 @@ def test_only_what_is_asked_for(norm, impl):
 
 
 @EVERY_IMPL
-@pytest.mark.parametrize(("dtype", "gate_dtype"), [
-    (torch.bfloat16, torch.uint8), (torch.float16, torch.int16), (torch.float32, torch.float32)])
+@pytest.mark.parametrize(
+    ("dtype", "gate_dtype"),
+    [(torch.bfloat16, torch.uint8), (torch.float16, torch.int16), (torch.float32, torch.float32)],
+)
 def test_saves_t_and_the_gate(dtype, gate_dtype, impl):
     c = epilogue_case(33, 24, 40, 4, dtype, decay=False, device=DEVICE)
 
@@ -192,7 +219,9 @@ def test_saves_t_and_the_gate(dtype, gate_dtype, impl):
         return [t for t in kept if t.shape[:1] == (33,)]
 
     assert {(t.shape, t.dtype) for t in saved(SMagNorm())} == {
-        ((33, 4), dtype), ((33, 24), gate_dtype)}
+        ((33, 4), dtype),
+        ((33, 24), gate_dtype),
+    }
     assert {t.shape for t in saved(None)} == {(33, 4)}
     assert any(t.data_ptr() == c.y0.data_ptr() for t in saved(SMagNorm(detach_gate=False)))
 
@@ -223,8 +252,23 @@ def test_opcheck(norm, impl):
     gate = norm is not None  # without one no gradient of y0 is computed: it is dy
     transposed = torch.randn(12, 9, device=DEVICE).T
     for dy, needs in ((y0, [False, True, False, True]), (transposed, [gate, True, True, True])):
-        opcheck(cur_epilogue_bwd, (dy.to(dtype), core, c.C, bias, c.decay, t, saved, c.alpha,
-                                 pack_norm(norm), detach, needs, impl))
+        opcheck(
+            cur_epilogue_bwd,
+            (
+                dy.to(dtype),
+                core,
+                c.C,
+                bias,
+                c.decay,
+                t,
+                saved,
+                c.alpha,
+                pack_norm(norm),
+                detach,
+                needs,
+                impl,
+            ),
+        )
 
 
 @EVERY_IMPL
@@ -233,10 +277,13 @@ def test_compiles_as_one_graph(norm, impl):
     torch.compiler.reset()
     c = epilogue_case(9, 12, 10, 4, torch.float32, device=DEVICE)
     dy = torch.randn(9, 12, device=DEVICE)
-    compiled = torch.compile(lambda *a: c.ours(norm, *a, impl=impl), fullgraph=True,
-                             backend="aot_eager")
-    results = [torch.autograd.grad(f(*c.trained()), c.trained(), dy)
-               for f in (compiled, lambda *a: c.ours(norm, *a, impl=impl))]
+    compiled = torch.compile(
+        lambda *a: c.ours(norm, *a, impl=impl), fullgraph=True, backend="aot_eager"
+    )
+    results = [
+        torch.autograd.grad(f(*c.trained()), c.trained(), dy)
+        for f in (compiled, lambda *a: c.ours(norm, *a, impl=impl))
+    ]
     for a, b in zip(*results, strict=True):
         assert torch.equal(a, b)
 
@@ -258,12 +305,14 @@ def test_transforms():
     dy = torch.randn(7, 12).double()
     expected = torch.autograd.grad(c.ours(norm), c.trained(), dy)
     got = torch.func.grad(lambda *a: (c.ours(norm, *a) * dy).sum(), argnums=(0, 1, 2, 3))(
-        *(v.detach() for v in c.trained()))
+        *(v.detach() for v in c.trained())
+    )
     torch.testing.assert_close(got, expected)
     many = torch.randn(3, 4, 4).double()
     got = torch.vmap(lambda core: c.ours(norm, c.y0, c.t, core, c.adapter_bias))(many)
     torch.testing.assert_close(
-        got, torch.stack([c.ours(norm, c.y0, c.t, core, c.adapter_bias) for core in many]))
+        got, torch.stack([c.ours(norm, c.y0, c.t, core, c.adapter_bias) for core in many])
+    )
     low = epilogue_case(dtype=torch.float32)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         y = low.ours(norm)
@@ -275,24 +324,28 @@ def test_transforms():
         assert a.dtype == torch.float32 and torch.equal(a, b)
 
 
-@pytest.mark.parametrize(("changes", "message"), [
-    (dict(norm=SMagNorm(domain="weight")), r"norm.domain='weight' is not allowed.*'output'"),
-    (dict(norm="calibrated"), "norm='calibrated' is not allowed"),
-    (dict(impl="cutlass"), "impl='cutlass' is not allowed"),
-    (dict(alpha=math.nan), "alpha=nan is not allowed"),
-    (dict(C=torch.zeros(11, 4)), r"y0.shape=\(7, 12\) is not allowed.*\(\.\.\., 11\)"),
-    (dict(C=torch.zeros(12)), r"C='torch.float32 \(12,\)' is not allowed"),
-    (dict(C=torch.zeros(12, 4).requires_grad_()), "C.requires_grad=True is not allowed"),
-    (dict(C=torch.zeros(12, 4).double()), "C.dtype=torch.float64 is not allowed"),
-    (dict(t=torch.zeros(6, 4)), r"t.shape=\(6, 4\) is not allowed.*\(7, 4\)"),
-    (dict(t=torch.zeros(7, 4, device="meta")), "t.device='meta' is not allowed"),
-    (dict(core=torch.zeros(3, 3)), r"core='torch.float32 \(3, 3\)' is not allowed"),
-    (dict(adapter_bias=torch.zeros(4)), r"adapter_bias.shape=\(4,\) is not allowed.*\(12,\)"),
-    (dict(decay=torch.zeros(12).requires_grad_()), "decay.requires_grad=True is not allowed"),
-])
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (dict(norm=SMagNorm(domain="weight")), r"norm.domain='weight' is not allowed.*'output'"),
+        (dict(norm="calibrated"), "norm='calibrated' is not allowed"),
+        (dict(impl="cutlass"), "impl='cutlass' is not allowed"),
+        (dict(alpha=math.nan), "alpha=nan is not allowed"),
+        (dict(C=torch.zeros(11, 4)), r"y0.shape=\(7, 12\) is not allowed.*\(\.\.\., 11\)"),
+        (dict(C=torch.zeros(12)), r"C='torch.float32 \(12,\)' is not allowed"),
+        (dict(C=torch.zeros(12, 4).requires_grad_()), "C.requires_grad=True is not allowed"),
+        (dict(C=torch.zeros(12, 4).double()), "C.dtype=torch.float64 is not allowed"),
+        (dict(t=torch.zeros(6, 4)), r"t.shape=\(6, 4\) is not allowed.*\(7, 4\)"),
+        (dict(t=torch.zeros(7, 4, device="meta")), "t.device='meta' is not allowed"),
+        (dict(core=torch.zeros(3, 3)), r"core='torch.float32 \(3, 3\)' is not allowed"),
+        (dict(adapter_bias=torch.zeros(4)), r"adapter_bias.shape=\(4,\) is not allowed.*\(12,\)"),
+        (dict(decay=torch.zeros(12).requires_grad_()), "decay.requires_grad=True is not allowed"),
+    ],
+)
 def test_bad_arguments(changes, message):
-    good = dict(y0=torch.zeros(7, 12), t=torch.zeros(7, 4), core=torch.zeros(4, 4),
-                C=torch.zeros(12, 4))
+    good = dict(
+        y0=torch.zeros(7, 12), t=torch.zeros(7, 4), core=torch.zeros(4, 4), C=torch.zeros(12, 4)
+    )
     assert torch.equal(cur_epilogue(**good), good["y0"])
     with pytest.raises(ValueError, match=message):
         cur_epilogue(**good | changes)

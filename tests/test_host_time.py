@@ -22,8 +22,13 @@ HOST = Path(__file__).parents[1] / "benchmarks" / "host"
 def run(program: str) -> str:
     """In a process of its own, where kernels are compiled and not interpreted."""
     program = f"import sys; sys.path.insert(0, {str(HOST)!r})\n{program}"
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True,
-                          env=_compiling(), timeout=500)
+    done = subprocess.run(
+        [sys.executable, "-c", program],
+        capture_output=True,
+        text=True,
+        env=_compiling(),
+        timeout=500,
+    )
     assert done.returncode == 0, done.stderr[-3000:]
     return done.stdout
 
@@ -78,7 +83,7 @@ print(json.dumps(found))
 def test_triton_is_asked_once_for_what_it_compiles():
     found = json.loads(run(LAUNCHES))
     assert found.pop("the same tensor twice") == 3  # until one call shows which goes where
-    (asked, launched), = found.pop("profiled")
+    ((asked, launched),) = found.pop("profiled")
     assert asked == launched  # a profiler's hooks are called by Triton
     for counts in found.values():
         asked, launched = zip(*counts, strict=True)
@@ -89,11 +94,17 @@ def test_triton_is_asked_once_for_what_it_compiles():
 
 
 def test_the_benchmark_measures_every_layer(tmp_path):
-    printed = run(f"sys.argv = ['run.py', '--rounds', '2', '--out', {str(tmp_path)!r}]\n"
-                  "import run; run.main()")
+    printed = run(
+        f"sys.argv = ['run.py', '--rounds', '2', '--out', {str(tmp_path)!r}]\n"
+        "import run; run.main()"
+    )
     content = json.loads((tmp_path / "host.json").read_text())
     assert {row["rival"] for row in content["triton"]} == {
-        "frozen", "LoRA (PEFT)", "CURLoRA", "SECURA"}
+        "frozen",
+        "LoRA (PEFT)",
+        "CURLoRA",
+        "SECURA",
+    }
     assert all(row["us"] > 0 for path in ("triton", "reference") for row in content[path])
     assert (tmp_path / "host.md").read_text().strip() == printed.strip()
 
@@ -101,24 +112,32 @@ def test_the_benchmark_measures_every_layer(tmp_path):
 def operands(dtype=torch.float32) -> dict:
     torch.manual_seed(0)
     W = torch.randn(20, 24, dtype=dtype)
-    return dict(x=torch.randn(3, 24, dtype=dtype), weight=W,
-                core=torch.randn(4, 4, dtype=dtype, requires_grad=True),
-                cols=torch.arange(4), rows=torch.arange(4))
+    return dict(
+        x=torch.randn(3, 24, dtype=dtype),
+        weight=W,
+        core=torch.randn(4, 4, dtype=dtype, requires_grad=True),
+        cols=torch.arange(4),
+        rows=torch.arange(4),
+    )
 
 
-@pytest.mark.parametrize(("changed", "message"), [
-    (dict(x=torch.randn(3, 24, dtype=torch.float64)), "x.dtype=torch.float64"),
-    (dict(x=torch.randn(3, 23)), "x.shape"),
-    (dict(x=torch.randn(())), "x.shape"),
-    (dict(weight=torch.randn(20, 24, requires_grad=True)), "weight.requires_grad=True"),
-    (dict(weight=torch.randn(20, 25)), "x.shape"),
-    (dict(core=torch.randn(5, 5)), "cols.shape"),
-    (dict(cols=torch.arange(4).int()), "cols.dtype"),
-    (dict(rows=None), "either cols and rows, or C and R"),
-    (dict(bias=torch.randn(19)), "bias.shape"),
-    (dict(adapter_bias=torch.randn(19)), "adapter_bias.shape"),
-    (dict(core=torch.randn(4, 4, device="meta")), "core.device='meta'"),
-], ids=lambda value: "" if isinstance(value, dict) else value)
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        (dict(x=torch.randn(3, 24, dtype=torch.float64)), "x.dtype=torch.float64"),
+        (dict(x=torch.randn(3, 23)), "x.shape"),
+        (dict(x=torch.randn(())), "x.shape"),
+        (dict(weight=torch.randn(20, 24, requires_grad=True)), "weight.requires_grad=True"),
+        (dict(weight=torch.randn(20, 25)), "x.shape"),
+        (dict(core=torch.randn(5, 5)), "cols.shape"),
+        (dict(cols=torch.arange(4).int()), "cols.dtype"),
+        (dict(rows=None), "either cols and rows, or C and R"),
+        (dict(bias=torch.randn(19)), "bias.shape"),
+        (dict(adapter_bias=torch.randn(19)), "adapter_bias.shape"),
+        (dict(core=torch.randn(4, 4, device="meta")), "core.device='meta'"),
+    ],
+    ids=lambda value: "" if isinstance(value, dict) else value,
+)
 def test_what_was_checked_once_lets_no_bad_call_through(changed, message):
     good = operands()
     for _ in range(2):

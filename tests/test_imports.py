@@ -11,15 +11,26 @@ ROOT = Path(secura_kernels.__file__).parent
 # Lower imports nothing above itself. A name stands for a file, or for all files of a package that
 # no longer name covers.
 LAYERS = [
-    ["checks"], ["settings", "selection", "bases"],
-    ["backends.gate_code", "backends.operands"], ["backends.host"],
-    ["backends.reference", "backends.triton", "backends.cuda"], ["ops"], ["functional"],
-    ["nn.importance", "nn.optional_tensors", "nn.merge", "nn.past", "nn.stages",
-     "nn.state"], ["nn.adapter"],
-    ["nn.cores"], ["nn.linear"], ["nn.checkpoint"], ["nn", "peft"],
-    ["train.retention", "train.own_text"], ["train.budget"],
-    ["train.callbacks", "train.calibration"], ["train"], [""],
-    ["tools"], ["__main__"],
+    ["checks"],
+    ["settings", "selection", "bases"],
+    ["backends.gate_code", "backends.operands"],
+    ["backends.host"],
+    ["backends.reference", "backends.triton", "backends.cuda"],
+    ["ops"],
+    ["functional"],
+    ["nn.importance", "nn.optional_tensors", "nn.merge", "nn.past", "nn.stages", "nn.state"],
+    ["nn.adapter"],
+    ["nn.cores"],
+    ["nn.linear"],
+    ["nn.checkpoint"],
+    ["nn", "peft"],
+    ["train.retention", "train.own_text"],
+    ["train.budget"],
+    ["train.callbacks", "train.calibration"],
+    ["train"],
+    [""],
+    ["tools"],
+    ["__main__"],
 ]
 LEVEL = {name: i for i, names in enumerate(LAYERS) for name in names}
 
@@ -37,7 +48,7 @@ def imported(path: Path) -> set[str]:
     package = path.relative_to(ROOT).parent.parts
     for node in ast.parse(path.read_text()).body:
         if isinstance(node, ast.ImportFrom) and node.level:
-            where = [*package[:len(package) - node.level + 1], *filter(None, [node.module])]
+            where = [*package[: len(package) - node.level + 1], *filter(None, [node.module])]
             found |= {".".join([*where, alias.name]) for alias in node.names}
     return found
 
@@ -49,13 +60,16 @@ def test_imports_go_one_way():
         parts = path.relative_to(ROOT).with_suffix("").parts
         part = covering(".".join(parts).removesuffix("__init__").removesuffix("."))
         for other in map(covering, imported(path)):
-            assert other == part or LEVEL[other] < LEVEL[part], \
+            assert other == part or LEVEL[other] < LEVEL[part], (
                 f"{path.relative_to(ROOT)} imports {other or 'secura_kernels'}"
+            )
 
 
 def test_import_needs_no_optional_package():
     """Nor a GPU, nor a compiler."""
-    program = ("import sys\nfor m in ('triton', 'peft', 'transformers', 'rich', 'matplotlib'):\n"
-               "    sys.modules[m] = None\nimport secura_kernels")
+    program = (
+        "import sys\nfor m in ('triton', 'peft', 'transformers', 'rich', 'matplotlib'):\n"
+        "    sys.modules[m] = None\nimport secura_kernels"
+    )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr

@@ -16,12 +16,25 @@ def test_no_spill_and_the_claimed_instructions(dtype):
     chips, ranks = (CHIPS, ("64", "150")) if dtype == "bfloat16" else ((80, 100), ("64",))
     clean = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     done = subprocess.run(
-        [sys.executable, "-m", "secura_kernels.tools.inspect_triton", "--dtype", dtype,
-         "--chip", *map(str, chips), "--rank", *ranks],
-        capture_output=True, text=True, env=clean)
+        [
+            sys.executable,
+            "-m",
+            "secura_kernels.tools.inspect_triton",
+            "--dtype",
+            dtype,
+            "--chip",
+            *map(str, chips),
+            "--rank",
+            *ranks,
+        ],
+        capture_output=True,
+        text=True,
+        env=clean,
+    )
     lines = done.stdout.splitlines()
     assert done.returncode == 0 and lines[-1] == "no faults", (
-        "\n".join(line for line in lines if "FAULT" in line) + done.stderr)
+        "\n".join(line for line in lines if "FAULT" in line) + done.stderr
+    )
     for chip in chips:
         assert sum(line.split()[1] == f"sm_{chip}" for line in lines[:-1]) > 15
 
@@ -32,8 +45,9 @@ def test_faults_are_found():
 
     def faults(stack=0, shared=0, tma=False, name="product", chip=90, **found):
         counts = dict.fromkeys(INSTRUCTIONS, 0) | found
-        return Compiled(chip, name, name, Tile(64, tma=tma), "bfloat16", 64, 255, stack, shared,
-                        counts).faults()
+        return Compiled(
+            chip, name, name, Tile(64, tma=tma), "bfloat16", 64, 255, stack, shared, counts
+        ).faults()
 
     assert faults(HGMMA=4) == []
     assert "spill" in faults(HGMMA=4, stack=8)[0]

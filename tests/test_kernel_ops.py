@@ -26,8 +26,13 @@ from secura_kernels.tools.cases import RUNS, Inputs, run
 
 pytestmark = MARKS
 
-FORMS = {"no gate": None, "output": SMagNorm(), "output, full": SMagNorm(detach_gate=False),
-         "output, max": SMagNorm(ref="max"), "weight": SMagNorm(domain="weight")}
+FORMS = {
+    "no gate": None,
+    "output": SMagNorm(),
+    "output, full": SMagNorm(detach_gate=False),
+    "output, max": SMagNorm(ref="max"),
+    "weight": SMagNorm(domain="weight"),
+}
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
@@ -38,17 +43,29 @@ def test_opcheck(norm, dtype, impl):
     settings = (c.alpha, pack_norm(norm), norm is None or norm.detach_gate)
     edge = 0.0 if norm is None else 1.2
     if norm is not None and norm.domain == "weight":
-        opcheck(cur_weight_linear_fwd,
-                (c.x.detach(), c.W, c.bias, *parameters, *settings, edge, impl))
-        opcheck(cur_weight_linear_bwd,
-                (torch.randn(9, 12, device=DEVICE).to(dtype), c.x.detach(), c.W, *parameters,
-                 *settings, [True, True, True], impl))
+        opcheck(
+            cur_weight_linear_fwd, (c.x.detach(), c.W, c.bias, *parameters, *settings, edge, impl)
+        )
+        opcheck(
+            cur_weight_linear_bwd,
+            (
+                torch.randn(9, 12, device=DEVICE).to(dtype),
+                c.x.detach(),
+                c.W,
+                *parameters,
+                *settings,
+                [True, True, True],
+                impl,
+            ),
+        )
         return
     arguments = (c.x.detach(), c.W, c.bias, *parameters, *settings, edge, True, impl)
     opcheck(cur_linear_fwd, arguments)
     y, t, saved, _ = cur_linear_fwd(*arguments)
-    opcheck(cur_linear_bwd, (torch.randn_like(y), c.W, *parameters, t, saved, *settings,
-                             [True, True, True], impl))
+    opcheck(
+        cur_linear_bwd,
+        (torch.randn_like(y), c.W, *parameters, t, saved, *settings, [True, True, True], impl),
+    )
 
 
 @pytest.mark.parametrize("norm", FORMS.values(), ids=FORMS)
@@ -57,8 +74,7 @@ def test_compiles_as_one_graph(norm, impl):
     c = case(9, 12, 10, 4, torch.float32, device=DEVICE)
 
     def step(x, core):
-        y = cur_linear(x, c.W, core, cols=c.cols, rows=c.rows, bias=c.bias, norm=norm,
-                       impl=impl)
+        y = cur_linear(x, c.W, core, cols=c.cols, rows=c.rows, bias=c.bias, norm=norm, impl=impl)
         return (y * y).sum()
 
     leaves = [c.x, c.core]
@@ -74,14 +90,17 @@ def test_traces_for_a_gpu_without_one():
 
     with FakeTensorMode(), torch.no_grad():
         x, W = (torch.empty(n, 32, dtype=torch.bfloat16, device="cuda") for n in (8, 48))
-        core, index = torch.empty(4, 4, device="cuda"), torch.empty(4, dtype=torch.int64,
-                                                                    device="cuda")
+        core, index = (
+            torch.empty(4, 4, device="cuda"),
+            torch.empty(4, dtype=torch.int64, device="cuda"),
+        )
         assert cur_linear(x, W, core, cols=index, rows=index, impl="triton").shape == (8, 48)
         parameters = (core, index, index, None, None, None, None)
         settings = (1.0, pack_norm(SMagNorm()), True)
         y, t, saved, _ = cur_linear_fwd(x, W, None, *parameters, *settings, 0.0, True, "triton")
-        dx, dcore, _ = cur_linear_bwd(y, W, *parameters, t, saved, *settings, [True, True, False],
-                                      "triton")
+        dx, dcore, _ = cur_linear_bwd(
+            y, W, *parameters, t, saved, *settings, [True, True, False], "triton"
+        )
     assert (y.shape, y.dtype, y.device.type) == ((8, 48), torch.bfloat16, "cuda")
     assert (saved.dtype, dx.shape, dcore.dtype) == (torch.uint8, x.shape, torch.float32)
 
@@ -90,6 +109,7 @@ def test_traces_for_a_gpu_without_one():
 def test_two_runs_are_bitwise_equal(norm, impl, monkeypatch):
     """Without a GPU the second run takes the programs in reverse order, on the simulated GPU the
     threads of a block too."""
+
     def results():
         torch.manual_seed(1)
         c = case(200, 150, 80, 8, torch.float32, device=DEVICE)
@@ -104,16 +124,24 @@ def test_two_runs_are_bitwise_equal(norm, impl, monkeypatch):
 
         builder = interpreter.interpreter_builder
         forward = builder.set_grid_idx
-        monkeypatch.setattr(builder, "set_grid_idx", lambda x, y, z: forward(
-            builder.grid_dim[0] - 1 - x, y, z))
+        monkeypatch.setattr(
+            builder, "set_grid_idx", lambda x, y, z: forward(builder.grid_dim[0] - 1 - x, y, z)
+        )
     for a, b in zip(first, results(), strict=True):
         assert torch.equal(a, b)
 
 
 # In the interpreter the rows of every chip; on a GPU its own.
 TABLES = [tiles.TABLES[chips.chip_of(torch.device(DEVICE))]] if GPU else tiles.TABLES.values()
-PRODUCTS = sorted({(name, tile) for table in TABLES for name in ("product", "product_gate")
-                   for tile in table[name]}, key=str)
+PRODUCTS = sorted(
+    {
+        (name, tile)
+        for table in TABLES
+        for name in ("product", "product_gate")
+        for tile in table[name]
+    },
+    key=str,
+)
 
 
 @pytest.mark.parametrize(("name", "tile"), PRODUCTS, ids=str)
@@ -140,17 +168,33 @@ def test_every_product_tile(name, tile):
 def test_a_pass_finds_what_was_tuned(monkeypatch):
     """Every pass looks its tuned choice up under the key that tuning stores it under."""
     asked = []
-    monkeypatch.setattr(tune_cache, "choice",
-                        lambda device, *rest: asked.append(tune_cache.key(*rest)))
+    monkeypatch.setattr(
+        tune_cache, "choice", lambda device, *rest: asked.append(tune_cache.key(*rest))
+    )
     tune_cache.forget()
     for job in tune.jobs([(192, 128)], [256], [8], torch.bfloat16):
         asked.clear()
         if job.name == "product_of_input_gradient":
-            plan(job.M, job.K, job.N, job.r, job.dtype, torch.device(DEVICE), None,
-                 input_gradient=True)
+            plan(
+                job.M,
+                job.K,
+                job.N,
+                job.r,
+                job.dtype,
+                torch.device(DEVICE),
+                None,
+                input_gradient=True,
+            )
         elif job.name in tune.PRODUCTS:
-            plan(job.M, job.N, job.K, job.r, job.dtype, torch.device(DEVICE),
-                 SMagNorm() if job.name == "product_gate" else None)
+            plan(
+                job.M,
+                job.N,
+                job.K,
+                job.r,
+                job.dtype,
+                torch.device(DEVICE),
+                SMagNorm() if job.name == "product_gate" else None,
+            )
         else:
             inputs = Inputs(job.M, job.N, job.K, job.r, job.dtype, "meta")
             with instead_of_launching(lambda *_: None):
@@ -198,8 +242,10 @@ def test_a_tuned_choice_is_used_while_the_table_has_it(monkeypatch):
     tune_cache.forget()
 
 
-@pytest.mark.parametrize("content", ["{", "[]", '{"format": 99, "entries": {}}',
-                                     '{"format": 1, "entries": {"a": "os.system"}}'])
+@pytest.mark.parametrize(
+    "content",
+    ["{", "[]", '{"format": 99, "entries": {}}', '{"format": 1, "entries": {"a": "os.system"}}'],
+)
 def test_a_broken_cache_is_reported_and_not_used(tmp_path, content):
     file = tmp_path / "tiles.json"
     file.write_text(content)
@@ -239,12 +285,15 @@ def test_an_address_beyond_32_bits():
 
 
 def test_without_the_interpreter_a_cpu_layer_is_refused():
-    program = ("import torch, secura_kernels as s\n"
-               "layer = s.CURLoRALinear.from_linear(torch.nn.Linear(8, 8), 2)\n"
-               "x = torch.randn(2, 8)\n"
-               "try: s.CURLoRALinear.from_linear(torch.nn.Linear(8, 8), 2, impl='triton')\n"
-               "except RuntimeError as e: print(e)")
+    program = (
+        "import torch, secura_kernels as s\n"
+        "layer = s.CURLoRALinear.from_linear(torch.nn.Linear(8, 8), 2)\n"
+        "x = torch.randn(2, 8)\n"
+        "try: s.CURLoRALinear.from_linear(torch.nn.Linear(8, 8), 2, impl='triton')\n"
+        "except RuntimeError as e: print(e)"
+    )
     clean = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True,
-                          env=clean)
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, env=clean
+    )
     assert "impl='triton' cannot run here: the tensors are on the CPU" in done.stdout, done.stderr

@@ -1,7 +1,6 @@
 """The Triton and the CUDA kernels against float64 and the reference: every form, shape, stride and
 dtype. Without a GPU: in Triton's interpreter, and on a simulated GPU (``cuda_host``)."""
 
-
 import pytest
 import torch
 import torch.nn.functional as F
@@ -48,9 +47,14 @@ def _poisoned():
 def test_error_is_no_more_than_eager(name, dtype, impl):
     skip_where_low_precision_jumps(NORMS[name], dtype)
     check_no_more_than_eager(
-        [small_change(*shape, dtype=dtype, tied=tied, biases=biases, device=DEVICE)
-         for shape in SHAPES.values()
-         for tied, biases in ((True, True), (True, False), (False, False))], NORMS[name], impl)
+        [
+            small_change(*shape, dtype=dtype, tied=tied, biases=biases, device=DEVICE)
+            for shape in SHAPES.values()
+            for tied, biases in ((True, True), (True, False), (False, False))
+        ],
+        NORMS[name],
+        impl,
+    )
 
 
 @pytest.mark.parametrize("tied", [True, False], ids=["tied", "stored"])
@@ -59,8 +63,9 @@ def test_every_form(norm, tied, impl):
     compare(case(70, 45, 38, 5, torch.float32, tied=tied, device=DEVICE), norm, impl)
 
 
-@pytest.mark.parametrize("norm", [None, SMagNorm(), SMagNorm(domain="weight")],
-                         ids=["no gate", "output", "weight"])
+@pytest.mark.parametrize(
+    "norm", [None, SMagNorm(), SMagNorm(domain="weight")], ids=["no gate", "output", "weight"]
+)
 @pytest.mark.parametrize("r", [1, 2, 15, 16, 17, 33, 64, 65, 128, 150, 256])
 def test_ranks(r, norm, impl):
     c = case(66, 260, 257, r, torch.float32, decay=False, device=DEVICE)
@@ -69,26 +74,40 @@ def test_ranks(r, norm, impl):
     compare(c, norm, impl)
 
 
-@settings(max_examples=40, deadline=None, derandomize=True,
-          suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(M=st.integers(0, 90), N=st.integers(1, 90), K=st.integers(1, 90), data=st.data(),
-       norm=st.sampled_from(list(NORMS.values())), tied=st.booleans(), biases=st.booleans(),
-       decay=st.booleans(), strides=st.sampled_from(["contiguous", "sliced", "transposed"]),
-       dtype=st.sampled_from([torch.float32, torch.bfloat16, torch.float16]),
-       seed=st.integers(0, 2**16))
-def test_any_shape_stride_and_dtype(impl, M, N, K, data, norm, tied, biases, decay, strides, dtype,
-                                    seed):
+@settings(
+    max_examples=40,
+    deadline=None,
+    derandomize=True,
+    suppress_health_check=[HealthCheck.function_scoped_fixture],
+)
+@given(
+    M=st.integers(0, 90),
+    N=st.integers(1, 90),
+    K=st.integers(1, 90),
+    data=st.data(),
+    norm=st.sampled_from(list(NORMS.values())),
+    tied=st.booleans(),
+    biases=st.booleans(),
+    decay=st.booleans(),
+    strides=st.sampled_from(["contiguous", "sliced", "transposed"]),
+    dtype=st.sampled_from([torch.float32, torch.bfloat16, torch.float16]),
+    seed=st.integers(0, 2**16),
+)
+def test_any_shape_stride_and_dtype(
+    impl, M, N, K, data, norm, tied, biases, decay, strides, dtype, seed
+):
     torch.manual_seed(seed)
     if norm is not None and (not norm.continuous or not norm.detach_gate):
         dtype = torch.float32  # low precision costs a jump, or divides by a rounded base
     r = data.draw(st.integers(1, min(N, K)), label="r")
-    c = case(M, N, K, r, dtype, tied=tied, bias=biases, adapter_bias=biases, decay=decay,
-             device=DEVICE)
+    c = case(
+        M, N, K, r, dtype, tied=tied, bias=biases, adapter_bias=biases, decay=decay, device=DEVICE
+    )
     with torch.no_grad():
         c.core.mul_(0.5 / r)
     dy = torch.randn(M, N, device=DEVICE).to(dtype)
     if strides == "sliced":
-        c.x = torch.randn(2 * M, K + 3, device=DEVICE).to(dtype)[::2, 1:K + 1].requires_grad_()
+        c.x = torch.randn(2 * M, K + 3, device=DEVICE).to(dtype)[::2, 1 : K + 1].requires_grad_()
         dy = torch.randn(M, 2 * N + 1, device=DEVICE).to(dtype)[:, 1::2]
     if strides == "transposed":
         c.x = torch.randn(K, M, device=DEVICE).to(dtype).T.requires_grad_()
@@ -139,24 +158,34 @@ def test_duplicates_among_indices(norm, N, impl):
     compare(c, norm, impl)
 
 
-@pytest.mark.parametrize("norm", [None, SMagNorm(), SMagNorm(ref="max"), SMagNorm(domain="weight")],
-                         ids=["no gate", "output", "max", "weight"])
+@pytest.mark.parametrize(
+    "norm",
+    [None, SMagNorm(), SMagNorm(ref="max"), SMagNorm(domain="weight")],
+    ids=["no gate", "output", "max", "weight"],
+)
 def test_importance_count(norm, impl):
     from secura_kernels.functional.linear import cur_linear_and_moved
 
     c = case(70, 40, 33, 4, torch.float32, decay=False, device=DEVICE)
-    counts = [cur_linear_and_moved(c.x, c.operands(norm), impl, 1.2)[1]
-              for impl in (impl, "reference")]
+    counts = [
+        cur_linear_and_moved(c.x, c.operands(norm), impl, 1.2)[1] for impl in (impl, "reference")
+    ]
     assert torch.equal(*counts)
 
 
 # Where each backend starts its gate's backward pass, and what it is to write: g, v, parts of the
 # adapter bias's gradient.
 STARTS = {
-    "triton": (gate_backward, "launch", lambda *_, g_ptr, v_ptr, bias_part_ptr, **__: (
-        g_ptr, v_ptr, bias_part_ptr)),
-    "cuda": (passes, "call", lambda name, *a: (a[-5], a[-4], a[-2])
-             if name == "gate_backward" else None),
+    "triton": (
+        gate_backward,
+        "launch",
+        lambda *_, g_ptr, v_ptr, bias_part_ptr, **__: (g_ptr, v_ptr, bias_part_ptr),
+    ),
+    "cuda": (
+        passes,
+        "call",
+        lambda name, *a: (a[-5], a[-4], a[-2]) if name == "gate_backward" else None,
+    ),
 }
 
 
@@ -172,8 +201,9 @@ def test_needs_input_grad(impl, monkeypatch):
     everything = layer.backward(*arguments, (True, True, True))
     module, name, written = STARTS[impl]
     start, found = getattr(module, name), []
-    monkeypatch.setattr(module, name, lambda *a, **k: (found.append(written(*a, **k)),
-                                                       start(*a, **k)))
+    monkeypatch.setattr(
+        module, name, lambda *a, **k: (found.append(written(*a, **k)), start(*a, **k))
+    )
     for needs in ((False, True, False), (False, False, True), (True, False, False)):
         found.clear()
         part = layer.backward(*arguments, needs)
@@ -215,18 +245,21 @@ def test_a_long_stride_is_copied():
 def test_plans_and_their_reasons():
     device, bf16 = torch.device(DEVICE), torch.bfloat16
     with chips.pretend(90):
+
         def reason(M=8192, N=4096, K=4096, norm=None, dtype=bf16, **more):
             found = plan(M, N, K, 64, dtype, torch.device("meta"), norm, **more)
             assert found.one_pass == found.reason.startswith("one pass")
             return found.reason
 
         assert reason(input_gradient=True) == (
-            "one pass: 376 us against 393 by the library's product and an epilogue (predicted)")
+            "one pass: 376 us against 393 by the library's product and an epilogue (predicted)"
+        )
         assert reason() == "library product: 398 us against 421 in one pass (predicted)"
         # A bias: t costs a reading of x in either form, so one pass loses nothing by it.
         assert reason(needs_down=True).startswith("one pass: 376 us against 393")
         assert reason(norm=SMagNorm(), needs_down=True) == (
-            "library product: 404 us against 484 in one pass (predicted)")
+            "library product: 404 us against 484 in one pass (predicted)"
+        )
         assert "ref='max' needs the largest" in reason(norm=SMagNorm(ref="max"))
         assert reason(M=dispatch.MOST_TOKENS).startswith("library product: for M <= 64")
         assert reason(M=256, N=512).startswith("library product: fewer tiles than the 132")
@@ -234,7 +267,8 @@ def test_plans_and_their_reasons():
         assert reason(dtype=torch.float32).startswith("library product: float32")
         odd = torch.empty(16, 4095, dtype=bf16)
         assert reason(input_gradient=True, operands=(odd, odd)).startswith(
-            "library product: rows are not on 16-byte boundaries")
+            "library product: rows are not on 16-byte boundaries"
+        )
     assert plan(100, 200, 64, 4, bf16, device, None).reason
 
 

@@ -17,8 +17,10 @@ KINDS = [(CURLoRALinear, {}), (SECURALinear, {}), (SECURALinear, GATED)]
 BASES = ["raw", "orthonormal"]
 WEIGHT = SMagNorm(domain="weight")
 MERGEABLE = [
-    (CURLoRALinear, {}), (CURLoRALinear, dict(basis="orthonormal")),
-    (SECURALinear, dict(norm=None)), (SECURALinear, dict(norm=WEIGHT)),
+    (CURLoRALinear, {}),
+    (CURLoRALinear, dict(basis="orthonormal")),
+    (SECURALinear, dict(norm=None)),
+    (SECURALinear, dict(norm=WEIGHT)),
     (SECURALinear, dict(norm="figure", basis="orthonormal")),
     (SECURALinear, dict(norm=WEIGHT, adapter_bias=False)),
 ]
@@ -136,8 +138,11 @@ def test_folded_bases_cost_little_precision(condition, monkeypatch):
         with torch.no_grad():
             layer.U.copy_(V)
             layer.weight.zero_()  # leaves the change alone
-            sides = dict(C=linear.weight[:, cols], R=linear.weight[rows]) if layer.C is None \
+            sides = (
+                dict(C=linear.weight[:, cols], R=linear.weight[rows])
+                if layer.C is None
                 else dict(C=layer.C, R=layer.R)
+            )
             change = cur_linear(x, layer.weight, layer.core(), **sides)
         Q_c, _, Q_r, _ = orthonormal_basis(linear.weight[:, cols], linear.weight[rows])
         truth = x.double() @ (Q_c @ V.double() @ Q_r.T).T
@@ -179,9 +184,14 @@ def test_an_output_gate_refuses_to_merge_and_says_what_can_be_done():
 
 
 @pytest.mark.parametrize("stage", ["stage_m1", "stage_m2"])
-@pytest.mark.parametrize(("kind", "settings"), [
-    (CURLoRALinear, {}), (CURLoRALinear, dict(basis="orthonormal")),
-    (SECURALinear, dict(norm=None))])
+@pytest.mark.parametrize(
+    ("kind", "settings"),
+    [
+        (CURLoRALinear, {}),
+        (CURLoRALinear, dict(basis="orthonormal")),
+        (SECURALinear, dict(norm=None)),
+    ],
+)
 def test_stages_keep_the_function_without_a_gate(stage, kind, settings):
     layer = make(kind, **settings)
     if kind is SECURALinear:
@@ -240,8 +250,10 @@ def test_m2_accumulates_as_published():
     A = layer.A_long
     C, R = layer.weight[:, layer.cols], layer.weight[layer.rows]
     torch.testing.assert_close(layer.B_long, total)
-    torch.testing.assert_close(layer.merged_matrix(layer.weight),
-                               layer.weight + layer.delta_weight() + C @ A.T @ total.T @ R)
+    torch.testing.assert_close(
+        layer.merged_matrix(layer.weight),
+        layer.weight + layer.delta_weight() + C @ A.T @ total.T @ R,
+    )
 
 
 def test_stages_do_not_mix_and_need_an_unmerged_layer():
@@ -263,8 +275,9 @@ def test_published_start_is_a_slice_and_svd_start_is_close():
     torch.testing.assert_close(layer.A, layer.weight[:20, :22].T.clone(), rtol=1e-3, atol=1e-4)
     linear = nn.Linear(24, 20)
     state = torch.get_rng_state()
-    twice = [SECURALinear(linear, layer.cols, layer.rows, a_init="truncated_svd").A
-             for _ in range(2)]
+    twice = [
+        SECURALinear(linear, layer.cols, layer.rows, a_init="truncated_svd").A for _ in range(2)
+    ]
     assert torch.equal(*twice) and torch.equal(state, torch.get_rng_state())
 
 
@@ -279,8 +292,10 @@ def test_conv1d():
         linear.bias.copy_(conv.bias.normal_())
     x = torch.randn(2, 3, 24, dtype=torch.float64)
     for kind, settings in MERGEABLE:
-        layers = [train(kind(base, torch.arange(4), torch.arange(4), **settings), x=x)
-                  for base in (copy.deepcopy(conv), copy.deepcopy(linear))]
+        layers = [
+            train(kind(base, torch.arange(4), torch.arange(4), **settings), x=x)
+            for base in (copy.deepcopy(conv), copy.deepcopy(linear))
+        ]
         torch.testing.assert_close(layers[0](x), layers[1](x))
         assert layers[0].weight.shape == (24, 20)
         plain = layers[0].to_linear()
@@ -362,24 +377,46 @@ class TestImportanceDecay:
         train(layer)
 
 
-@pytest.mark.parametrize(("kind", "settings", "error", "message"), [
-    (CURLoRALinear, dict(r=0), ValueError, "r=0 is not allowed"),
-    (CURLoRALinear, dict(r=21), ValueError, r"r=21 is not allowed: it must be .* to 20"),
-    (SECURALinear, dict(r=4, m=4), ValueError, "m=4 is not allowed: .* from 5 to 24"),
-    (SECURALinear, dict(r=4, m=25), ValueError, "m=25 is not allowed"),
-    (SECURALinear, dict(r=4, a_init="zeros"), ValueError, "a_init='zeros' is not allowed"),
-    (SECURALinear, dict(r=4, norm="loud"), ValueError, "norm='loud' is not allowed"),
-    (SECURALinear, dict(r=4, adapter_bias=1.5), ValueError, "adapter_bias=1.5"),
-    (CURLoRALinear, dict(r=4, basis="qr"), ValueError, "basis='qr' is not allowed"),
-    (CURLoRALinear, dict(r=4, basis="orthonormal", replace=True, selection="highest"), ValueError,
-     "replace=True"),
-    (CURLoRALinear, dict(r=4, alpha=float("nan")), ValueError, "alpha=nan is not allowed"),
-    (CURLoRALinear, dict(r=4, impl="fast"), ValueError, "impl='fast' is not allowed"),
-    (CURLoRALinear, dict(r=4, impl="cuda"), RuntimeError, "impl='cuda' cannot run here"),
-    (CURLoRALinear, dict(r=4, importance_decay=ImportanceDecay()), ValueError, "importance_decay="),
-    (SECURALinear, dict(r=4, importance_decay=ImportanceDecay()), ValueError, "importance_decay="),
-    (SECURALinear, GATED | dict(r=4, importance_decay=True), ValueError, "importance_decay=True"),
-])
+@pytest.mark.parametrize(
+    ("kind", "settings", "error", "message"),
+    [
+        (CURLoRALinear, dict(r=0), ValueError, "r=0 is not allowed"),
+        (CURLoRALinear, dict(r=21), ValueError, r"r=21 is not allowed: it must be .* to 20"),
+        (SECURALinear, dict(r=4, m=4), ValueError, "m=4 is not allowed: .* from 5 to 24"),
+        (SECURALinear, dict(r=4, m=25), ValueError, "m=25 is not allowed"),
+        (SECURALinear, dict(r=4, a_init="zeros"), ValueError, "a_init='zeros' is not allowed"),
+        (SECURALinear, dict(r=4, norm="loud"), ValueError, "norm='loud' is not allowed"),
+        (SECURALinear, dict(r=4, adapter_bias=1.5), ValueError, "adapter_bias=1.5"),
+        (CURLoRALinear, dict(r=4, basis="qr"), ValueError, "basis='qr' is not allowed"),
+        (
+            CURLoRALinear,
+            dict(r=4, basis="orthonormal", replace=True, selection="highest"),
+            ValueError,
+            "replace=True",
+        ),
+        (CURLoRALinear, dict(r=4, alpha=float("nan")), ValueError, "alpha=nan is not allowed"),
+        (CURLoRALinear, dict(r=4, impl="fast"), ValueError, "impl='fast' is not allowed"),
+        (CURLoRALinear, dict(r=4, impl="cuda"), RuntimeError, "impl='cuda' cannot run here"),
+        (
+            CURLoRALinear,
+            dict(r=4, importance_decay=ImportanceDecay()),
+            ValueError,
+            "importance_decay=",
+        ),
+        (
+            SECURALinear,
+            dict(r=4, importance_decay=ImportanceDecay()),
+            ValueError,
+            "importance_decay=",
+        ),
+        (
+            SECURALinear,
+            GATED | dict(r=4, importance_decay=True),
+            ValueError,
+            "importance_decay=True",
+        ),
+    ],
+)
 def test_bad_settings_change_nothing(kind, settings, error, message, monkeypatch):
     monkeypatch.setattr("secura_kernels.backends.cuda.why_unavailable", lambda *_: "not built")
     linear = nn.Linear(24, 20)
@@ -417,24 +454,35 @@ def test_bad_bases():
     assert linear.weight.requires_grad
 
 
-@pytest.mark.parametrize(("changes", "message"), [
-    (dict(x=torch.randn(3, 23)), r"x.shape=\(3, 23\) is not allowed: it must be \(..., 24\)"),
-    (dict(x=torch.randn(3, 24).double()), "x.dtype=torch.float64 is not allowed"),
-    (dict(core=torch.zeros(4, 3)), "core=.*floating point"),
-    (dict(cols=None), "either cols and rows, or C and R"),
-    (dict(C=torch.zeros(20, 4), R=torch.zeros(4, 24)), "either cols and rows"),
-    (dict(rows=torch.arange(3)), r"rows.shape=\(3,\) is not allowed: it must be \(4,\)"),
-    (dict(rows=torch.arange(4).int()), "rows.dtype=torch.int32"),
-    (dict(adapter_bias=torch.zeros(3)), r"adapter_bias.shape=\(3,\)"),
-    (dict(weight=torch.zeros(20, 24, requires_grad=True)), "weight.requires_grad=True"),
-    (dict(weight=torch.zeros(20, 24, device="meta")), "x.device='cpu'"),
-    (dict(alpha=float("inf")), "alpha=inf"),
-    (dict(norm="calibrated"), "norm='calibrated' is not allowed"),
-])
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (dict(x=torch.randn(3, 23)), r"x.shape=\(3, 23\) is not allowed: it must be \(..., 24\)"),
+        (dict(x=torch.randn(3, 24).double()), "x.dtype=torch.float64 is not allowed"),
+        (dict(core=torch.zeros(4, 3)), "core=.*floating point"),
+        (dict(cols=None), "either cols and rows, or C and R"),
+        (dict(C=torch.zeros(20, 4), R=torch.zeros(4, 24)), "either cols and rows"),
+        (dict(rows=torch.arange(3)), r"rows.shape=\(3,\) is not allowed: it must be \(4,\)"),
+        (dict(rows=torch.arange(4).int()), "rows.dtype=torch.int32"),
+        (dict(adapter_bias=torch.zeros(3)), r"adapter_bias.shape=\(3,\)"),
+        (dict(weight=torch.zeros(20, 24, requires_grad=True)), "weight.requires_grad=True"),
+        (dict(weight=torch.zeros(20, 24, device="meta")), "x.device='cpu'"),
+        (dict(alpha=float("inf")), "alpha=inf"),
+        (dict(norm="calibrated"), "norm='calibrated' is not allowed"),
+    ],
+)
 def test_bad_arguments_of_the_function(changes, message):
     from secura_kernels import cur_linear
 
-    arguments = dict(x=torch.randn(3, 24), weight=torch.randn(20, 24), core=torch.zeros(4, 4),
-                     cols=torch.arange(4), rows=torch.arange(4)) | changes
+    arguments = (
+        dict(
+            x=torch.randn(3, 24),
+            weight=torch.randn(20, 24),
+            core=torch.zeros(4, 4),
+            cols=torch.arange(4),
+            rows=torch.arange(4),
+        )
+        | changes
+    )
     with pytest.raises(ValueError, match=message):
         cur_linear(**arguments)

@@ -23,10 +23,12 @@ each_chip = pytest.mark.parametrize("chip", model.CEILINGS)
 
 def test_frozen_by_hand():
     assert model.frozen(LAYER, H100) == pytest.approx(
-        2 * 2 * 8192 * 4096 * 4096 / 790e12 + 2 * model.LAUNCH)
+        2 * 2 * 8192 * 4096 * 4096 / 790e12 + 2 * model.LAUNCH
+    )
     # One token reads W twice, and nothing else to speak of: 2 x 33.55 MB at 3 TB/s.
     assert model.frozen(Layer(1, 4096, 4096, 64), H100) == pytest.approx(
-        2 * 4096 * 4096 * 2 / 3e12 + 2 * model.LAUNCH, rel=1e-3)
+        2 * 4096 * 4096 * 2 / 3e12 + 2 * model.LAUNCH, rel=1e-3
+    )
 
 
 def test_passes_with_a_gate_by_hand():
@@ -76,9 +78,11 @@ def test_epilogues_without_a_gate_by_hand():
     M, N, K, r = 8192, 4096, 6144, 64
     times = model.pass_times(Layer(M, N, K, r), False, replace(H100, flops=2e14))
     assert times["forward epilogue"] == pytest.approx(
-        (4 * M * N + 2 * (M + N) * r) / 3e12 + model.LAUNCH)
+        (4 * M * N + 2 * (M + N) * r) / 3e12 + model.LAUNCH
+    )
     assert times["backward epilogue"] == pytest.approx(
-        (4 * M * K + 2 * (M + K) * r) / 3e12 + model.LAUNCH)
+        (4 * M * K + 2 * (M + K) * r) / 3e12 + model.LAUNCH
+    )
 
 
 @both_gates
@@ -87,16 +91,19 @@ def test_passes_sum_to_the_ratio(chip, gate):
     ceilings = model.CEILINGS[chip]
     total = sum(model.pass_times(LAYER, gate, ceilings).values())
     assert model.ratio(LAYER, gate, ceilings) * model.frozen(LAYER, ceilings) == pytest.approx(
-        total)
+        total
+    )
     assert total > model.frozen(LAYER, ceilings)
 
 
 @both_gates
 def test_the_faster_form_is_chosen(gate):
     """A slower product costs more than the bytes it saves on a slow chip, less on a fast one."""
-    forms = ["forward one pass" in model.pass_times(
-        LAYER, gate, replace(H100, flops=flops, special=float("inf")))
-        for flops in (1e13, 1e14, 2e15, 1e16)]
+    forms = [
+        "forward one pass"
+        in model.pass_times(LAYER, gate, replace(H100, flops=flops, special=float("inf")))
+        for flops in (1e13, 1e14, 2e15, 1e16)
+    ]
     assert forms == [False, False, True, True]
     # The exposed special functions turn it round.
     assert "forward epilogue" in model.pass_times(LAYER, True, replace(H100, flops=1e16))
@@ -107,8 +114,9 @@ def test_the_faster_form_is_chosen(gate):
 @pytest.mark.parametrize("shape", SHAPES)
 def test_more_ranks_are_never_faster(shape, chip, gate):
     ceilings = model.CEILINGS[chip]
-    times = [sum(model.pass_times(Layer(*shape, r), gate, ceilings).values())
-             for r in range(1, 257)]
+    times = [
+        sum(model.pass_times(Layer(*shape, r), gate, ceilings).values()) for r in range(1, 257)
+    ]
     assert times == sorted(times) and times[0] < times[-1]
     rivals = [model.lora(Layer(*shape, r), ceilings) for r in range(1, 257)]
     assert rivals == sorted(rivals)
@@ -119,11 +127,14 @@ def test_more_ranks_are_never_faster(shape, chip, gate):
 @pytest.mark.parametrize("ceiling", ["flops", "bandwidth", "special"])
 def test_a_higher_ceiling_is_never_slower(ceiling, shape, gate):
     layer = Layer(*shape, 64)
-    machines = [replace(H100, **{ceiling: getattr(H100, ceiling) * 2.0**power})
-                for power in range(-6, 7)]
-    for seconds in ([sum(model.pass_times(layer, gate, m).values()) for m in machines],
-                    [model.lora(layer, m) for m in machines],
-                    [model.frozen(layer, m) for m in machines]):
+    machines = [
+        replace(H100, **{ceiling: getattr(H100, ceiling) * 2.0**power}) for power in range(-6, 7)
+    ]
+    for seconds in (
+        [sum(model.pass_times(layer, gate, m).values()) for m in machines],
+        [model.lora(layer, m) for m in machines],
+        [model.frozen(layer, m) for m in machines],
+    ):
         assert seconds == sorted(seconds, reverse=True)
 
 
@@ -131,8 +142,9 @@ def test_a_higher_ceiling_is_never_slower(ceiling, shape, gate):
 @pytest.mark.parametrize("r", [16, 150])
 def test_a_gate_costs_its_bytes(shape, r):
     layer = Layer(*shape, r)
-    with_gate, without = (sum(model.pass_times(layer, gate, MEMORY_BOUND).values())
-                          for gate in (True, False))
+    with_gate, without = (
+        sum(model.pass_times(layer, gate, MEMORY_BOUND).values()) for gate in (True, False)
+    )
     # The gate is written and read; G' is written; dT (M, padded r) neither written nor read, but
     # added to columns of G'; v is written and read in parts.
     M, N, _ = shape
@@ -150,7 +162,8 @@ def test_lora_reads_and_writes_its_outputs_again(shape):
     low_rank = 3 * M * N + 3 * M * K  # d written, dd read twice; x read twice, dx written
     narrow = (M + N) * 3 + (M + K) * 3  # rank 1: A, B, dA, dB, t and dt
     assert model.lora(layer, MEMORY_BOUND) - model.frozen(layer, MEMORY_BOUND) == pytest.approx(
-        2 * (again + low_rank + narrow) / 3e12 + 10 * model.LAUNCH)
+        2 * (again + low_rank + narrow) / 3e12 + 10 * model.LAUNCH
+    )
 
 
 def test_ddp_by_hand():
@@ -158,7 +171,8 @@ def test_ddp_by_hand():
     for gpus, link in ((8, 450e9), (1024, 50e9)):
         found = model.scaling(LAYER, True, H100, gpus, "ddp")
         assert found.seconds - alone == pytest.approx(
-            2 * (gpus - 1) / gpus * 64 * 64 * 4 / link, rel=1e-6)
+            2 * (gpus - 1) / gpus * 64 * 64 * 4 / link, rel=1e-6
+        )
         assert found.efficiency == pytest.approx(alone / found.seconds)
         dense = model.full_fine_tuning(LAYER, H100, gpus)
         products = 3 * (2 * 8192 * 4096 * 4096 / 790e12 + model.LAUNCH)
@@ -183,7 +197,8 @@ def test_fsdp_by_hand():
     assert few.efficiency < 0.2
     many = model.scaling(replace(LAYER, M=65536), True, H100, 64, "fsdp")
     assert many.seconds == pytest.approx(
-        sum(model.pass_times(replace(LAYER, M=65536), True, H100).values()))
+        sum(model.pass_times(replace(LAYER, M=65536), True, H100).values())
+    )
     assert many.efficiency == 1
 
 
@@ -203,19 +218,24 @@ def test_one_gpu_communicates_nothing(mode):
     assert found.efficiency == pytest.approx(1)
 
 
-@pytest.mark.parametrize(("gpus", "mode", "message"), [
-    (16, "tp", r"gpus=16: must be 1 to 8 for mode='tp'"),
-    (1025, "ddp", r"gpus=1025: must be 1 to 1,024 for mode='ddp'"),
-    (0, "fsdp", r"gpus=0: must be 1 to 1,024 for mode='fsdp'"),
-    (8, "pp", r"mode='pp': must be one of 'ddp', 'tp', 'fsdp'"),
-])
+@pytest.mark.parametrize(
+    ("gpus", "mode", "message"),
+    [
+        (16, "tp", r"gpus=16: must be 1 to 8 for mode='tp'"),
+        (1025, "ddp", r"gpus=1025: must be 1 to 1,024 for mode='ddp'"),
+        (0, "fsdp", r"gpus=0: must be 1 to 1,024 for mode='fsdp'"),
+        (8, "pp", r"mode='pp': must be one of 'ddp', 'tp', 'fsdp'"),
+    ],
+)
 def test_what_is_not_offered_is_an_error(gpus, mode, message):
     with pytest.raises(ValueError, match=message):
         model.scaling(LAYER, True, H100, gpus, mode)
 
 
-@pytest.mark.parametrize(("measured", "off"), [
-    (1.0, False), (1.25, False), (0.8, False), (1.26, True), (0.79, True), (float("nan"), True)])
+@pytest.mark.parametrize(
+    ("measured", "off"),
+    [(1.0, False), (1.25, False), (0.8, False), (1.26, True), (0.79, True), (float("nan"), True)],
+)
 def test_flag(measured, off):
     assert model.flag(1.0, measured) is off
 

@@ -27,9 +27,11 @@ NEXT = [dict(input_ids=ids, labels=ids) for ids in (tokens(3, 10, seed) for seed
 @pytest.fixture(autouse=True)
 def likeliest(monkeypatch):
     """Labels that do not depend on how the text is cut into batches."""
-    monkeypatch.setattr(measuring, "loss_of_drawn_labels",
-                        lambda logits, _: F.cross_entropy(logits, logits.argmax(1),
-                                                          reduction="sum"))
+    monkeypatch.setattr(
+        measuring,
+        "loss_of_drawn_labels",
+        lambda logits, _: F.cross_entropy(logits, logits.argmax(1), reduction="sum"),
+    )
 
 
 def two_layers(dtype=torch.float64, r=3):
@@ -57,12 +59,14 @@ def cross_entropy(model, batch):
 
 def root(moment, damping=0.1):
     values, vectors = torch.linalg.eigh(
-        moment + damping * moment.diagonal().mean() * torch.eye(len(moment), dtype=moment.dtype))
+        moment + damping * moment.diagonal().mean() * torch.eye(len(moment), dtype=moment.dtype)
+    )
     return (vectors * values.rsqrt()) @ vectors.T
 
 
 def watch(layer, seen, gradients, key):
     """Keeps the inputs of the last forward pass and the gradient of the outputs."""
+
     def hook(_, args, y):
         seen[key] = args[0].detach()
         y.register_hook(lambda g: gradients.update({key: g}))
@@ -80,12 +84,19 @@ def test_the_basis_is_that_of_the_formula():
     """(Gamma + lambda I)^(-1/2) G (Sigma + lambda I)^(-1/2) = P S Q^T, C = (..)^(-1/2) P_r,
     R = Q_r^T (..)^(-1/2), with all three matrices from plain autograd."""
     model, x, task = two_layers(), inputs(90), [classified(20, 2), classified(20, 3)]
-    base = nn.Sequential(*(nn.Linear(m.in_features, m.out_features, dtype=torch.float64)
-                           if isinstance(m, CURLoRALinear) else m for m in copy.deepcopy(model)))
+    base = nn.Sequential(
+        *(
+            nn.Linear(m.in_features, m.out_features, dtype=torch.float64)
+            if isinstance(m, CURLoRALinear)
+            else m
+            for m in copy.deepcopy(model)
+        )
+    )
     seen, gradients = {}, {}
     for i in (0, 2):
-        base[i].weight, base[i].bias = (nn.Parameter(p.detach().clone())
-                                        for p in (model[i].weight, model[i].bias))
+        base[i].weight, base[i].bias = (
+            nn.Parameter(p.detach().clone()) for p in (model[i].weight, model[i].bias)
+        )
         watch(base[i], seen, gradients, i)
     found = calibrate(model, [x[:50], x[50:]], task, loss=cross_entropy, progress=False)
     y = base(x)
@@ -99,11 +110,12 @@ def test_the_basis_is_that_of_the_formula():
         P, _, Qt = torch.linalg.svd(A_g @ base[i].weight.grad @ A_x)
         C, R = A_g @ P[:, :3], Qt[:3] @ A_x
         expected = C @ R
-        torch.testing.assert_close(direction(model[i]), expected / expected.norm(), rtol=1e-4,
-                                   atol=1e-5)
+        torch.testing.assert_close(
+            direction(model[i]), expected / expected.norm(), rtol=1e-4, atol=1e-5
+        )
         sizes.append(3 / (C.norm() * R.norm()))
     # The unit that the cores are measured in, the same for both: V unit is in nats^(1/2).
-    torch.testing.assert_close(found.unit, float(sizes[0] * sizes[1])**0.5, rtol=1e-4, atol=0)
+    torch.testing.assert_close(found.unit, float(sizes[0] * sizes[1]) ** 0.5, rtol=1e-4, atol=0)
 
 
 @pytest.mark.parametrize("rank", [0, 3, 12, 40])
@@ -119,8 +131,7 @@ def test_a_moment_is_its_diagonal_and_a_low_rank_part(rank):
     A = moment.inverse_root(0.1)
     unit = torch.eye(40, dtype=torch.float64)
     torch.testing.assert_close(A.transposed(unit), (A @ unit).T)
-    held = torch.linalg.inv((A @ unit) @ A.transposed(unit)) \
-        - 0.1 * exact.diagonal().mean() * unit
+    held = torch.linalg.inv((A @ unit) @ A.transposed(unit)) - 0.1 * exact.diagonal().mean() * unit
     torch.testing.assert_close(held.diagonal(), exact.diagonal(), rtol=1e-3, atol=0)
     off = float((held - exact).norm() / exact.norm())
     allowed = {0: (0.5, 1), 3: (0.2, 0.9), 12: (0, 1e-3), 40: (0, 1e-5)}[rank]
@@ -131,7 +142,7 @@ def test_cutting_the_texts_otherwise_changes_nothing():
     x, task = inputs(60), classified(40, 2)
     whole, cut = two_layers(), two_layers()
     calibrate(whole, [x], [task], loss=cross_entropy, progress=False)
-    halves = [{k: v[i:i + 20] for k, v in task.items()} for i in (0, 20)]
+    halves = [{k: v[i : i + 20] for k, v in task.items()} for i in (0, 20)]
     calibrate(cut, iter(x.split([1, 40, 19])), iter(halves), loss=cross_entropy, progress=False)
     for i in (0, 2):
         torch.testing.assert_close(direction(whole[i]), direction(cut[i]), rtol=1e-3, atol=1e-5)
@@ -145,8 +156,9 @@ def test_what_an_earlier_call_measured_is_joined():
     first = calibrate(apart, [x[:40]], [task], loss=cross_entropy, progress=False)
     calibrate(apart, [x[40:]], [task], loss=cross_entropy, keep=first, weight=0.5, progress=False)
     for i in (0, 2):
-        torch.testing.assert_close(direction(together[i]), direction(apart[i]), rtol=1e-3,
-                                   atol=1e-5)
+        torch.testing.assert_close(
+            direction(together[i]), direction(apart[i]), rtol=1e-3, atol=1e-5
+        )
     calibrate(alone, None, [task], loss=cross_entropy, keep=first, progress=False)
     calibrate(apart, [x[:40]], [task], loss=cross_entropy, progress=False)
     torch.testing.assert_close(direction(alone[0]), direction(apart[0]), rtol=1e-3, atol=1e-5)
@@ -180,8 +192,9 @@ def two_tasks(model):
     move(model)
     expected = logits(model, tokens())
     calibrate(model, TASK, NEXT, keep=first, progress=False)
-    assert not any(a.core_parameter().any() for a in model.modules()
-                   if hasattr(a, "core_parameter"))
+    assert not any(
+        a.core_parameter().any() for a in model.modules() if hasattr(a, "core_parameter")
+    )
     torch.testing.assert_close(logits(model, tokens()), expected, rtol=1e-4, atol=1e-5)
     return move(model, seed=3)
 
@@ -199,10 +212,11 @@ def test_tasks_in_turn(settings, tmp_path):
         torch.testing.assert_close(C @ core @ R, change, rtol=1e-4, atol=1e-5)
     assert all(found.relative > 0.01 for found in drift(model).values())
     model.save_pretrained(tmp_path / "own")
-    for load in (lambda: PeftModel.from_pretrained(llama(), tmp_path / "own"),
-                 lambda: PeftModel.from_pretrained(llama(), tmp_path / "own",
-                                                   low_cpu_mem_usage=True),
-                 lambda: with_transformers(tmp_path / "own")):
+    for load in (
+        lambda: PeftModel.from_pretrained(llama(), tmp_path / "own"),
+        lambda: PeftModel.from_pretrained(llama(), tmp_path / "own", low_cpu_mem_usage=True),
+        lambda: with_transformers(tmp_path / "own"),
+    ):
         read = load()
         assert torch.equal(logits(read, tokens()), expected)
     read.train()(tokens())
@@ -212,8 +226,9 @@ def test_tasks_in_turn(settings, tmp_path):
     mixed = model(tokens(), adapter_names=["default", "__base__"]).logits
     torch.testing.assert_close(mixed[0], expected[0], rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(mixed[1], logits(llama(), tokens())[1], rtol=1e-4, atol=1e-4)
-    torch.testing.assert_close(logits(model.merge_and_unload(), tokens()), expected, rtol=1e-4,
-                               atol=1e-4)
+    torch.testing.assert_close(
+        logits(model.merge_and_unload(), tokens()), expected, rtol=1e-4, atol=1e-4
+    )
 
 
 def with_transformers(folder):
@@ -224,8 +239,10 @@ def with_transformers(folder):
 
 def test_own_layers_take_tasks_in_turn(tmp_path):
     base, x = two_layers(torch.float32), inputs(40).float()
-    tasks = [{k: v.float() if k == "x" else v for k, v in classified(40, seed).items()}
-             for seed in (2, 3)]
+    tasks = [
+        {k: v.float() if k == "x" else v for k, v in classified(40, seed).items()}
+        for seed in (2, 3)
+    ]
     model = copy.deepcopy(base)
     for task in tasks:
         before = model(x)
@@ -236,8 +253,12 @@ def test_own_layers_take_tasks_in_turn(tmp_path):
                 model[i].U.normal_()
     expected = model(x)
     save_adapter(model, tmp_path / "adapter.safetensors")
-    plain = nn.Sequential(*(m if not isinstance(m, CURLoRALinear) else nn.Linear(
-        m.in_features, m.out_features) for m in copy.deepcopy(base)))
+    plain = nn.Sequential(
+        *(
+            m if not isinstance(m, CURLoRALinear) else nn.Linear(m.in_features, m.out_features)
+            for m in copy.deepcopy(base)
+        )
+    )
     for i in (0, 2):
         plain[i].load_state_dict(dict(weight=base[i].weight, bias=base[i].bias))
     load_adapter(plain, tmp_path / "adapter.safetensors")
@@ -255,8 +276,9 @@ def test_a_restart_that_fails_forgets_nothing():
     model = two_tasks(peft(llama(), **NATURAL))
     expected = logits(model, tokens())
     with pytest.raises(ValueError, match="finite number"):
-        calibrate(model, GENERAL, TASK, loss=lambda m, b: m(**b).loss / 0, restart=True,
-                  progress=False)
+        calibrate(
+            model, GENERAL, TASK, loss=lambda m, b: m(**b).loss / 0, restart=True, progress=False
+        )
     assert torch.equal(logits(model, tokens()), expected)
 
 
@@ -320,30 +342,44 @@ def test_a_layer_that_the_task_never_reaches():
     task = [dict(x=torch.randn(20, 10), labels=torch.randint(7, (20,)))]
     with pytest.raises(ValueError, match=r"do not reach layer .*experts.1'.*too_few='orthonormal'"):
         calibrate(model, general, task, loss=cross_entropy, progress=False)
-    found = calibrate(model, general, task, loss=cross_entropy, too_few="orthonormal",
-                      progress=False)
+    found = calibrate(
+        model, general, task, loss=cross_entropy, too_few="orthonormal", progress=False
+    )
     assert found.left_out == ("base_model.model.experts.1",)
     adapter = layers(model)[found.left_out[0]].secura_adapter["default"]
     torch.testing.assert_close(adapter.C.T @ adapter.C, torch.eye(4), rtol=0, atol=1e-5)
     model.train()(torch.randn(2, 10), both=True)  # it is calibrated too
 
 
-@pytest.mark.parametrize("change, message", [
-    (dict(task=None), "task=None is not allowed: it must be some batches of the task"),
-    (dict(task=[]), r"task=\[\] is not allowed"),
-    (dict(task=GENERAL), r"task=\['input_ids'\] is not allowed: it must be batches with labels"),
-    (dict(task=TASK, loss=lambda model, batch: model(**batch).loss * torch.nan),
-     "batches whose loss is one finite number"),
-    (dict(task=[dict(input_ids=tokens(), labels=torch.full_like(tokens(), -100))]),
-     "batches whose loss is one finite number"),
-    (dict(task=TASK, loss=lambda model, batch: (model(**batch).loss * 0).abs().sqrt()),
-     "gradients on the task's batches are not finite"),
-    (dict(general=[]), "at least one batch"),
-    (dict(rank=-1), "rank=-1 is not allowed"),
-    (dict(weight=-1.0), "weight=-1.0 is not allowed"),
-    (dict(keep="before"), "keep='str' is not allowed"),
-    (dict(selection="quiet"), "selection='quiet' is not allowed: it must be None with"),
-], ids=lambda v: v if isinstance(v, str) else "")
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (dict(task=None), "task=None is not allowed: it must be some batches of the task"),
+        (dict(task=[]), r"task=\[\] is not allowed"),
+        (
+            dict(task=GENERAL),
+            r"task=\['input_ids'\] is not allowed: it must be batches with labels",
+        ),
+        (
+            dict(task=TASK, loss=lambda model, batch: model(**batch).loss * torch.nan),
+            "batches whose loss is one finite number",
+        ),
+        (
+            dict(task=[dict(input_ids=tokens(), labels=torch.full_like(tokens(), -100))]),
+            "batches whose loss is one finite number",
+        ),
+        (
+            dict(task=TASK, loss=lambda model, batch: (model(**batch).loss * 0).abs().sqrt()),
+            "gradients on the task's batches are not finite",
+        ),
+        (dict(general=[]), "at least one batch"),
+        (dict(rank=-1), "rank=-1 is not allowed"),
+        (dict(weight=-1.0), "weight=-1.0 is not allowed"),
+        (dict(keep="before"), "keep='str' is not allowed"),
+        (dict(selection="quiet"), "selection='quiet' is not allowed: it must be None with"),
+    ],
+    ids=lambda v: v if isinstance(v, str) else "",
+)
 def test_bad_input_changes_nothing(change, message):
     model = peft(llama(), **NATURAL)
     before = copy.deepcopy(model.state_dict())
@@ -356,14 +392,22 @@ def test_bad_input_changes_nothing(change, message):
 
 
 def test_statistics_of_another_model_are_refused():
-    first = calibrate(two_layers(), [inputs(40)], [classified(40, 2)], loss=cross_entropy,
-                      progress=False)
+    first = calibrate(
+        two_layers(), [inputs(40)], [classified(40, 2)], loss=cross_entropy, progress=False
+    )
     with pytest.raises(ValueError, match="with the same basis and ranks"):
         calibrate(peft(llama(), **NATURAL), None, TASK, keep=first, progress=False)
     model = two_layers()
     with pytest.raises(ValueError, match="with the same basis and ranks"):
-        calibrate(model, [inputs(40)], [classified(40, 2)], loss=cross_entropy, keep=first, rank=2,
-                  progress=False)
+        calibrate(
+            model,
+            [inputs(40)],
+            [classified(40, 2)],
+            loss=cross_entropy,
+            keep=first,
+            rank=2,
+            progress=False,
+        )
 
 
 def test_a_gate_takes_one_task():

@@ -34,16 +34,20 @@ def test_opcheck(norm, tied, dtype):
         arguments = (x, c.W, c.bias, *parameters, *settings, edge, "auto")
         opcheck(cur_weight_linear_fwd, arguments)
         y, _ = cur_weight_linear_fwd(*arguments)
-        opcheck(cur_weight_linear_bwd, (torch.randn_like(y), x, c.W, *parameters, *settings,
-                                        [True, True, True], "auto"))
+        opcheck(
+            cur_weight_linear_bwd,
+            (torch.randn_like(y), x, c.W, *parameters, *settings, [True, True, True], "auto"),
+        )
         return
     for save in (True, False):
         arguments = (x, c.W, c.bias, *parameters, *settings, edge, save, "auto")
         opcheck(cur_linear_fwd, arguments)
     y, t, saved, _ = cur_linear_fwd(x, c.W, c.bias, *parameters, *settings, edge, True, "auto")
     for needs in ([True, True, True], [False, True, False]):
-        opcheck(cur_linear_bwd, (torch.randn_like(y), c.W, *parameters, t, saved, *settings, needs,
-                                 "auto"))
+        opcheck(
+            cur_linear_bwd,
+            (torch.randn_like(y), c.W, *parameters, t, saved, *settings, needs, "auto"),
+        )
 
 
 @pytest.mark.parametrize("norm", [None, SMagNorm()], ids=["no gate", "gate"])
@@ -78,9 +82,15 @@ def saved_for_backward(function) -> list[torch.Tensor]:
     return kept
 
 
-@pytest.mark.parametrize(("dtype", "gate_dtype"), [
-    (torch.bfloat16, torch.uint8), (torch.float16, torch.int16), (torch.float32, torch.float32),
-    (torch.float64, torch.float64)])
+@pytest.mark.parametrize(
+    ("dtype", "gate_dtype"),
+    [
+        (torch.bfloat16, torch.uint8),
+        (torch.float16, torch.int16),
+        (torch.float32, torch.float32),
+        (torch.float64, torch.float64),
+    ],
+)
 def test_saves_t_and_the_gate_and_not_x(dtype, gate_dtype):
     M, N, K, r = 33, 24, 40, 4
     c = case(M, N, K, r, dtype, bias=False, adapter_bias=False, decay=False)
@@ -111,15 +121,19 @@ def test_impl_switch():
     for impl in ("triton", "cuda"):  # neither has float64
         with pytest.raises(RuntimeError, match=f"impl='{impl}' cannot run here"):
             cur_linear(c.x, c.W, c.core, cols=c.cols, rows=c.rows, impl=impl)
-    assert torch.equal(cur_linear(c.x, c.W, c.core, cols=c.cols, rows=c.rows, impl="reference"),
-                       cur_linear(c.x, c.W, c.core, cols=c.cols, rows=c.rows))
+    assert torch.equal(
+        cur_linear(c.x, c.W, c.core, cols=c.cols, rows=c.rows, impl="reference"),
+        cur_linear(c.x, c.W, c.core, cols=c.cols, rows=c.rows),
+    )
 
 
 def test_auto_is_triton_on_a_gpu_then_cuda_then_the_reference_with_the_reasons(monkeypatch):
     reasons = {"triton": None, "cuda": None}
     for package in reasons:
-        monkeypatch.setattr(f"secura_kernels.backends.{package}.why_unavailable",
-                            lambda *_, package=package: reasons[package])
+        monkeypatch.setattr(
+            f"secura_kernels.backends.{package}.why_unavailable",
+            lambda *_, package=package: reasons[package],
+        )
     device, dtype = torch.device("cuda"), torch.bfloat16
     assert resolve("auto", device, dtype, 8) == "triton"
     assert resolve("auto", torch.device("cpu"), dtype, 8) == "reference"

@@ -34,21 +34,45 @@ from secura_kernels.peft import SecuraConfig
 # Settings.
 
 
-@pytest.mark.parametrize("name, value, others", [
-    ("variant", "lora", {}), ("variant", None, {}),
-    ("r", 0, {}), ("r", 4.0, {}), ("r", True, {}),
-    ("m", 4, SECURA), ("m", 6, dict(variant="curlora", r=4)),
-    ("alpha", float("nan"), {}), ("alpha", "1", {}),
-    ("rank_pattern", ["q_proj"], {}), ("rank_pattern['q_proj']", -1, {}),
-    ("selection", "random", {}), ("seed", -1, {}), ("basis", "qr", {}),
-    ("norm", "calibrate", {}), ("norm", "auto", {}), ("norm", dict(steep=1), {}), ("scale", 0, {}),
-    ("norm_domain", "input", GATED), ("norm_domain", "weight", GATE_FREE),
-    ("a_init", "svd", SECURA), ("adapter_bias", "no", SECURA), ("adapter_bias", True, CURLORA),
-    ("importance_decay", 0.9, GATED), ("importance_decay", dict(ration=0.9), GATED),
-    ("decay", 2, GATED), ("importance_decay", {}, CURLORA), ("importance_decay", {}, GATE_FREE),
-    ("impl", "numpy", {}), ("save_projection", "no", {}), ("layers_pattern", "layers", {}),
-    ("layers_to_transform", 1, {}), ("layers_to_transform", 1, dict(target_modules=".*q_proj")),
-], ids=lambda v: str(v)[:24])
+@pytest.mark.parametrize(
+    "name, value, others",
+    [
+        ("variant", "lora", {}),
+        ("variant", None, {}),
+        ("r", 0, {}),
+        ("r", 4.0, {}),
+        ("r", True, {}),
+        ("m", 4, SECURA),
+        ("m", 6, dict(variant="curlora", r=4)),
+        ("alpha", float("nan"), {}),
+        ("alpha", "1", {}),
+        ("rank_pattern", ["q_proj"], {}),
+        ("rank_pattern['q_proj']", -1, {}),
+        ("selection", "random", {}),
+        ("seed", -1, {}),
+        ("basis", "qr", {}),
+        ("norm", "calibrate", {}),
+        ("norm", "auto", {}),
+        ("norm", dict(steep=1), {}),
+        ("scale", 0, {}),
+        ("norm_domain", "input", GATED),
+        ("norm_domain", "weight", GATE_FREE),
+        ("a_init", "svd", SECURA),
+        ("adapter_bias", "no", SECURA),
+        ("adapter_bias", True, CURLORA),
+        ("importance_decay", 0.9, GATED),
+        ("importance_decay", dict(ration=0.9), GATED),
+        ("decay", 2, GATED),
+        ("importance_decay", {}, CURLORA),
+        ("importance_decay", {}, GATE_FREE),
+        ("impl", "numpy", {}),
+        ("save_projection", "no", {}),
+        ("layers_pattern", "layers", {}),
+        ("layers_to_transform", 1, {}),
+        ("layers_to_transform", 1, dict(target_modules=".*q_proj")),
+    ],
+    ids=lambda v: str(v)[:24],
+)
 def test_a_bad_setting_gives_one_error_that_names_it(name, value, others):
     given = {name: value}
     if name == "scale":
@@ -78,15 +102,34 @@ def test_selection_and_bias_are_by_default_the_published_ones_of_each_variant():
     assert copy.deepcopy(PeftType.SECURA) is pickle.loads(pickle.dumps(PeftType.SECURA))
 
 
-@pytest.mark.parametrize("settings", [
-    {}, CURLORA, GATE_FREE, GATED,
-    dict(variant="secura", norm=SMagNorm(ref="max", domain="weight", detach_gate=False), m=80,
-         alpha=0.5),
-    SECURA | dict(norm="published", importance_decay=True, basis="orthonormal", seed=3),
-    GATED | dict(importance_decay=dict(ratio=0.5, edge=1.9, decay=0.5), norm_domain="weight"),
-    SECURA | dict(target_modules=["a", "b"], exclude_modules="c.*", rank_pattern={"a": 3}, r=8,
-                  modules_to_save=["d"], layers_to_transform=[1], layers_pattern="layers"),
-], ids=lambda s: ",".join(s))
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        CURLORA,
+        GATE_FREE,
+        GATED,
+        dict(
+            variant="secura",
+            norm=SMagNorm(ref="max", domain="weight", detach_gate=False),
+            m=80,
+            alpha=0.5,
+        ),
+        SECURA | dict(norm="published", importance_decay=True, basis="orthonormal", seed=3),
+        GATED | dict(importance_decay=dict(ratio=0.5, edge=1.9, decay=0.5), norm_domain="weight"),
+        SECURA
+        | dict(
+            target_modules=["a", "b"],
+            exclude_modules="c.*",
+            rank_pattern={"a": 3},
+            r=8,
+            modules_to_save=["d"],
+            layers_to_transform=[1],
+            layers_pattern="layers",
+        ),
+    ],
+    ids=lambda s: ",".join(s),
+)
 def test_settings_pass_through_json(settings, tmp_path):
     config = SecuraConfig(**settings)
     config.save_pretrained(tmp_path)
@@ -101,21 +144,30 @@ LLAMA_LINEAR = {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", 
 USUAL = dict(target_modules=None)  # the model type's usual ones
 
 
-@pytest.mark.parametrize("build, settings, wanted", [
-    (llama, {}, LLAMA_LINEAR),
-    (llama, dict(target_modules="all-linear"), LLAMA_LINEAR),
-    (llama, dict(exclude_modules=["v_proj"]), LLAMA_LINEAR - {"v_proj"}),
-    (llama, USUAL, {"q_proj", "v_proj"}),
-    (llama, dict(target_modules=["k_proj"]), {"k_proj"}),
-    (llama, dict(target_modules=r".*\.1\..*up_proj"), {"layers.1.mlp.up_proj"}),
-    (llama, USUAL | dict(exclude_modules=["v_proj"]), {"q_proj"}),
-    (llama, USUAL | dict(layers_to_transform=1, layers_pattern="layers"),
-     {"layers.1.self_attn.q_proj", "layers.1.self_attn.v_proj"}),
-    (gpt2, {}, {"c_attn", "c_proj", "c_fc"}), (gpt2, USUAL, {"c_attn"}),
-    (t5, {}, {"q", "k", "v", "o", "wi", "wo"}), (t5, USUAL, {"q", "v"}),
-    (bert, dict(task_type="SEQ_CLS"), {"query", "key", "value", "dense"}),
-    (bert, USUAL, {"query", "value"}),
-], ids=lambda v: getattr(v, "__name__", None))
+@pytest.mark.parametrize(
+    "build, settings, wanted",
+    [
+        (llama, {}, LLAMA_LINEAR),
+        (llama, dict(target_modules="all-linear"), LLAMA_LINEAR),
+        (llama, dict(exclude_modules=["v_proj"]), LLAMA_LINEAR - {"v_proj"}),
+        (llama, USUAL, {"q_proj", "v_proj"}),
+        (llama, dict(target_modules=["k_proj"]), {"k_proj"}),
+        (llama, dict(target_modules=r".*\.1\..*up_proj"), {"layers.1.mlp.up_proj"}),
+        (llama, USUAL | dict(exclude_modules=["v_proj"]), {"q_proj"}),
+        (
+            llama,
+            USUAL | dict(layers_to_transform=1, layers_pattern="layers"),
+            {"layers.1.self_attn.q_proj", "layers.1.self_attn.v_proj"},
+        ),
+        (gpt2, {}, {"c_attn", "c_proj", "c_fc"}),
+        (gpt2, USUAL, {"c_attn"}),
+        (t5, {}, {"q", "k", "v", "o", "wi", "wo"}),
+        (t5, USUAL, {"q", "v"}),
+        (bert, dict(task_type="SEQ_CLS"), {"query", "key", "value", "dense"}),
+        (bert, USUAL, {"query", "value"}),
+    ],
+    ids=lambda v: getattr(v, "__name__", None),
+)
 def test_which_layers_are_adapted(build, settings, wanted):
     model = get_peft_model(build(), SecuraConfig(r=4, **settings))
     found = [n.removeprefix("base_model.model.") for n in layers(model)]
@@ -128,8 +180,12 @@ def test_rank_pattern():
     pattern = {"v_proj": 2, r"layers\.1\..*q_proj": 6}
     model = peft(llama(), rank_pattern=pattern, **GATED | dict(m=7))
     ranks = {n.split("layers.")[1]: m.secura_adapter["default"].r for n, m in layers(model).items()}
-    assert ranks == {"0.self_attn.q_proj": 4, "0.self_attn.v_proj": 2, "1.self_attn.q_proj": 6,
-                     "1.self_attn.v_proj": 2}
+    assert ranks == {
+        "0.self_attn.q_proj": 4,
+        "0.self_attn.v_proj": 2,
+        "1.self_attn.q_proj": 6,
+        "1.self_attn.v_proj": 2,
+    }
 
 
 def test_what_cannot_be_adapted_is_refused_by_name():
@@ -141,13 +197,24 @@ def test_what_cannot_be_adapted_is_refused_by_name():
         peft(mlp(), **GATED | dict(m=30))
 
 
-@pytest.mark.parametrize("settings", [
-    GATED, GATE_FREE, CURLORA, GATED | dict(m=None), SECURA | dict(norm="published"),
-    SECURA | dict(norm="figure"), GATED | dict(importance_decay=True),
-    CURLORA | dict(norm="calibrated"),
-], ids=str)
-@pytest.mark.parametrize("build, dtype", [
-    (llama, torch.float32), (llama, torch.bfloat16), (gpt2, torch.float32), (mlp, torch.float64)])
+@pytest.mark.parametrize(
+    "settings",
+    [
+        GATED,
+        GATE_FREE,
+        CURLORA,
+        GATED | dict(m=None),
+        SECURA | dict(norm="published"),
+        SECURA | dict(norm="figure"),
+        GATED | dict(importance_decay=True),
+        CURLORA | dict(norm="calibrated"),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize(
+    "build, dtype",
+    [(llama, torch.float32), (llama, torch.bfloat16), (gpt2, torch.float32), (mlp, torch.float64)],
+)
 def test_an_untrained_adapter_is_the_base_to_the_bit(settings, build, dtype):
     base = build(dtype=dtype)
     x = torch.randn(3, 24, dtype=dtype) if build is mlp else tokens()
@@ -156,13 +223,24 @@ def test_an_untrained_adapter_is_the_base_to_the_bit(settings, build, dtype):
     assert torch.equal(logits(peft(base, **settings, **targets), x), expected)
 
 
-@pytest.mark.parametrize("settings", [
-    GATED, GATE_FREE, CURLORA, GATED | dict(m=None), SECURA | dict(norm="published"),
-    SECURA | dict(norm="figure"), GATED | dict(norm_domain="weight"),
-    GATED | dict(adapter_bias=False, a_init="truncated_svd"), GATED | dict(m=9, alpha=0.7),
-    SECURA | dict(norm=dict(detach_gate=False)), CURLORA | dict(basis="orthonormal"),
-    GATED | dict(importance_decay=dict(ratio=0.0, edge=1.99, decay=0.5)),
-], ids=str)
+@pytest.mark.parametrize(
+    "settings",
+    [
+        GATED,
+        GATE_FREE,
+        CURLORA,
+        GATED | dict(m=None),
+        SECURA | dict(norm="published"),
+        SECURA | dict(norm="figure"),
+        GATED | dict(norm_domain="weight"),
+        GATED | dict(adapter_bias=False, a_init="truncated_svd"),
+        GATED | dict(m=9, alpha=0.7),
+        SECURA | dict(norm=dict(detach_gate=False)),
+        CURLORA | dict(basis="orthonormal"),
+        GATED | dict(importance_decay=dict(ratio=0.0, edge=1.99, decay=0.5)),
+    ],
+    ids=str,
+)
 @pytest.mark.parametrize("conv1d", [False, True], ids=["Linear", "Conv1D"])
 def test_a_layer_is_the_packages_own_layer_to_the_bit(settings, conv1d):
     """Outputs, gradients and importance decay over three steps."""
@@ -171,14 +249,23 @@ def test_a_layer_is_the_packages_own_layer_to_the_bit(settings, conv1d):
     (layer,) = layers(model).values()
     adapter = layer.secura_adapter["default"]
     config = model.peft_config["default"]
-    kind, own = (SECURALinear, dict(m=config.m, a_init=config.a_init,
-                                    adapter_bias=config.adapter_bias))
+    kind, own = (
+        SECURALinear,
+        dict(m=config.m, a_init=config.a_init, adapter_bias=config.adapter_bias),
+    )
     if config.variant == "curlora":
         kind, own = CURLoRALinear, {}
     decay = config.importance_decay
-    rival = kind(copy.deepcopy(base), adapter.cols, adapter.rows, alpha=config.alpha,
-                 basis=config.basis, norm=config.norm_settings(), **own,
-                 importance_decay=None if decay is None else ImportanceDecay(**decay))
+    rival = kind(
+        copy.deepcopy(base),
+        adapter.cols,
+        adapter.rows,
+        alpha=config.alpha,
+        basis=config.basis,
+        norm=config.norm_settings(),
+        **own,
+        importance_decay=None if decay is None else ImportanceDecay(**decay),
+    )
     outputs = []
     for module in (model.train(), rival.train()):
         torch.manual_seed(1)
@@ -270,16 +357,18 @@ def test_status_and_counts():
 def test_seed_rule_and_rank_decide_the_indices():
     model = peft(llama(), variant="curlora", r=8)
     for name, settings in dict(same={}, seed=dict(seed=1), low=dict(selection="lowest")).items():
-        model.add_adapter(name, SecuraConfig(variant="curlora", r=8, target_modules=["q_proj"],
-                                             **settings))
+        model.add_adapter(
+            name, SecuraConfig(variant="curlora", r=8, target_modules=["q_proj"], **settings)
+        )
     adapters = layers(model)["base_model.model.model.layers.0.self_attn.q_proj"].secura_adapter
     assert torch.equal(adapters["default"].cols, adapters["same"].cols)
     assert not torch.equal(adapters["default"].cols, adapters["seed"].cols)
     assert not torch.equal(adapters["default"].cols, adapters["low"].cols)
 
 
-@pytest.mark.parametrize("copied", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))],
-                         ids=["deepcopy", "pickle"])
+@pytest.mark.parametrize(
+    "copied", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))], ids=["deepcopy", "pickle"]
+)
 def test_a_copy_is_equal_and_independent(copied):
     model = move(peft(mlp(), importance_decay=True, **GATED))
     x = torch.randn(3, 24)
@@ -290,5 +379,7 @@ def test_a_copy_is_equal_and_independent(copied):
     assert torch.equal(logits(model, x), expected) and not torch.equal(logits(twin, x), expected)
     for module in (model, twin):  # each one's own hooks choose its factors
         module.train()(x).sum().backward()
-        assert all(not layer.secura_adapter["default"].importance.count.any()
-                   for layer in layers(module).values())
+        assert all(
+            not layer.secura_adapter["default"].importance.count.any()
+            for layer in layers(module).values()
+        )

@@ -46,10 +46,10 @@ def single_runs(model, inputs, names):
     for i, name in enumerate(names):
         if name == BASE:
             with model.disable_adapter():
-                rows.append(logits(model, inputs[i:i + 1]))
+                rows.append(logits(model, inputs[i : i + 1]))
         else:
             model.set_adapter(name)
-            rows.append(logits(model, inputs[i:i + 1]))
+            rows.append(logits(model, inputs[i : i + 1]))
     return torch.cat(rows)
 
 
@@ -64,14 +64,24 @@ def check(model, inputs, names):
             assert torch.equal(mixed_rows[i], logits(model, inputs)[i])
 
 
-@pytest.mark.parametrize("settings", [
-    (GATED,) * 3, (GATE_FREE,) * 3, (CURLORA,) * 3, (CURLORA, CURLORA | dict(seed=1), CURLORA),
-    (GATED, CURLORA, GATE_FREE), (SECURA | dict(norm="published"),) * 3,
-    (SECURA | dict(norm=dict(ref="max")),) * 3, (SECURA | dict(norm="figure"),) * 3,
-    (GATED | dict(m=None),) * 3, (GATED | dict(importance_decay=True),) * 3,
-    (GATED, GATED | dict(alpha=0.5), GATED | dict(adapter_bias=False)),
-    (GATED, GATED | dict(target_modules=["0"]), GATE_FREE | dict(target_modules=["2"])),
-], ids=lambda s: "+".join(map(str, s)) if len(set(map(str, s))) > 1 else f"3 {s[0]}")
+@pytest.mark.parametrize(
+    "settings",
+    [
+        (GATED,) * 3,
+        (GATE_FREE,) * 3,
+        (CURLORA,) * 3,
+        (CURLORA, CURLORA | dict(seed=1), CURLORA),
+        (GATED, CURLORA, GATE_FREE),
+        (SECURA | dict(norm="published"),) * 3,
+        (SECURA | dict(norm=dict(ref="max")),) * 3,
+        (SECURA | dict(norm="figure"),) * 3,
+        (GATED | dict(m=None),) * 3,
+        (GATED | dict(importance_decay=True),) * 3,
+        (GATED, GATED | dict(alpha=0.5), GATED | dict(adapter_bias=False)),
+        (GATED, GATED | dict(target_modules=["0"]), GATE_FREE | dict(target_modules=["2"])),
+    ],
+    ids=lambda s: "+".join(map(str, s)) if len(set(map(str, s))) > 1 else f"3 {s[0]}",
+)
 def test_each_sample_equals_its_single_run(settings):
     model = several(mlp(dtype=DOUBLE), *settings)
     if "importance_decay" in settings[0]:
@@ -81,8 +91,9 @@ def test_each_sample_equals_its_single_run(settings):
     check(model, torch.randn(4, 24, dtype=DOUBLE), ["third", BASE, "second", "third"])
 
 
-@pytest.mark.parametrize("settings", [GATED, GATE_FREE, CURLORA,
-                                      GATED | dict(norm_domain="weight")], ids=str)
+@pytest.mark.parametrize(
+    "settings", [GATED, GATE_FREE, CURLORA, GATED | dict(norm_domain="weight")], ids=str
+)
 @pytest.mark.parametrize("stage", ["stage_m1", "stage_m2"])
 def test_after_stages(settings, stage):
     if "norm_domain" in settings and stage == "stage_m1":
@@ -95,9 +106,14 @@ def test_after_stages(settings, stage):
     check(model, torch.randn(6, 24, dtype=DOUBLE), NAMES)
 
 
-@pytest.mark.parametrize("build, targets", [
-    (llama, ["q_proj", "v_proj", "down_proj"]), (gpt2, ["c_attn", "c_proj"]),
-    (bert, ["query", "dense"])])
+@pytest.mark.parametrize(
+    "build, targets",
+    [
+        (llama, ["q_proj", "v_proj", "down_proj"]),
+        (gpt2, ["c_attn", "c_proj"]),
+        (bert, ["query", "dense"]),
+    ],
+)
 def test_models(build, targets):
     model = several(build(dtype=DOUBLE), GATED, CURLORA, GATE_FREE, targets=targets)
     check(model, tokens(6), NAMES)
@@ -113,13 +129,25 @@ def test_modules_to_save_follow_their_sample():
     check(model, tokens(6), NAMES)
 
 
-@pytest.mark.parametrize("build, targets, more", [
-    (llama, ["q_proj", "v_proj"], dict(num_beams=3)),
-    (llama, ["q_proj", "v_proj"], dict(num_beams=3, num_return_sequences=2)),
-    (llama, ["q_proj", "v_proj"], dict(generation_config=GenerationConfig(
-        num_beams=2, max_new_tokens=4, pad_token_id=0, eos_token_id=2))),
-    (llama, ["q_proj"], {}), (t5, ["q", "v", "wo"], dict(num_beams=3)), (t5, ["q", "v"], {}),
-])
+@pytest.mark.parametrize(
+    "build, targets, more",
+    [
+        (llama, ["q_proj", "v_proj"], dict(num_beams=3)),
+        (llama, ["q_proj", "v_proj"], dict(num_beams=3, num_return_sequences=2)),
+        (
+            llama,
+            ["q_proj", "v_proj"],
+            dict(
+                generation_config=GenerationConfig(
+                    num_beams=2, max_new_tokens=4, pad_token_id=0, eos_token_id=2
+                )
+            ),
+        ),
+        (llama, ["q_proj"], {}),
+        (t5, ["q", "v", "wo"], dict(num_beams=3)),
+        (t5, ["q", "v"], {}),
+    ],
+)
 def test_generation_with_beams(build, targets, more):
     model = several(build(dtype=DOUBLE), GATED, CURLORA, targets=targets)
     inputs, names = tokens(3), ["second", BASE, "default"]
@@ -131,20 +159,25 @@ def test_generation_with_beams(build, targets, more):
     for i, name in enumerate(names):
         if name == BASE:
             with model.disable_adapter():
-                alone = model.generate(input_ids=inputs[i:i + 1], **wanted)
+                alone = model.generate(input_ids=inputs[i : i + 1], **wanted)
         else:
             model.set_adapter(name)
-            alone = model.generate(input_ids=inputs[i:i + 1], **wanted)
-        rows = together[i * copies:(i + 1) * copies]
-        assert torch.equal(rows[:, :alone.shape[1]], alone)
-        assert not (rows[:, alone.shape[1]:] > 0).any()  # padding
+            alone = model.generate(input_ids=inputs[i : i + 1], **wanted)
+        rows = together[i * copies : (i + 1) * copies]
+        assert torch.equal(rows[:, : alone.shape[1]], alone)
+        assert not (rows[:, alone.shape[1] :] > 0).any()  # padding
 
 
 def test_sampled_sequences_take_their_samples_adapter():
     model = several(llama(), GATED, CURLORA)
     torch.manual_seed(0)
-    together = model.generate(input_ids=tokens(2), adapter_names=["second", "default"],
-                              do_sample=True, num_return_sequences=3, max_new_tokens=3)
+    together = model.generate(
+        input_ids=tokens(2),
+        adapter_names=["second", "default"],
+        do_sample=True,
+        num_return_sequences=3,
+        max_new_tokens=3,
+    )
     assert together.shape[0] == 6
     assert torch.equal(together[:, :6], tokens(2).repeat_interleave(3, 0))
 

@@ -38,9 +38,15 @@ FILE = "adapter_model.safetensors"
 Q0 = "base_model.model.model.layers.0.self_attn.q_proj.secura_adapter."
 ORTHONORMAL = GATED | dict(basis="orthonormal")
 FORMS = [
-    GATED, GATE_FREE, CURLORA, ORTHONORMAL, SECURA | dict(norm="figure"),
-    GATED | dict(importance_decay=True), GATED | dict(save_projection=False),
-    ORTHONORMAL | dict(save_projection=False), CURLORA | dict(basis="orthonormal"),
+    GATED,
+    GATE_FREE,
+    CURLORA,
+    ORTHONORMAL,
+    SECURA | dict(norm="figure"),
+    GATED | dict(importance_decay=True),
+    GATED | dict(save_projection=False),
+    ORTHONORMAL | dict(save_projection=False),
+    CURLORA | dict(basis="orthonormal"),
 ]
 
 
@@ -50,9 +56,16 @@ def staged(model, kind):
     return move(model, seed=5)
 
 
-@pytest.mark.parametrize("settings, stage", [
-    (settings, stage) for settings in FORMS for stage in (None, "stage_m1", "stage_m2")
-    if (settings.get("norm"), stage) != ("figure", "stage_m1")], ids=str)  # which is refused
+@pytest.mark.parametrize(
+    "settings, stage",
+    [
+        (settings, stage)
+        for settings in FORMS
+        for stage in (None, "stage_m1", "stage_m2")
+        if (settings.get("norm"), stage) != ("figure", "stage_m1")
+    ],
+    ids=str,
+)  # which is refused
 def test_a_file_brings_an_adapter_back_to_the_bit(settings, stage, tmp_path):
     x, model = tokens(), move(peft(llama(), **settings))
     if stage is not None:
@@ -89,8 +102,9 @@ def test_auto_class(tmp_path):
     assert torch.equal(logits(read, tokens()), expected)
 
 
-@pytest.mark.parametrize("settings", [GATED, CURLORA, ORTHONORMAL,
-                                      GATED | dict(importance_decay=True)], ids=str)
+@pytest.mark.parametrize(
+    "settings", [GATED, CURLORA, ORTHONORMAL, GATED | dict(importance_decay=True)], ids=str
+)
 def test_transformers_own_methods(settings, tmp_path):
     x, model = tokens(), llama()
     model.add_adapter(SecuraConfig(target_modules=["q_proj"], **settings), "task")
@@ -281,21 +295,31 @@ def broken(tensors: dict, how: str) -> dict:
     return tensors
 
 
-@pytest.mark.parametrize("how, message", [
-    ("half", "v_proj': the state has no A"), ("no B", "q_proj': the state has no B"),
-    ("unknown tensor", "unknown tensor 'D'"), ("unknown layer", "layers that are not adapted here"),
-    ("shape", r"A.shape=\(5, 4\) is not allowed: it must be \(6, 4\)"),
-    ("kind", "cols.dtype=torch.float32 is not allowed"),
-    ("range", r"rows=\[\d+, \d+\] is not allowed: it must be indices from 0 to 31"),
-    ("C alone", r"\['C'\] without \['R'\]"), ("neither", "neither C and R nor a fingerprint"),
-    ("half a stage", r"\['A_long'\] without \['B_long'\]"), ("fingerprint", "another base"),
-    ("NaN", "q_proj': B='a tensor with NaN or infinite values' is not allowed: it must be finite"),
-    ("infinity", "C='a tensor with NaN or infinite values'"),
-    ("other indices", r"q_proj': its indices and cores are not .* saved together \(checksum\)"),
-    ("other core", r"indices and cores are not those that were saved together"),
-    ("base weight", r"layers that are not adapted here: .*q_proj.base_layer.weight"),
-    ("stranger", r"layers that are not adapted here: .*lm_tail"),
-])
+@pytest.mark.parametrize(
+    "how, message",
+    [
+        ("half", "v_proj': the state has no A"),
+        ("no B", "q_proj': the state has no B"),
+        ("unknown tensor", "unknown tensor 'D'"),
+        ("unknown layer", "layers that are not adapted here"),
+        ("shape", r"A.shape=\(5, 4\) is not allowed: it must be \(6, 4\)"),
+        ("kind", "cols.dtype=torch.float32 is not allowed"),
+        ("range", r"rows=\[\d+, \d+\] is not allowed: it must be indices from 0 to 31"),
+        ("C alone", r"\['C'\] without \['R'\]"),
+        ("neither", "neither C and R nor a fingerprint"),
+        ("half a stage", r"\['A_long'\] without \['B_long'\]"),
+        ("fingerprint", "another base"),
+        (
+            "NaN",
+            "q_proj': B='a tensor with NaN or infinite values' is not allowed: it must be finite",
+        ),
+        ("infinity", "C='a tensor with NaN or infinite values'"),
+        ("other indices", r"q_proj': its indices and cores are not .* saved together \(checksum\)"),
+        ("other core", r"indices and cores are not those that were saved together"),
+        ("base weight", r"layers that are not adapted here: .*q_proj.base_layer.weight"),
+        ("stranger", r"layers that are not adapted here: .*lm_tail"),
+    ],
+)
 def test_a_broken_file_is_refused_and_changes_nothing(how, message, tmp_path):
     model = move(peft(llama(), **GATED))
     model.save_pretrained(tmp_path)
@@ -331,9 +355,11 @@ def test_a_truncated_or_empty_file_is_named(kept, tmp_path):
     before, base = state(model), llama()
     modules = list(base.modules())
     message = f"{tmp_path / FILE} is not a whole safetensors file"
-    for load in (lambda: PeftModel.from_pretrained(base, tmp_path),
-                 lambda: model.load_adapter(tmp_path, "second"),
-                 lambda: hotswap_adapter(model, tmp_path)):
+    for load in (
+        lambda: PeftModel.from_pretrained(base, tmp_path),
+        lambda: model.load_adapter(tmp_path, "second"),
+        lambda: hotswap_adapter(model, tmp_path),
+    ):
         with pytest.raises(ValueError, match=message):
             load()
     # PEFT opens the file itself where it needs no configuration.
@@ -356,8 +382,9 @@ def test_a_checksum_is_of_values_not_of_dtypes(tmp_path):
     save_file(tensors | {k: tensors[k].bfloat16() for k in trained}, tmp_path / FILE)
     read = PeftModel.from_pretrained(llama(), tmp_path)
     assert torch.equal(logits(read, tokens()), logits(model, tokens()))
-    save_file(tensors | {k: tensors[k].to(torch.float8_e4m3fn).float() for k in trained},
-              tmp_path / FILE)
+    save_file(
+        tensors | {k: tensors[k].to(torch.float8_e4m3fn).float() for k in trained}, tmp_path / FILE
+    )
     with pytest.raises(ValueError, match="checksum"):
         PeftModel.from_pretrained(llama(), tmp_path)
     # Where tensors are changed on purpose the checksum is left out.
@@ -367,8 +394,12 @@ def test_a_checksum_is_of_values_not_of_dtypes(tmp_path):
 
 def test_the_state_of_an_adapter_without_values_has_every_name():
     """As PEFT's ``inject_adapter_in_model(..., low_cpu_mem_usage=True)`` makes it."""
-    filled, empty = (inject_adapter_in_model(SecuraConfig(target_modules=["q_proj"], **GATED),
-                                             llama(), low_cpu_mem_usage=low) for low in (0, 1))
+    filled, empty = (
+        inject_adapter_in_model(
+            SecuraConfig(target_modules=["q_proj"], **GATED), llama(), low_cpu_mem_usage=low
+        )
+        for low in (0, 1)
+    )
     expected, found = map(get_peft_model_state_dict, (filled, empty))
     assert found.keys() == expected.keys()
     assert all(found[k].shape == expected[k].shape for k in found)
@@ -382,8 +413,9 @@ def test_embeddings_that_grew_travel_along(tmp_path):
     model.save_pretrained(tmp_path, save_embedding_layers=True)
     fresh = llama(1)
     fresh.resize_token_embeddings(60)
-    fresh.load_state_dict({k: v for k, v in model.get_base_model().state_dict().items()
-                           if "proj" in k}, strict=False)
+    fresh.load_state_dict(
+        {k: v for k, v in model.get_base_model().state_dict().items() if "proj" in k}, strict=False
+    )
     expected = model.get_input_embeddings().weight
     read = PeftModel.from_pretrained(fresh, tmp_path, force=True)
     assert torch.equal(read.get_input_embeddings().weight, expected)
@@ -395,14 +427,14 @@ def test_a_few_tensors_alone_leave_the_others():
     other.peft_config["default"].force = True
     set_peft_model_state_dict(other, get_peft_model_state_dict(model))
     expected = logits(other, tokens())
-    other.load_state_dict({k: v for k, v in other.state_dict().items() if k.endswith(".B")},
-                          strict=False)
+    other.load_state_dict(
+        {k: v for k, v in other.state_dict().items() if k.endswith(".B")}, strict=False
+    )
     assert torch.equal(logits(other, tokens()), expected)
 
 
 def test_modules_to_save_travel_along(tmp_path):
-    model = move(peft(bert(), task_type="SEQ_CLS", target_modules=["query", "dense"],
-                      **GATED))
+    model = move(peft(bert(), task_type="SEQ_CLS", target_modules=["query", "dense"], **GATED))
     with torch.no_grad():
         model.base_model.model.classifier.modules_to_save["default"].weight.normal_()
     expected = logits(model, tokens())

@@ -31,7 +31,10 @@ from secura_kernels.bases import BASES
 from secura_kernels.peft import SecuraConfig, save_as_lora
 
 MERGEABLE = [
-    GATE_FREE, CURLORA, SECURA | dict(norm="figure"), CURLORA | dict(basis="orthonormal"),
+    GATE_FREE,
+    CURLORA,
+    SECURA | dict(norm="figure"),
+    CURLORA | dict(basis="orthonormal"),
     GATED | dict(norm_domain="weight", importance_decay=True),
 ]
 X = torch.linspace(-1, 1, 7 * 24, dtype=torch.float64).sin().view(7, 24)
@@ -65,8 +68,9 @@ def test_merging_keeps_the_outputs_and_unmerging_the_bits(settings, staged):
     assert [type(m) for m in plain] == [type(m) for m in mlp()]
 
 
-@pytest.mark.parametrize("build, targets", [(llama, ["q_proj", "down_proj"]),
-                                            (gpt2, ["c_attn", "c_proj"])])
+@pytest.mark.parametrize(
+    "build, targets", [(llama, ["q_proj", "down_proj"]), (gpt2, ["c_attn", "c_proj"])]
+)
 def test_merging_in_float32_is_as_near_to_float64_as_the_layer(build, targets):
     """Off from float64 by at most twice what the unmerged model is off, of which one is W's own
     rounding."""
@@ -160,11 +164,21 @@ def test_unload_gives_the_base_back():
     assert torch.equal(logits(plain, tokens()), expected)
 
 
-@pytest.mark.parametrize("settings", [
-    GATED, GATE_FREE, CURLORA, GATED | dict(m=None), SECURA | dict(norm="published"),
-    SECURA | dict(norm="figure"), GATED | dict(norm_domain="weight"),
-    GATED | NO_BIAS, CURLORA | dict(basis="orthonormal"),
-], ids=str)
+@pytest.mark.parametrize(
+    "settings",
+    [
+        GATED,
+        GATE_FREE,
+        CURLORA,
+        GATED | dict(m=None),
+        SECURA | dict(norm="published"),
+        SECURA | dict(norm="figure"),
+        GATED | dict(norm_domain="weight"),
+        GATED | NO_BIAS,
+        CURLORA | dict(basis="orthonormal"),
+    ],
+    ids=str,
+)
 @pytest.mark.parametrize("kind", ["stage_m1", "stage_m2"])
 def test_stages_equal_the_layers_own_and_leave_the_base_alone(settings, kind):
     """Three stages; the layer of the package changes its W in M1, or holds another beside it."""
@@ -178,8 +192,14 @@ def test_stages_equal_the_layers_own_and_leave_the_base_alone(settings, kind):
         return
     common = dict(basis=config.basis, norm=config.norm_settings())
     if config.variant == "secura":
-        rival = SECURALinear(base, adapter.cols, adapter.rows, m=adapter.m,
-                             adapter_bias=config.adapter_bias, **common)
+        rival = SECURALinear(
+            base,
+            adapter.cols,
+            adapter.rows,
+            m=adapter.m,
+            adapter_bias=config.adapter_bias,
+            **common,
+        )
     else:
         rival = CURLoRALinear(base, adapter.cols, adapter.rows, **common)
     weight = base.weight.clone()
@@ -211,18 +231,25 @@ def test_a_gated_adapter_without_a_bias_merges_after_m1():
 # As LoRA.
 
 
-@pytest.mark.parametrize("settings", [
-    GATE_FREE, CURLORA, CURLORA | dict(basis="orthonormal", alpha=0.5),
-    GATE_FREE | NO_BIAS | dict(rank_pattern={"0": 2, "1.0": 5}),
-    CURLORA | dict(rank_pattern={r"1\.0": 3}, target_modules=["0"]),
-    GATE_FREE | dict(modules_to_save=["2"]),
-], ids=str)
+@pytest.mark.parametrize(
+    "settings",
+    [
+        GATE_FREE,
+        CURLORA,
+        CURLORA | dict(basis="orthonormal", alpha=0.5),
+        GATE_FREE | NO_BIAS | dict(rank_pattern={"0": 2, "1.0": 5}),
+        CURLORA | dict(rank_pattern={r"1\.0": 3}, target_modules=["0"]),
+        GATE_FREE | dict(modules_to_save=["2"]),
+    ],
+    ids=str,
+)
 @pytest.mark.parametrize("staged", [None, "stage_m1", "stage_m2"])
 def test_saved_as_lora_the_outputs_are_equal(settings, staged, tmp_path):
     def base():
         torch.manual_seed(0)
-        return nn.Sequential(nn.Linear(24, 20), nn.Sequential(nn.Linear(20, 28, bias=False)),
-                             nn.Linear(28, 5))
+        return nn.Sequential(
+            nn.Linear(24, 20), nn.Sequential(nn.Linear(20, 28, bias=False)), nn.Linear(28, 5)
+        )
 
     model = move(peft(base(), **dict(target_modules=["0", "1.0"]) | settings))
     if "modules_to_save" in settings:
@@ -247,8 +274,9 @@ def test_saved_as_lora_a_name_is_never_the_end_of_another(targets, tmp_path):
         c = nn.Sequential(OrderedDict(b=nn.Linear(20, 20)))
         return nn.Sequential(OrderedDict(a=nn.Linear(24, 20), b=nn.Linear(20, 20), c=c))
 
-    model = move(peft(base(), target_modules=targets, variant="curlora", r=4,
-                      rank_pattern={"^b": 6}))
+    model = move(
+        peft(base(), target_modules=targets, variant="curlora", r=4, rank_pattern={"^b": 6})
+    )
     save_as_lora(model, tmp_path)
     lora = PeftModel.from_pretrained(base(), tmp_path)
     assert lora.targeted_module_names == list(dict.fromkeys(model.targeted_module_names))
@@ -256,11 +284,14 @@ def test_saved_as_lora_a_name_is_never_the_end_of_another(targets, tmp_path):
     assert (ours - theirs).norm() <= 8 * torch.finfo(torch.float32).eps * ours.norm()
 
 
-@pytest.mark.parametrize("build, settings", [
-    (gpt2, GATE_FREE | dict(target_modules=["c_attn", "c_proj"])),
-    (bert, CURLORA | dict(target_modules=["query", "value"], task_type="SEQ_CLS")),
-    (llama, CURLORA | dict(rank_pattern={"v_proj": 6})),
-])
+@pytest.mark.parametrize(
+    "build, settings",
+    [
+        (gpt2, GATE_FREE | dict(target_modules=["c_attn", "c_proj"])),
+        (bert, CURLORA | dict(target_modules=["query", "value"], task_type="SEQ_CLS")),
+        (llama, CURLORA | dict(rank_pattern={"v_proj": 6})),
+    ],
+)
 def test_models_saved_as_lora(build, settings, tmp_path):
     model = move(peft(build(), **settings))
     save_as_lora(model, tmp_path)

@@ -22,15 +22,21 @@ from secura_kernels.backends.reference.gate import decode, encode, inverse_gate
 GATE_FREE = dict(variant="secura", m=12)
 GATED = GATE_FREE | dict(norm="calibrated")
 WEIGHT = GATED | dict(norm_domain="weight")
-FORMS = {"curlora": dict(variant="curlora"), "secura": GATED,
-         "orthonormal": GATE_FREE | dict(basis="orthonormal"), "weight": WEIGHT}
+FORMS = {
+    "curlora": dict(variant="curlora"),
+    "secura": GATED,
+    "orthonormal": GATE_FREE | dict(basis="orthonormal"),
+    "weight": WEIGHT,
+}
 MERGEABLE = WEIGHT | dict(adapter_bias=True)
 
 
 def weight_and_bias(N=64, K=96, dtype=torch.float32, seed=0):
     generator = torch.Generator().manual_seed(seed)
-    return ((torch.randn(N, K, generator=generator) / K**0.5).to(dtype),
-            torch.randn(N, generator=generator).to(dtype))
+    return (
+        (torch.randn(N, K, generator=generator) / K**0.5).to(dtype),
+        torch.randn(N, generator=generator).to(dtype),
+    )
 
 
 def base_model(kind, dtype=torch.float32, seed=0, requantisable=True):
@@ -40,8 +46,11 @@ def base_model(kind, dtype=torch.float32, seed=0, requantisable=True):
     layer.support_avx512bf16_for_cpu = True  # as a new layer of 4 bits on such a CPU
     model = nn.Sequential(layer)
     if kind in TORCHAO and requantisable:  # as transformers leaves it
-        model.hf_quantizer = SimpleNamespace(quantization_config=SimpleNamespace(
-            get_apply_tensor_subclass=lambda: torchao_config(kind)))
+        model.hf_quantizer = SimpleNamespace(
+            quantization_config=SimpleNamespace(
+                get_apply_tensor_subclass=lambda: torchao_config(kind)
+            )
+        )
     return model, dequantised(layer), bias
 
 
@@ -52,8 +61,10 @@ def adapted(kind, dtype=torch.float32, seed=0, std=0.02, requantisable=True, **s
 
 
 def leaves_of(adapter, dtype=None):
-    return {name: p.detach().to(dtype or p.dtype).requires_grad_()
-            for name, p in adapter.named_parameters()}
+    return {
+        name: p.detach().to(dtype or p.dtype).requires_grad_()
+        for name, p in adapter.named_parameters()
+    }
 
 
 def formula(adapter, leaves, x, W, bias, C, R, base=None):
@@ -64,8 +75,16 @@ def formula(adapter, leaves, x, W, bias, C, R, base=None):
         core = adapter.fold_c.to(core.dtype) @ core @ adapter.fold_r.to(core.dtype)
     norm, adapter_bias = adapter.norm, leaves.get("adapter_bias")
     if base is None or (norm is not None and norm.domain == "weight"):
-        return reference.cur_linear(x.to(W.dtype), W, bias.to(W.dtype), core, C.to(W.dtype),
-                                    R.to(W.dtype), norm=norm, adapter_bias=adapter_bias).to(x.dtype)
+        return reference.cur_linear(
+            x.to(W.dtype),
+            W,
+            bias.to(W.dtype),
+            core,
+            C.to(W.dtype),
+            R.to(W.dtype),
+            norm=norm,
+            adapter_bias=adapter_bias,
+        ).to(x.dtype)
     y0 = base(x)
     delta = (x @ R.to(x.dtype).T) @ core.to(x.dtype).T @ C.to(x.dtype).T
     if adapter_bias is not None:
@@ -103,11 +122,15 @@ def test_error_is_no_more_than_eager_over_the_same_base(dtype, form):
         leaves, z = leaves_of(adapter), x.detach().requires_grad_()
         eager = gradients(formula(adapter, leaves, z, W, bias, C, R, base), z, leaves)
         leaves, z = leaves_of(adapter, torch.float64), x.detach().double().requires_grad_()
-        true = gradients(formula(adapter, leaves, z, W.double(), bias.double(), C.double(),
-                                 R.double()), z, leaves)
+        true = gradients(
+            formula(adapter, leaves, z, W.double(), bias.double(), C.double(), R.double()),
+            z,
+            leaves,
+        )
         for name, *found in zip(("y", "x", *leaves), ours, eager, true, strict=True):
             pairs.setdefault(name, []).append(
-                [relative_error(value, found[-1]) for value in found[:2]])
+                [relative_error(value, found[-1]) for value in found[:2]]
+            )
     for name, found in pairs.items():
         mine, plain = torch.tensor(found).square().mean(0).sqrt().tolist()
         assert mine <= plain + 1e-6, f"{name}: {mine:.3e}, eager {plain:.3e}"
@@ -153,7 +176,8 @@ def test_merge_quantises_again_and_unmerge_restores_every_bit(kind, dtype):
     assert torch.equal(logits(model, x), logits(fresh.eval(), x))
     lost = torch.linalg.vector_norm(W_again.float() - W.float() - change)
     assert layer.requantisation_error == pytest.approx(
-        float(lost / torch.linalg.vector_norm(change)), rel=1e-3)
+        float(lost / torch.linalg.vector_norm(change)), rel=1e-3
+    )
     assert torch.equal(layer.get_delta_weight("default"), change)  # C and R are the first W's
     model.to("cpu")
     logits(model, x)
@@ -210,7 +234,8 @@ def test_torchao_config_that_is_not_the_layers_own(wrong):
 
     config = torchao_config("torchao int8" if wrong == "by name" else wrong)
     layer.quantization_backend.get_apply_tensor_subclass = lambda: (
-        FqnToConfig({"elsewhere": config}) if wrong == "by name" else config)
+        FqnToConfig({"elsewhere": config}) if wrong == "by name" else config
+    )
     before = everything(layer)
     with pytest.raises(ValueError, match="cannot be quantised again"):
         model.merge_adapter()
@@ -246,8 +271,9 @@ def nf4_tensor():
     from torchao.quantization import NF4Tensor
 
     layer = nn.Linear(64, 64)
-    layer.weight = nn.Parameter(NF4Tensor.from_tensor(layer.weight.detach(), 64, 64),
-                                requires_grad=False)
+    layer.weight = nn.Parameter(
+        NF4Tensor.from_tensor(layer.weight.detach(), 64, 64), requires_grad=False
+    )
     return layer
 
 
@@ -263,8 +289,10 @@ def sharded_by_fsdp2():
 
 
 REFUSED = {
-    "int8 dynamic": (lambda: quantised("torchao int8 dynamic", torch.randn(32, 32)),
-                     "Int8WeightOnlyConfig"),
+    "int8 dynamic": (
+        lambda: quantised("torchao int8 dynamic", torch.randn(32, 32)),
+        "Int8WeightOnlyConfig",
+    ),
     "4 bits, not quantised": (lambda: bnb_layer("nf4", 32, 32), "not been quantised yet"),
     "8 bits, not quantised": (lambda: bnb_layer("int8", 32, 32), "not yet quantised"),
     "8 bits, float weight": (with_fp16_weights, "has_fp16_weights"),

@@ -31,18 +31,29 @@ def quantisation(kind: str):
     pytest.importorskip("bitsandbytes")
     if kind == "int8":
         return BitsAndBytesConfig(load_in_8bit=True)
-    return BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4",
-                              bnb_4bit_use_double_quant=True,
-                              bnb_4bit_compute_dtype=torch.bfloat16)
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=torch.bfloat16,
+    )
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     path = tmp_path_factory.mktemp("llama")
     # bitsandbytes runs layers on a CPU in eval mode for multiples of 32 and 64 only.
-    model = LlamaForCausalLM(LlamaConfig(
-        vocab_size=50, hidden_size=64, intermediate_size=128, num_hidden_layers=2,
-        num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=32))
+    model = LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=50,
+            hidden_size=64,
+            intermediate_size=128,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            max_position_embeddings=32,
+        )
+    )
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -54,17 +65,23 @@ def folder(tmp_path_factory):
 
 def load(folder, kind=None):
     config = None if kind is None else quantisation(kind)
-    return AutoModelForCausalLM.from_pretrained(folder, quantization_config=config,
-                                                dtype=torch.bfloat16).eval()
+    return AutoModelForCausalLM.from_pretrained(
+        folder, quantization_config=config, dtype=torch.bfloat16
+    ).eval()
 
 
-@pytest.mark.parametrize(("kind", "reentrant"), [("nf4", True), ("nf4", False), ("int8", False),
-                                                ("torchao int8", True)])
+@pytest.mark.parametrize(
+    ("kind", "reentrant"), [("nf4", True), ("nf4", False), ("int8", False), ("torchao int8", True)]
+)
 def test_training_with_gradient_checkpointing(kind, reentrant, folder):
     model = load(folder, kind)
     ids = tokens(4, 12)
-    model = peft(prepare_model_for_kbit_training(
-        model, gradient_checkpointing_kwargs=dict(use_reentrant=reentrant)), **GATED)
+    model = peft(
+        prepare_model_for_kbit_training(
+            model, gradient_checkpointing_kwargs=dict(use_reentrant=reentrant)
+        ),
+        **GATED,
+    )
     base = logits(model, ids, attention_mask=torch.ones_like(ids))
     trained = [p for p in model.parameters() if p.requires_grad]
     assert trained and all(p.dtype == torch.float32 for p in trained)
@@ -89,8 +106,14 @@ def test_training_with_gradient_checkpointing(kind, reentrant, folder):
 def test_checkpointing_changes_no_gradient(kind, folder):
     ids, found = tokens(3, 8), []
     for checkpointing in (False, True):
-        model = move(peft(prepare_model_for_kbit_training(
-            load(folder, kind), use_gradient_checkpointing=checkpointing), **GATED)).train()
+        model = move(
+            peft(
+                prepare_model_for_kbit_training(
+                    load(folder, kind), use_gradient_checkpointing=checkpointing
+                ),
+                **GATED,
+            )
+        ).train()
         model(ids, labels=ids).loss.backward()
         found.append({n: p.grad for n, p in model.named_parameters() if p.requires_grad})
     assert all(torch.equal(found[0][n], g) for n, g in found[1].items()) and found[1]
@@ -117,17 +140,20 @@ def test_merge_and_unload(kind, folder):
 @pytest.mark.parametrize(("save_projection", "low_cpu_mem_usage"), [(True, False), (False, True)])
 @pytest.mark.parametrize("kind", LOADED)
 def test_file_on_the_same_base(kind, save_projection, low_cpu_mem_usage, folder, tmp_path):
-    model = move(peft(load(folder, kind), save_projection=save_projection, basis="orthonormal",
-                      **GATED))
+    model = move(
+        peft(load(folder, kind), save_projection=save_projection, basis="orthonormal", **GATED)
+    )
     model.save_pretrained(tmp_path)
-    again = PeftModel.from_pretrained(load(folder, kind), tmp_path,
-                                      low_cpu_mem_usage=low_cpu_mem_usage).eval()
+    again = PeftModel.from_pretrained(
+        load(folder, kind), tmp_path, low_cpu_mem_usage=low_cpu_mem_usage
+    ).eval()
     assert torch.equal(logits(again, tokens()), logits(model, tokens()))
     assert all(layer.secura_adapter["default"].C is not None for layer in layers(again).values())
 
 
-@pytest.mark.parametrize(("first", "second"), [("nf4", None), (None, "nf4"), ("int8", "nf4"),
-                                               ("torchao int8", None)])
+@pytest.mark.parametrize(
+    ("first", "second"), [("nf4", None), (None, "nf4"), ("int8", "nf4"), ("torchao int8", None)]
+)
 def test_file_on_another_base(first, second, folder, tmp_path):
     """With its C and R an adapter changes every base by the same delta_W; without, none."""
     model = move(peft(load(folder, first), **GATE_FREE))
@@ -140,8 +166,10 @@ def test_file_on_another_base(first, second, folder, tmp_path):
         assert torch.equal(adapter.C, C.to(adapter.C.dtype))
         assert torch.equal(adapter.R, R.to(adapter.R.dtype))
         assert not torch.equal(adapter.C, layer.base_matrix()[:, adapter.cols])
-        assert relative_error(layer.get_delta_weight("default"),
-                              before.get_delta_weight("default")) < 5e-3
+        assert (
+            relative_error(layer.get_delta_weight("default"), before.get_delta_weight("default"))
+            < 5e-3
+        )
     model = peft(load(folder, first), save_projection=False, **GATE_FREE)
     model.save_pretrained(tmp_path / "without")
     with pytest.raises(ValueError, match="another base"):

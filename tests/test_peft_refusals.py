@@ -36,23 +36,32 @@ def everything(model):
             return [(k, described(v)) for k, v in value.items()]
         return list(value) if isinstance(value, list | set) else id(value)
 
-    return ([(name, id(m), described(vars(m))) for name, m in model.named_modules()],
-            [(name, id(p), p.requires_grad) for name, p in model.named_parameters()])
+    return (
+        [(name, id(m), described(vars(m))) for name, m in model.named_modules()],
+        [(name, id(p), p.requires_grad) for name, p in model.named_parameters()],
+    )
 
 
 class Interrupted(KeyboardInterrupt):
     pass
 
 
-@pytest.mark.parametrize("settings, error, message", [
-    (TOO_LARGE, ValueError, "layer 'model.layers.0.self_attn.v_proj': r=20 is not allowed"),
-    (GATED | dict(target_modules=["q_proj", "embed_tokens"]), TypeError, "matches a Embedding"),
-    (GATED | dict(target_modules=[*QV, "norm"]), TypeError, "matches a LlamaRMSNorm"),
-    (GATED | dict(target_modules=["nowhere"]), ValueError, "not found in the base model"),
-    (GATED | dict(target_modules=QV, rank_pattern=dict(nowhere=2)), ValueError,
-     r"rank_pattern=\['nowhere'\] is not allowed.*'model.layers.0.self_attn.q_proj'"),
-    (GATED | dict(target_modules=QV, m=40), ValueError, "m=40 is not allowed"),
-], ids=str)
+@pytest.mark.parametrize(
+    "settings, error, message",
+    [
+        (TOO_LARGE, ValueError, "layer 'model.layers.0.self_attn.v_proj': r=20 is not allowed"),
+        (GATED | dict(target_modules=["q_proj", "embed_tokens"]), TypeError, "matches a Embedding"),
+        (GATED | dict(target_modules=[*QV, "norm"]), TypeError, "matches a LlamaRMSNorm"),
+        (GATED | dict(target_modules=["nowhere"]), ValueError, "not found in the base model"),
+        (
+            GATED | dict(target_modules=QV, rank_pattern=dict(nowhere=2)),
+            ValueError,
+            r"rank_pattern=\['nowhere'\] is not allowed.*'model.layers.0.self_attn.q_proj'",
+        ),
+        (GATED | dict(target_modules=QV, m=40), ValueError, "m=40 is not allowed"),
+    ],
+    ids=str,
+)
 @pytest.mark.parametrize("how", ["get_peft_model", "transformers"])
 def test_a_refusal_leaves_the_model_as_it_was(settings, error, message, how):
     model = llama()
@@ -70,7 +79,8 @@ def test_a_refusal_leaves_the_model_as_it_was(settings, error, message, how):
                 get_peft_model(model, config)
         assert everything(model) == before
         assert {k: v for k, v in vars(config).items() if k != "base_model_name_or_path"} == {
-            k: v for k, v in chosen.items() if k != "base_model_name_or_path"}
+            k: v for k, v in chosen.items() if k != "base_model_name_or_path"
+        }
     assert torch.equal(logits(model, tokens()), expected)
     with warnings.catch_warnings():
         warnings.simplefilter("error", UserWarning)
@@ -99,8 +109,7 @@ def test_a_refused_further_adapter_leaves_the_others(low_cpu_mem_usage):
     model = peft(llama(), **GATED)
     before, values = everything(model), state(model)
     with pytest.raises(ValueError, match="v_proj': r=20 is not allowed"):
-        model.add_adapter("second", SecuraConfig(**TOO_LARGE),
-                          low_cpu_mem_usage=low_cpu_mem_usage)
+        model.add_adapter("second", SecuraConfig(**TOO_LARGE), low_cpu_mem_usage=low_cpu_mem_usage)
     assert everything(model) == before and list(model.peft_config) == ["default"]
     assert_same_state(model, values)
     model.add_adapter("second", SecuraConfig(target_modules=QV, **CURLORA))
@@ -127,10 +136,13 @@ def test_all_linear_is_looked_up_again_after_a_refusal():
     assert {"q_proj", "gate_proj", "down_proj"} <= set(names)
 
 
-@pytest.mark.parametrize("key, message", [
-    ("[", r"rank_pattern='\[' is not allowed: .* a regular expression: unterminated"),
-    (7, "rank_pattern=7 is not allowed"),
-])
+@pytest.mark.parametrize(
+    "key, message",
+    [
+        ("[", r"rank_pattern='\[' is not allowed: .* a regular expression: unterminated"),
+        (7, "rank_pattern=7 is not allowed"),
+    ],
+)
 def test_a_malformed_rank_pattern(key, message):
     with pytest.raises(ValueError, match=message):
         SecuraConfig(rank_pattern={key: 2})
@@ -186,10 +198,18 @@ def test_the_encoder_layer_whose_fast_path_leaves_adapters_out():
 
 # autocast_adapter_dtype, and low precision after injection.
 
-@pytest.mark.parametrize("settings", [GATED, CURLORA, GATED | dict(importance_decay=True),
-                                      CURLORA | dict(basis="raw"),
-                                      GATED | dict(norm_domain="weight")],
-                         ids=str)
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        GATED,
+        CURLORA,
+        GATED | dict(importance_decay=True),
+        CURLORA | dict(basis="raw"),
+        GATED | dict(norm_domain="weight"),
+    ],
+    ids=str,
+)
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
 def test_autocast_adapter_dtype(settings, dtype):
     """True (the default): float32 or wider. False: the base's dtype."""
@@ -197,13 +217,17 @@ def test_autocast_adapter_dtype(settings, dtype):
     for autocast, expected in ((True, wide), (False, dtype)):
         config = SecuraConfig(target_modules=QV, **settings)
         model = get_peft_model(llama(dtype=dtype), config, autocast_adapter_dtype=autocast)
-        model.add_adapter("second", SecuraConfig(target_modules=QV, **settings),
-                          autocast_adapter_dtype=autocast)
-        found = {p.dtype for m in layers(model).values() for a in m.secura_adapter.values()
-                 for p in a.parameters()}
+        model.add_adapter(
+            "second", SecuraConfig(target_modules=QV, **settings), autocast_adapter_dtype=autocast
+        )
+        found = {
+            p.dtype
+            for m in layers(model).values()
+            for a in m.secura_adapter.values()
+            for p in a.parameters()
+        }
         assert found == {expected}
-        optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad],
-                                      eps=1e-4)
+        optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], eps=1e-4)
         losses = []
         for _ in range(10):
             optimizer.zero_grad()
@@ -218,8 +242,12 @@ def test_autocast_adapter_dtype_of_a_loaded_adapter(tmp_path):
     model.save_pretrained(tmp_path)
     for low in (False, True):
         for autocast, expected in ((True, torch.float32), (False, torch.bfloat16)):
-            model.load_adapter(tmp_path, f"{low} {autocast}".replace(".", ""),
-                               autocast_adapter_dtype=autocast, low_cpu_mem_usage=low)
+            model.load_adapter(
+                tmp_path,
+                f"{low} {autocast}".replace(".", ""),
+                autocast_adapter_dtype=autocast,
+                low_cpu_mem_usage=low,
+            )
             loaded = layers(model).popitem()[1].secura_adapter[f"{low} {autocast}"]
             assert {p.dtype for p in loaded.parameters()} == {expected}
 

@@ -49,18 +49,25 @@ def assert_equal(ours, theirs):
 @pytest.mark.parametrize("autocast", [True, False])
 @pytest.mark.parametrize("basis", ["raw", "orthonormal"])
 def test_a_bfloat16_model_trains_in_float32_unless_told_otherwise(autocast, basis, tmp_path):
-    config = SecuraConfig(target_modules=["q_proj", "down_proj"],
-                          **GATED | dict(r=8, m=None, basis=basis))
+    config = SecuraConfig(
+        target_modules=["q_proj", "down_proj"], **GATED | dict(r=8, m=None, basis=basis)
+    )
     model = get_peft_model(llama(dtype=torch.bfloat16), config, autocast_adapter_dtype=autocast)
     move(model).save_pretrained(tmp_path)
-    read = PeftModel.from_pretrained(llama(dtype=torch.bfloat16), tmp_path, is_trainable=True,
-                                     autocast_adapter_dtype=autocast, low_cpu_mem_usage=autocast)
+    read = PeftModel.from_pretrained(
+        llama(dtype=torch.bfloat16),
+        tmp_path,
+        is_trainable=True,
+        autocast_adapter_dtype=autocast,
+        low_cpu_mem_usage=autocast,
+    )
     for each in (model, read):
         gradients(each)
         for layer in layers(each).values():
             adapter = layer.secura_adapter["default"]
             assert {p.dtype for p in adapter.parameters()} == {
-                torch.float32 if autocast else torch.bfloat16}
+                torch.float32 if autocast else torch.bfloat16
+            }
             assert adapter.C is None or adapter.C.dtype == adapter.R.dtype == torch.bfloat16
     assert torch.equal(logits(model.eval(), tokens()), logits(read.eval(), tokens()))
 
@@ -109,15 +116,19 @@ def test_a_frozen_adapter_runs_in_training_mode(tmp_path):
     assert not model(tokens()).logits.requires_grad
     model.set_requires_grad("default")
     gradients(model)
-    assert not any(m.secura_adapter["default"].importance.count.any()
-                   for m in layers(model).values())  # each backward pass ends a count
+    assert not any(
+        m.secura_adapter["default"].importance.count.any() for m in layers(model).values()
+    )  # each backward pass ends a count
 
 
 # Memory savers.
 
 
-@pytest.mark.parametrize("settings", [*FORMS, GATED | dict(importance_decay=dict(
-    ratio=0.0, edge=1.99, decay=0.5))], ids=str)
+@pytest.mark.parametrize(
+    "settings",
+    [*FORMS, GATED | dict(importance_decay=dict(ratio=0.0, edge=1.99, decay=0.5))],
+    ids=str,
+)
 @pytest.mark.parametrize("reentrant", [True, False])
 def test_gradient_checkpointing_changes_nothing(settings, reentrant):
     model = move(peft(llama(), **settings))
@@ -153,9 +164,15 @@ def compiling():
     torch._dynamo.reset()
 
 
-@pytest.mark.parametrize("settings", [
-    GATED | dict(importance_decay=True), SECURA | dict(norm="figure"),
-    CURLORA | dict(basis="orthonormal", target_modules=["0"])], ids=str)
+@pytest.mark.parametrize(
+    "settings",
+    [
+        GATED | dict(importance_decay=True),
+        SECURA | dict(norm="figure"),
+        CURLORA | dict(basis="orthonormal", target_modules=["0"]),
+    ],
+    ids=str,
+)
 def test_compiled_without_a_graph_break(settings, compiling):
     """Two training steps' forward and backward passes, to the bit."""
     model = move(peft(mlp(), **settings)).train()
@@ -172,9 +189,14 @@ def test_compiled_without_a_graph_break(settings, compiling):
         assert all(map(torch.equal, *results))
 
 
-@pytest.mark.parametrize("build, settings", [
-    (llama, GATED | dict(target_modules=["q_proj"], layers_to_transform=[0])),
-    (mlp, CURLORA | dict(basis="orthonormal")), (mlp, GATED | dict(save_projection=False))])
+@pytest.mark.parametrize(
+    "build, settings",
+    [
+        (llama, GATED | dict(target_modules=["q_proj"], layers_to_transform=[0])),
+        (mlp, CURLORA | dict(basis="orthonormal")),
+        (mlp, GATED | dict(save_projection=False)),
+    ],
+)
 def test_hotswap_compiles_nothing_again(build, settings, tmp_path, compiling):
     x, model = tokens() if build is llama else torch.randn(3, 24), peft(build(), **settings)
     expected = []
@@ -194,8 +216,9 @@ def test_hotswap_refuses_what_does_not_fit(tmp_path):
     model = move(peft(llama(), **GATED))
     model.save_pretrained(tmp_path / "right")
     before = state(model)
-    for i, other in enumerate((dict(r=3), dict(norm=None), dict(alpha=2.0), dict(m=8),
-                               dict(adapter_bias=False))):
+    for i, other in enumerate(
+        (dict(r=3), dict(norm=None), dict(alpha=2.0), dict(m=8), dict(adapter_bias=False))
+    ):
         peft(llama(), **GATED | other).save_pretrained(tmp_path / str(i))
         with pytest.raises(ValueError, match=f"{next(iter(other))}=.* is not allowed"):
             hotswap_adapter(model, tmp_path / str(i))
@@ -203,7 +226,8 @@ def test_hotswap_refuses_what_does_not_fit(tmp_path):
     with pytest.raises(ValueError, match="v_proj': it has no A"):
         hotswap_adapter(model, tmp_path / "less")
     get_peft_model(llama(), LoraConfig(target_modules=["q_proj"])).save_pretrained(
-        tmp_path / "lora")
+        tmp_path / "lora"
+    )
     with pytest.raises(ValueError, match="a folder with a SECURA adapter"):
         hotswap_adapter(model, tmp_path / "lora")
     with pytest.raises(ValueError, match="adapter_name='other' is not allowed"):
@@ -223,25 +247,40 @@ def run_trainer(folder, settings, steps, resume=None):
     model = peft(llama(), **settings)
     data = [dict(input_ids=row, labels=row) for row in tokens(12)]
     arguments = TrainingArguments(
-        str(folder), max_steps=steps, save_steps=3, per_device_train_batch_size=2,
-        learning_rate=0.05, lr_scheduler_type="constant", report_to=[], use_cpu=True, seed=5,
-        disable_tqdm=True, logging_steps=100)
+        str(folder),
+        max_steps=steps,
+        save_steps=3,
+        per_device_train_batch_size=2,
+        learning_rate=0.05,
+        lr_scheduler_type="constant",
+        report_to=[],
+        use_cpu=True,
+        seed=5,
+        disable_tqdm=True,
+        logging_steps=100,
+    )
     trainer = Trainer(model, arguments, train_dataset=data)
     trainer.train(resume_from_checkpoint=resume)
     return model
 
 
-@pytest.mark.parametrize("settings", [
-    GATED | dict(importance_decay=dict(ratio=0.0, edge=1.999, decay=0.5)),
-    SECURA | dict(norm="figure", modules_to_save=["lm_head"]),
-], ids=str)
+@pytest.mark.parametrize(
+    "settings",
+    [
+        GATED | dict(importance_decay=dict(ratio=0.0, edge=1.999, decay=0.5)),
+        SECURA | dict(norm="figure", modules_to_save=["lm_head"]),
+    ],
+    ids=str,
+)
 def test_a_resumed_run_equals_an_uninterrupted_one(settings, tmp_path):
     whole = run_trainer(tmp_path / "whole", settings, 5)
     run_trainer(tmp_path / "parts", settings, 3)
     resumed = run_trainer(tmp_path / "parts", settings, 5, tmp_path / "parts" / "checkpoint-3")
     assert_same_state(resumed, state(whole))
     if "importance_decay" in settings:
-        assert any((layer.secura_adapter["default"].importance.factor < 1).any()
-                   for layer in layers(whole).values())
+        assert any(
+            (layer.secura_adapter["default"].importance.factor < 1).any()
+            for layer in layers(whole).values()
+        )
     untrained = peft(llama(), **settings).state_dict()
     assert any(not torch.equal(v, untrained[k]) for k, v in whole.state_dict().items())

@@ -26,16 +26,35 @@ SHAPES = [(192, 128, 256, 32), (133, 131, 67, 7), (96, 160, 176, 150), (5, 96, 6
 def test_error_is_no_more_than_eager(name, dtype):
     skip_where_low_precision_jumps(NORMS[name], dtype)
     check_no_more_than_eager(
-        [small_change(*shape, dtype=dtype, tied=tied, biases=biases) for shape in SHAPES
-         for tied, biases in ((True, True), (True, False), (False, False))], NORMS[name], "auto")
+        [
+            small_change(*shape, dtype=dtype, tied=tied, biases=biases)
+            for shape in SHAPES
+            for tied, biases in ((True, True), (True, False), (False, False))
+        ],
+        NORMS[name],
+        "auto",
+    )
 
 
-@pytest.mark.parametrize(("dtype", "allowed"), [
-    (torch.bfloat16, 2**-9),  # bfloat16's own largest relative rounding error
-    (torch.float16, 2**-11 / 30), (torch.float32, 0), (torch.float64, 0)])
-@pytest.mark.parametrize("norm", [SMagNorm(), SMagNorm.preset("published"),
-                                  SMagNorm.preset("figure"), SMagNorm(shift=-50, beta=1.0)],
-                         ids=["calibrated", "published", "figure", "always 1"])
+@pytest.mark.parametrize(
+    ("dtype", "allowed"),
+    [
+        (torch.bfloat16, 2**-9),  # bfloat16's own largest relative rounding error
+        (torch.float16, 2**-11 / 30),
+        (torch.float32, 0),
+        (torch.float64, 0),
+    ],
+)
+@pytest.mark.parametrize(
+    "norm",
+    [
+        SMagNorm(),
+        SMagNorm.preset("published"),
+        SMagNorm.preset("figure"),
+        SMagNorm(shift=-50, beta=1.0),
+    ],
+    ids=["calibrated", "published", "figure", "always 1"],
+)
 def test_code_of_the_saved_gate(dtype, allowed, norm):
     wide = torch.promote_types(dtype, torch.float32)
     g = torch.linspace(1, max(norm.gate_at_zero, norm.base_weight), 10_001, dtype=wide)
@@ -43,8 +62,9 @@ def test_code_of_the_saved_gate(dtype, allowed, norm):
     back = decode(encode(s, norm, dtype), norm, wide)
     assert ((back - s).abs() / s).max() <= allowed + 1e-6
     unmoved = torch.tensor([1 / norm.base_weight], dtype=wide)
-    torch.testing.assert_close(decode(encode(unmoved, norm, dtype), norm, wide), unmoved,
-                               rtol=2e-7, atol=0)
+    torch.testing.assert_close(
+        decode(encode(unmoved, norm, dtype), norm, wide), unmoved, rtol=2e-7, atol=0
+    )
     assert torch.isfinite(decode(encode(s * math.nan, norm, torch.bfloat16), norm, wide)).all()
 
 
@@ -52,21 +72,29 @@ dimension = st.integers(1, 40)
 
 
 @settings(max_examples=60, deadline=None)
-@given(M=st.integers(0, 40), N=dimension, K=dimension, data=st.data(),
-       norm=st.sampled_from(list(NORMS.values())), tied=st.booleans(), biases=st.booleans(),
-       strided=st.booleans())
+@given(
+    M=st.integers(0, 40),
+    N=dimension,
+    K=dimension,
+    data=st.data(),
+    norm=st.sampled_from(list(NORMS.values())),
+    tied=st.booleans(),
+    biases=st.booleans(),
+    strided=st.booleans(),
+)
 def test_any_shape_and_stride(M, N, K, data, norm, tied, biases, strided):
     r = data.draw(st.integers(1, min(N, K)), label="r")
     c = case(M, N, K, r, tied=tied, bias=biases, adapter_bias=biases)
     if strided:
-        c.x = torch.randn(2 * M, K + 3, dtype=torch.float64)[::2, 1:K + 1].requires_grad_()
+        c.x = torch.randn(2 * M, K + 3, dtype=torch.float64)[::2, 1 : K + 1].requires_grad_()
         c.W = torch.randn(K, N, dtype=torch.float64).T
     y, (z, leaves) = c.ours(norm), c.eager(norm)
     assert y.shape == (M, N) and y.is_contiguous()
     torch.testing.assert_close(y, z)
     dy = torch.randn(N, M, dtype=torch.float64).T if strided else torch.randn_like(z)
-    for a, b in zip(torch.autograd.grad(y, c.trained(), dy),
-                    torch.autograd.grad(z, leaves, dy), strict=True):
+    for a, b in zip(
+        torch.autograd.grad(y, c.trained(), dy), torch.autograd.grad(z, leaves, dy), strict=True
+    ):
         torch.testing.assert_close(a, b, rtol=1e-7, atol=1e-7)
 
 
@@ -80,8 +108,9 @@ def test_more_than_one_block_of_rows(norm, monkeypatch):
     y, (z, leaves) = c.ours(norm), c.eager(norm)
     torch.testing.assert_close(y, z)
     dy = torch.randn_like(y)
-    for a, b in zip(torch.autograd.grad(y, c.trained(), dy),
-                    torch.autograd.grad(z, leaves, dy), strict=True):
+    for a, b in zip(
+        torch.autograd.grad(y, c.trained(), dy), torch.autograd.grad(z, leaves, dy), strict=True
+    ):
         torch.testing.assert_close(a, b)
 
 

@@ -22,8 +22,12 @@ def dense(delta, weight):
     """The definition, in float64."""
     delta, weight = delta.detach().double(), weight.detach().double()
     values = torch.linalg.svdvals(delta)
-    return Drift(*(pytest.approx(float(x), rel=1e-9) for x in (
-        delta.norm() / weight.norm(), values[0], values.sum())))
+    return Drift(
+        *(
+            pytest.approx(float(x), rel=1e-9)
+            for x in (delta.norm() / weight.norm(), values[0], values.sum())
+        )
+    )
 
 
 def move(model, scale=0.1):
@@ -35,14 +39,18 @@ def move(model, scale=0.1):
     return model
 
 
-@pytest.mark.parametrize("linear", [nn.Linear(24, 20), nn.Linear(20, 24), Conv1D(20, 24)],
-                         ids=["wide", "tall", "Conv1D"])
-@pytest.mark.parametrize("kind, settings", [
-    (CURLoRALinear, dict(alpha=2.0)),  # raw, with duplicates among its columns and rows
-    (CURLoRALinear, dict(basis="orthonormal")),
-    (SECURALinear, dict(alpha=-0.5, norm="calibrated")),
-    (SECURALinear, dict(basis="orthonormal")),
-])
+@pytest.mark.parametrize(
+    "linear", [nn.Linear(24, 20), nn.Linear(20, 24), Conv1D(20, 24)], ids=["wide", "tall", "Conv1D"]
+)
+@pytest.mark.parametrize(
+    "kind, settings",
+    [
+        (CURLoRALinear, dict(alpha=2.0)),  # raw, with duplicates among its columns and rows
+        (CURLoRALinear, dict(basis="orthonormal")),
+        (SECURALinear, dict(alpha=-0.5, norm="calibrated")),
+        (SECURALinear, dict(basis="orthonormal")),
+    ],
+)
 def test_drift_of_cur_layers_is_that_of_the_dense_change(linear, kind, settings):
     layer = move(kind.from_linear(copy.deepcopy(linear).double(), 6, **settings))
     assert drift(nn.Sequential(layer)) == {"0": dense(layer.delta_weight(), layer.base_matrix())}
@@ -53,9 +61,11 @@ def test_drift_of_bfloat16_weights_is_computed_in_float64():
     C, core, R = (part.double() for part in layer.change_factors())
     # The 1e-6 of W's norm: rows are summed in float32.
     assert drift(layer)[""].relative == pytest.approx(
-        float((C @ core @ R).norm() / layer.weight.double().norm()), rel=1e-6)
+        float((C @ core @ R).norm() / layer.weight.double().norm()), rel=1e-6
+    )
     assert drift(layer)[""].nuclear == pytest.approx(
-        float(torch.linalg.svdvals(C @ core @ R).sum()), rel=1e-9)
+        float(torch.linalg.svdvals(C @ core @ R).sum()), rel=1e-9
+    )
 
 
 def test_drift_counts_m2_stages():
@@ -102,15 +112,17 @@ def test_norm_of_a_large_float32_weight():
     layer.U.data.fill_(1.0)
     C, core, R = (part.double() for part in layer.change_factors())
     assert drift(layer)[""].relative == pytest.approx(
-        float(C.norm() * core.abs().sum() * R.norm() / layer.weight.double().norm()), rel=1e-6)
+        float(C.norm() * core.abs().sum() * R.norm() / layer.weight.double().norm()), rel=1e-6
+    )
 
 
 def test_drift_of_lora_sums_the_active_adapters_that_a_layer_has():
     peft = pytest.importorskip("peft", reason="LoRA is PEFT's")
-    model = peft.get_peft_model(nn.Sequential(nn.Linear(24, 20), Conv1D(16, 20)), peft.LoraConfig(
-        r=3, lora_alpha=5, target_modules=["0", "1"], init_lora_weights=False))
-    model.add_adapter("other", peft.LoraConfig(
-        r=2, target_modules=["0"], init_lora_weights=False))
+    model = peft.get_peft_model(
+        nn.Sequential(nn.Linear(24, 20), Conv1D(16, 20)),
+        peft.LoraConfig(r=3, lora_alpha=5, target_modules=["0", "1"], init_lora_weights=False),
+    )
+    model.add_adapter("other", peft.LoraConfig(r=2, target_modules=["0"], init_lora_weights=False))
     model.base_model.set_adapter(["default", "other"])
     model.double()
     first, second = model.base_model.model
@@ -120,8 +132,10 @@ def test_drift_of_lora_sums_the_active_adapters_that_a_layer_has():
 
     assert drift(model) == {
         "base_model.model.0": dense(
-            change(first, "default") + change(first, "other"), first.base_layer.weight),
-        "base_model.model.1": dense(change(second, "default"), second.base_layer.weight)}
+            change(first, "default") + change(first, "other"), first.base_layer.weight
+        ),
+        "base_model.model.1": dense(change(second, "default"), second.base_layer.weight),
+    }
     model.base_model.set_adapter("other")
     assert list(drift(model)) == ["base_model.model.0"]
     model.merge_adapter()
@@ -136,7 +150,8 @@ def test_drift_of_peft_cur_layers_sums_the_active_adapters():
     settings = dict(target_modules=["0"])
     model = peft.get_peft_model(
         nn.Sequential(nn.Linear(24, 20, dtype=torch.float64)),
-        SecuraConfig(r=4, variant="curlora", alpha=2.0, **settings))
+        SecuraConfig(r=4, variant="curlora", alpha=2.0, **settings),
+    )
     model.add_adapter("other", SecuraConfig(r=3, variant="secura", **settings))
     model.base_model.set_adapter(["default", "other"])
     move(model)
@@ -147,8 +162,9 @@ def test_drift_of_peft_cur_layers_sums_the_active_adapters():
 
 def test_drift_refuses_methods_that_multiply_the_weight():
     peft = pytest.importorskip("peft", reason="OFT is PEFT's")
-    model = peft.get_peft_model(nn.Sequential(nn.Linear(8, 8)), peft.OFTConfig(
-        target_modules=["0"], oft_block_size=4))
+    model = peft.get_peft_model(
+        nn.Sequential(nn.Linear(8, 8)), peft.OFTConfig(target_modules=["0"], oft_block_size=4)
+    )
     with pytest.raises(ValueError, match=r"model\.0='Linear' is not allowed.*adds its change"):
         drift(model)
 
@@ -159,9 +175,13 @@ def test_gradient_norms():
     layer.A.grad = torch.full_like(layer.A, 2.0)
     layer.adapter_bias.grad = torch.ones_like(layer.adapter_bias)
     layer.weight.grad = torch.ones_like(layer.weight)  # frozen
-    assert gradient_norms(layer) == pytest.approx({
-        "A": 2 * layer.A.numel() ** 0.5, "adapter_bias": 20 ** 0.5,
-        "total": (4 * layer.A.numel() + 20) ** 0.5})
+    assert gradient_norms(layer) == pytest.approx(
+        {
+            "A": 2 * layer.A.numel() ** 0.5,
+            "adapter_bias": 20**0.5,
+            "total": (4 * layer.A.numel() + 20) ** 0.5,
+        }
+    )
 
 
 def test_base_loss_weighs_label_tokens_and_restores_modes():
@@ -180,15 +200,24 @@ def test_base_loss_weighs_label_tokens_and_restores_modes():
 
 
 def test_base_loss_weighs_samples_where_labels_are_not_tokens():
-    model = BertForSequenceClassification(BertConfig(
-        vocab_size=VOCABULARY, hidden_size=32, intermediate_size=48, num_hidden_layers=1,
-        num_attention_heads=2, num_labels=3)).eval()
+    model = BertForSequenceClassification(
+        BertConfig(
+            vocab_size=VOCABULARY,
+            hidden_size=32,
+            intermediate_size=48,
+            num_hidden_layers=1,
+            num_attention_heads=2,
+            num_labels=3,
+        )
+    ).eval()
     labels = torch.tensor([0, 1, 2, 2])
-    loss = base_loss(model, [{"input_ids": TOKENS[a:b], "labels": labels[a:b]}
-                             for a, b in ((0, 3), (3, 4))])
+    loss = base_loss(
+        model, [{"input_ids": TOKENS[a:b], "labels": labels[a:b]} for a, b in ((0, 3), (3, 4))]
+    )
     with torch.no_grad():
         assert loss == pytest.approx(
-            float(F.cross_entropy(model(TOKENS[:4]).logits, labels)), rel=1e-6)
+            float(F.cross_entropy(model(TOKENS[:4]).logits, labels)), rel=1e-6
+        )
 
 
 def test_base_loss_of_bad_batches():

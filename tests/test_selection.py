@@ -24,8 +24,9 @@ def test_ties_go_by_index():
 
 def test_inverted_sampling_is_seeded_and_leaves_the_global_generator_alone():
     def draw(seed, replace):
-        return select(W, 8, "inverted", replace=replace,
-                      generator=torch.Generator().manual_seed(seed))
+        return select(
+            W, 8, "inverted", replace=replace, generator=torch.Generator().manual_seed(seed)
+        )
 
     for replace in (True, False):
         state = torch.get_rng_state()
@@ -40,8 +41,9 @@ def test_inverted_probabilities():
     """Frequencies over many draws equal (1 / p) / sum(1 / p)."""
     weight = torch.diag(torch.tensor([1.0, 2.0, 4.0]))
     generator = torch.Generator().manual_seed(0)
-    draws = torch.cat([select(weight, 3, "inverted", replace=True, generator=generator)[0]
-                       for _ in range(4000)])
+    draws = torch.cat(
+        [select(weight, 3, "inverted", replace=True, generator=generator)[0] for _ in range(4000)]
+    )
     inverse = torch.tensor([1, 1 / 4, 1 / 16])
     frequencies = torch.bincount(draws, minlength=3) / draws.numel()
     torch.testing.assert_close(frequencies, inverse / inverse.sum(), rtol=0, atol=0.015)
@@ -72,18 +74,27 @@ def test_orthonormal_basis_spans_the_same():
         orthonormal_basis(W[:, [0, 1, 2, 2]], R)
 
 
-@pytest.mark.parametrize(("weight", "r", "settings", "error", "message"), [
-    (W, 0, {}, ValueError, r"r=0 is not allowed: it must be an integer from 1 to 20, min\(N, K\)"),
-    (W, 21, {}, ValueError, "r=21 is not allowed"),
-    (W, 2.0, {}, ValueError, "r=2.0 is not allowed"),
-    (W, True, {}, ValueError, "r=True is not allowed"),
-    (W, 4, dict(rule="random"), ValueError, "selection='random' is not allowed: .*'inverted'"),
-    (W, 4, dict(rule="lowest", replace=True), ValueError, "replace=True is not allowed"),
-    (W * 0, 4, {}, ValueError, "a tensor of zeros"),
-    (W / 0, 4, {}, ValueError, "NaN or infinite"),
-    (W.long(), 4, {}, TypeError, "weight has dtype torch.int64: it must be a floating-point"),
-    (W[0], 4, {}, ValueError, r"weight.shape=\(20,\) is not allowed: .*two-dimensional"),
-])
+@pytest.mark.parametrize(
+    ("weight", "r", "settings", "error", "message"),
+    [
+        (
+            W,
+            0,
+            {},
+            ValueError,
+            r"r=0 is not allowed: it must be an integer from 1 to 20, min\(N, K\)",
+        ),
+        (W, 21, {}, ValueError, "r=21 is not allowed"),
+        (W, 2.0, {}, ValueError, "r=2.0 is not allowed"),
+        (W, True, {}, ValueError, "r=True is not allowed"),
+        (W, 4, dict(rule="random"), ValueError, "selection='random' is not allowed: .*'inverted'"),
+        (W, 4, dict(rule="lowest", replace=True), ValueError, "replace=True is not allowed"),
+        (W * 0, 4, {}, ValueError, "a tensor of zeros"),
+        (W / 0, 4, {}, ValueError, "NaN or infinite"),
+        (W.long(), 4, {}, TypeError, "weight has dtype torch.int64: it must be a floating-point"),
+        (W[0], 4, {}, ValueError, r"weight.shape=\(20,\) is not allowed: .*two-dimensional"),
+    ],
+)
 def test_bad_input(weight, r, settings, error, message):
     with pytest.raises(error, match=message):
         select(weight, r, **settings)
@@ -100,18 +111,27 @@ def test_presets():
     assert SMagNorm.of(None) is None
 
 
-@pytest.mark.parametrize(("settings", "message"), [
-    (dict(scale=0), "scale=0 is not allowed: it must be a finite number > 0"),
-    (dict(scale=float("nan")), "scale=nan"),
-    (dict(scale="6"), "scale='6'"),
-    (dict(shift=float("inf")), "shift=inf"),
-    (dict(ref=0), "ref=0 is not allowed: .* or \"max\""),
-    (dict(ref="mean"), "ref='mean'"),
-    (dict(beta=0.5), "beta=0.5 is not allowed: it must be None, for g\\(0\\), or a number from 1"),
-    (dict(eps=0), "eps=0"),
-    (dict(domain="input"), "domain='input' is not allowed: it must be one of 'output', 'weight'"),
-    (dict(detach_gate="no"), "detach_gate='no'"),
-])
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (dict(scale=0), "scale=0 is not allowed: it must be a finite number > 0"),
+        (dict(scale=float("nan")), "scale=nan"),
+        (dict(scale="6"), "scale='6'"),
+        (dict(shift=float("inf")), "shift=inf"),
+        (dict(ref=0), 'ref=0 is not allowed: .* or "max"'),
+        (dict(ref="mean"), "ref='mean'"),
+        (
+            dict(beta=0.5),
+            "beta=0.5 is not allowed: it must be None, for g\\(0\\), or a number from 1",
+        ),
+        (dict(eps=0), "eps=0"),
+        (
+            dict(domain="input"),
+            "domain='input' is not allowed: it must be one of 'output', 'weight'",
+        ),
+        (dict(detach_gate="no"), "detach_gate='no'"),
+    ],
+)
 def test_bad_norms(settings, message):
     with pytest.raises(ValueError, match=message):
         SMagNorm(**settings)

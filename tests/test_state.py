@@ -28,8 +28,9 @@ def model_with_layers(dtype=torch.float32, seed=0):
     torch.manual_seed(seed)
     base = Model(dtype)
     model = copy.deepcopy(base)
-    model.first = SECURALinear.from_linear(model.first, 4, basis="orthonormal", norm="calibrated",
-                                           importance_decay=ImportanceDecay())
+    model.first = SECURALinear.from_linear(
+        model.first, 4, basis="orthonormal", norm="calibrated", importance_decay=ImportanceDecay()
+    )
     model.second = CURLoRALinear.from_linear(model.second, 5, alpha=0.5)
     for layer in (model.first, model.second):
         train(layer)
@@ -70,24 +71,30 @@ def test_load_to_meta_with_assign():
     assert torch.equal(skeleton(x), layer(x))
 
 
-@pytest.mark.parametrize(("change", "message"), [
-    (lambda s: s.pop("U"), "the state has no U"),
-    (lambda s: s.pop("cols"), "the state has no cols"),
-    (lambda s: s.pop(SETTINGS), "its format is unknown"),
-    (lambda s: s.update(U=torch.zeros(3, 3)), r"U.shape=\(3, 3\) is not allowed"),
-    (lambda s: s.update(U=torch.zeros(4, 4, dtype=torch.int64)), "U.dtype=torch.int64"),
-    (lambda s: s.update(cols=s["cols"] + 100), "cols=.*from 0 to 23"),
-    (lambda s: s.update(rows=s["rows"] - 100), "rows=.*from 0 to 19"),
-    (lambda s: s.update(cols=s["cols"].int()), "cols='torch.int32"),
-    (lambda s: s.update(C=torch.zeros(20, 4)), r"the state has \['C'\] without \['R'\]"),
-    (lambda s: s.update(U_long=torch.zeros(5, 4)), r"U_long.shape=\(5, 4\)"),
-    (lambda s: s.update({SETTINGS: torch.zeros(9)}), "does not hold settings"),
-    (lambda s: s.update({SETTINGS: torch.zeros(9, dtype=torch.uint8)}), "does not hold settings"),
-    (lambda s: edit(s, version=2), "format 'secura_kernels', version 2: this release reads"),
-    (lambda s: edit(s, format="other"), "format 'other'"),
-    (lambda s: edit(s, alpha=2.0), r"saved with alpha=2.0, the layer was built with alpha=1.0"),
-    (lambda s: edit(s, kind="SECURALinear"), "kind='SECURALinear'"),
-])
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda s: s.pop("U"), "the state has no U"),
+        (lambda s: s.pop("cols"), "the state has no cols"),
+        (lambda s: s.pop(SETTINGS), "its format is unknown"),
+        (lambda s: s.update(U=torch.zeros(3, 3)), r"U.shape=\(3, 3\) is not allowed"),
+        (lambda s: s.update(U=torch.zeros(4, 4, dtype=torch.int64)), "U.dtype=torch.int64"),
+        (lambda s: s.update(cols=s["cols"] + 100), "cols=.*from 0 to 23"),
+        (lambda s: s.update(rows=s["rows"] - 100), "rows=.*from 0 to 19"),
+        (lambda s: s.update(cols=s["cols"].int()), "cols='torch.int32"),
+        (lambda s: s.update(C=torch.zeros(20, 4)), r"the state has \['C'\] without \['R'\]"),
+        (lambda s: s.update(U_long=torch.zeros(5, 4)), r"U_long.shape=\(5, 4\)"),
+        (lambda s: s.update({SETTINGS: torch.zeros(9)}), "does not hold settings"),
+        (
+            lambda s: s.update({SETTINGS: torch.zeros(9, dtype=torch.uint8)}),
+            "does not hold settings",
+        ),
+        (lambda s: edit(s, version=2), "format 'secura_kernels', version 2: this release reads"),
+        (lambda s: edit(s, format="other"), "format 'other'"),
+        (lambda s: edit(s, alpha=2.0), r"saved with alpha=2.0, the layer was built with alpha=1.0"),
+        (lambda s: edit(s, kind="SECURALinear"), "kind='SECURALinear'"),
+    ],
+)
 def test_a_state_that_does_not_fit_changes_nothing(change, message):
     layer = train(make(CURLoRALinear, dtype=torch.float32))
     state = {k: v.clone() for k, v in layer.state_dict().items()}
@@ -195,23 +202,31 @@ class TestBadFiles:
         torch.save({"first.U": torch.zeros(2)}, path)
         self.refuses(base, path, "is not a whole safetensors file")
 
-    @pytest.mark.parametrize(("change", "message"), [
-        (lambda t: t.update({"first.B": torch.zeros(2, 2)}), "layer 'first': B.shape"),
-        (lambda t: t.pop("second.U"), "layer 'second': the state has no U"),
-        (lambda t: t.update({"third.U": torch.zeros(2)}), "tensors of no layer: third.U"),
-        (lambda t: t.update({"second.V": torch.zeros(2)}), "unknown tensors"),
-        (lambda t: t.update({"second.cols": t["second.cols"] + 50}), "layer 'second': cols="),
-        (lambda t: t.update({"second.fingerprint": torch.zeros(16)}), "another base"),
-        (lambda t: t.update({f"third.{SETTINGS}": t[f"first.{SETTINGS}"].clone()}),
-         "no layer 'third'"),
-        (lambda t: edit_layer(t, version=9), "version 9"),
-        (lambda t: edit_layer(t, kind="os.system"), "kind='os.system' is not allowed"),
-        (lambda t: edit_layer(t, alpha="1"), "alpha='1' is not allowed"),
-        (lambda t: edit_layer(t, norm={"scale": -1}), "scale=-1 is not allowed"),
-        (lambda t: edit_layer(t, norm=[1]), r"norm=\[1\] is not allowed"),
-        (lambda t: edit_layer(t, importance_decay={"speed": 1}), "speed"),
-        (lambda t: t.clear() or t.update(x=torch.zeros(1)), "holds no layers of secura_kernels"),
-    ])
+    @pytest.mark.parametrize(
+        ("change", "message"),
+        [
+            (lambda t: t.update({"first.B": torch.zeros(2, 2)}), "layer 'first': B.shape"),
+            (lambda t: t.pop("second.U"), "layer 'second': the state has no U"),
+            (lambda t: t.update({"third.U": torch.zeros(2)}), "tensors of no layer: third.U"),
+            (lambda t: t.update({"second.V": torch.zeros(2)}), "unknown tensors"),
+            (lambda t: t.update({"second.cols": t["second.cols"] + 50}), "layer 'second': cols="),
+            (lambda t: t.update({"second.fingerprint": torch.zeros(16)}), "another base"),
+            (
+                lambda t: t.update({f"third.{SETTINGS}": t[f"first.{SETTINGS}"].clone()}),
+                "no layer 'third'",
+            ),
+            (lambda t: edit_layer(t, version=9), "version 9"),
+            (lambda t: edit_layer(t, kind="os.system"), "kind='os.system' is not allowed"),
+            (lambda t: edit_layer(t, alpha="1"), "alpha='1' is not allowed"),
+            (lambda t: edit_layer(t, norm={"scale": -1}), "scale=-1 is not allowed"),
+            (lambda t: edit_layer(t, norm=[1]), r"norm=\[1\] is not allowed"),
+            (lambda t: edit_layer(t, importance_decay={"speed": 1}), "speed"),
+            (
+                lambda t: t.clear() or t.update(x=torch.zeros(1)),
+                "holds no layers of secura_kernels",
+            ),
+        ],
+    )
     def test_tampered(self, saved, change, message):
         base, path = saved
         tensors = load_file(path)

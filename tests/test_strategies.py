@@ -195,6 +195,7 @@ def test_memory_is_a_uniform_sample_and_its_seed_repeats_it():
         memory = Memory(5, False, seed)
         memory.add_task(rows(0, 20))
         return [[int(row["x"]) for row in memory.draw(3)] for _ in range(3)]
+
     assert drawn(1) == drawn(1) != drawn(2)
     assert all(len(set(draw)) == 3 for draw in drawn(1))
 
@@ -233,12 +234,16 @@ def test_replayed_share():
 
 
 def test_rows_of_different_lengths_are_padded():
-    short = dict(input_ids=torch.tensor([5, 6]), attention_mask=torch.tensor([1, 1]),
-                 labels=torch.tensor([5, 6]))
+    short = dict(
+        input_ids=torch.tensor([5, 6]),
+        attention_mask=torch.tensor([1, 1]),
+        labels=torch.tensor([5, 6]),
+    )
     long = {name: torch.tensor([7, 7, 7]) for name in short}
     batch = stack([short, long], torch.device("cpu"))
     assert {name: value[0].tolist() for name, value in batch.items()} == dict(
-        input_ids=[5, 6, 0], attention_mask=[1, 1, 0], labels=[5, 6, -100])
+        input_ids=[5, 6, 0], attention_mask=[1, 1, 0], labels=[5, 6, -100]
+    )
 
 
 def test_ilora_by_hand():
@@ -285,8 +290,11 @@ def test_ilora_evaluates_its_slow_weights_and_restores_the_fast_ones():
 
 def test_strategies_train_this_packages_layers():
     torch.manual_seed(0)
-    model = nn.Sequential(CURLoRALinear.from_linear(nn.Linear(6, 12), r=3), nn.Tanh(),
-                          SECURALinear.from_linear(nn.Linear(12, 2), r=2, m=4, norm="calibrated"))
+    model = nn.Sequential(
+        CURLoRALinear.from_linear(nn.Linear(6, 12), r=3),
+        nn.Tanh(),
+        SECURALinear.from_linear(nn.Linear(12, 2), r=2, m=4, norm="calibrated"),
+    )
     tasks = [[{k: v.float() for k, v in batch.items()} for batch in task] for task in two_tasks()]
     optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
     ewc, ilora = EWC(1.0, forward=regression), ILoRA(0.9, forward=regression)
@@ -294,8 +302,7 @@ def test_strategies_train_this_packages_layers():
     steps(model, ilora, optimizer, tasks[0])
     for strategy in (ewc, ilora):
         strategy.after_task(model, tasks[0])
-    assert set(ewc.fisher) == set(ilora.slow) == {
-        "0.U", "2.A", "2.B", "2.adapter_bias"}
+    assert set(ewc.fisher) == set(ilora.slow) == {"0.U", "2.A", "2.B", "2.adapter_bias"}
     z_fast = model(tasks[0][0]["x"])
     with ilora.evaluation(model):
         z_slow = model(tasks[0][0]["x"])
@@ -327,7 +334,8 @@ def test_resumed_equals_uninterrupted(name):
             model, strategy = lora_model(), MAKE[name]()
             model.load_state_dict(saved[0])
             optimizer = torch.optim.Adam(
-                [p for p in model.parameters() if p.requires_grad], lr=0.02)
+                [p for p in model.parameters() if p.requires_grad], lr=0.02
+            )
             optimizer.load_state_dict(saved[1])
             strategy.before_task(model)
             strategy.load_state_dict(model, saved[2])
@@ -359,31 +367,44 @@ def test_a_snapshot_is_not_changed_by_training(name):
         torch.testing.assert_close(taken, torch.load(file, weights_only=True), rtol=0, atol=0)
 
 
-@pytest.mark.parametrize(("make", "named"), [
-    (lambda: Replay(0), "budget=0"),
-    (lambda: Replay(True), "budget=True"),
-    (lambda: Replay(8, 0), "ratio=0"),
-    (lambda: Replay(8, per_task=1), "per_task=1"),
-    (lambda: Replay(8, seed=-1), "seed=-1"),
-    (lambda: EWC(-1.0), r"lam=-1\.0"),
-    (lambda: EWC(float("nan")), "lam=nan"),
-    (lambda: EWC(1.0, samples=0), "samples=0"),
-    (lambda: ILoRA(1.5), r"ema=1\.5"),
-    (lambda: ILoRA(0.9, -1), "weight=-1"),
-    (lambda: ILoRA().after_step(lora_model()), "given to before_task"),
-    (lambda: ILoRA().before_task(nn.ReLU()), "parameters that require gradients"),
-    (lambda: Replay().after_task(None, []), "batches='an empty iterable'"),
-    (lambda: EWC(1.0).after_task(lora_model(), []), "batches='an empty iterable'"),
-    (lambda: Replay().after_task(None, [[1, 2]]), "batch='list'"),
-    (lambda: Replay().after_task(None, [dict(x=torch.ones(2), y=torch.ones(3))]),
-     "batch={'x': 2, 'y': 3}"),
-    (lambda: stack([dict(x=torch.ones(1)), dict(z=torch.ones(1))], torch.device("cpu")),
-     r"batch=\['x'\]"),
-    (lambda: EWC(1.0, forward=regression).after_task(one_weight(), [points((1, float("nan")))]),
-     "row 1 of loss nan"),
-    (lambda: Strategy().load_state_dict(lora_model(), Replay().state_dict()),
-     r"state=\['memory', 'rows'\]"),
-])
+@pytest.mark.parametrize(
+    ("make", "named"),
+    [
+        (lambda: Replay(0), "budget=0"),
+        (lambda: Replay(True), "budget=True"),
+        (lambda: Replay(8, 0), "ratio=0"),
+        (lambda: Replay(8, per_task=1), "per_task=1"),
+        (lambda: Replay(8, seed=-1), "seed=-1"),
+        (lambda: EWC(-1.0), r"lam=-1\.0"),
+        (lambda: EWC(float("nan")), "lam=nan"),
+        (lambda: EWC(1.0, samples=0), "samples=0"),
+        (lambda: ILoRA(1.5), r"ema=1\.5"),
+        (lambda: ILoRA(0.9, -1), "weight=-1"),
+        (lambda: ILoRA().after_step(lora_model()), "given to before_task"),
+        (lambda: ILoRA().before_task(nn.ReLU()), "parameters that require gradients"),
+        (lambda: Replay().after_task(None, []), "batches='an empty iterable'"),
+        (lambda: EWC(1.0).after_task(lora_model(), []), "batches='an empty iterable'"),
+        (lambda: Replay().after_task(None, [[1, 2]]), "batch='list'"),
+        (
+            lambda: Replay().after_task(None, [dict(x=torch.ones(2), y=torch.ones(3))]),
+            "batch={'x': 2, 'y': 3}",
+        ),
+        (
+            lambda: stack([dict(x=torch.ones(1)), dict(z=torch.ones(1))], torch.device("cpu")),
+            r"batch=\['x'\]",
+        ),
+        (
+            lambda: EWC(1.0, forward=regression).after_task(
+                one_weight(), [points((1, float("nan")))]
+            ),
+            "row 1 of loss nan",
+        ),
+        (
+            lambda: Strategy().load_state_dict(lora_model(), Replay().state_dict()),
+            r"state=\['memory', 'rows'\]",
+        ),
+    ],
+)
 def test_bad_arguments(make, named):
     with pytest.raises(ValueError, match=named):
         make()
@@ -399,9 +420,11 @@ def test_another_model_is_refused_and_changes_nothing(name):
     strategy, model = MAKE[name](), one_weight()
     next_task(strategy, model, [points((1, 1))])
     state, fresh = strategy.state_dict(), MAKE[name]()
-    for call in (lambda: fresh.load_state_dict(lora_model(), state),
-                 lambda: strategy.loss(lora_model(), two_tasks()[0][0], torch.tensor(0.0)),
-                 lambda: next_task(strategy, lora_model(), two_tasks()[0])):
+    for call in (
+        lambda: fresh.load_state_dict(lora_model(), state),
+        lambda: strategy.loss(lora_model(), two_tasks()[0][0], torch.tensor(0.0)),
+        lambda: next_task(strategy, lora_model(), two_tasks()[0]),
+    ):
         with pytest.raises(ValueError, match=r"model=.*lora_A.*the one the strategy"):
             call()
     torch.testing.assert_close(fresh.state_dict(), MAKE[name]().state_dict())
@@ -419,11 +442,20 @@ MAKE_LM = {
 def language_model() -> nn.Module:
     """A random two-layer Llama with LoRA whose B is not zero, so that all weights get gradients."""
     torch.manual_seed(0)
-    model = transformers.LlamaForCausalLM(transformers.LlamaConfig(
-        vocab_size=32, hidden_size=16, intermediate_size=24, num_hidden_layers=2,
-        num_attention_heads=2, num_key_value_heads=2, max_position_embeddings=16))
-    return peft.get_peft_model(model, peft.LoraConfig(
-        r=2, target_modules=["q_proj", "v_proj"], init_lora_weights=False))
+    model = transformers.LlamaForCausalLM(
+        transformers.LlamaConfig(
+            vocab_size=32,
+            hidden_size=16,
+            intermediate_size=24,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            num_key_value_heads=2,
+            max_position_embeddings=16,
+        )
+    )
+    return peft.get_peft_model(
+        model, peft.LoraConfig(r=2, target_modules=["q_proj", "v_proj"], init_lora_weights=False)
+    )
 
 
 def sentences(seed, count=10) -> list[dict]:
@@ -432,13 +464,15 @@ def sentences(seed, count=10) -> list[dict]:
     ids = torch.randint(32, (count, 8))
     labels = ids.clone()
     for i in range(count):
-        labels[i, :i % 7] = -100
-    return [dict(input_ids=a, attention_mask=torch.ones_like(a), labels=b)
-            for a, b in zip(ids, labels, strict=True)]
+        labels[i, : i % 7] = -100
+    return [
+        dict(input_ids=a, attention_mask=torch.ones_like(a), labels=b)
+        for a, b in zip(ids, labels, strict=True)
+    ]
 
 
 def batched(samples) -> list[dict]:
-    return [stack(samples[i:i + 2], torch.device("cpu")) for i in range(0, len(samples), 2)]
+    return [stack(samples[i : i + 2], torch.device("cpu")) for i in range(0, len(samples), 2)]
 
 
 def sgd(model):
@@ -447,13 +481,30 @@ def sgd(model):
 
 
 def trainer_of(model, strategy, samples, folder, **settings):
-    settings = dict(
-        output_dir=str(folder), per_device_train_batch_size=2, gradient_accumulation_steps=2,
-        num_train_epochs=2, train_sampling_strategy="sequential", max_grad_norm=0, use_cpu=True,
-        report_to="none", save_strategy="no", disable_tqdm=True, logging_strategy="no") | settings
+    settings = (
+        dict(
+            output_dir=str(folder),
+            per_device_train_batch_size=2,
+            gradient_accumulation_steps=2,
+            num_train_epochs=2,
+            train_sampling_strategy="sequential",
+            max_grad_norm=0,
+            use_cpu=True,
+            report_to="none",
+            save_strategy="no",
+            disable_tqdm=True,
+            logging_strategy="no",
+        )
+        | settings
+    )
     return StrategyTrainer(
-        model=model, args=transformers.TrainingArguments(**settings), train_dataset=samples,
-        eval_dataset=samples, optimizers=sgd(model), strategy=strategy)
+        model=model,
+        args=transformers.TrainingArguments(**settings),
+        train_dataset=samples,
+        eval_dataset=samples,
+        optimizers=sgd(model),
+        strategy=strategy,
+    )
 
 
 def plain_task(model, strategy, batches):
@@ -507,8 +558,7 @@ def test_trainer_resumes_a_checkpoint_bit_for_bit(name, tmp_path):
         return model, strategy
 
     model, strategy = begun()
-    trainer_of(model, strategy, sentences(2), tmp_path, save_strategy="steps",
-               save_steps=4).train()
+    trainer_of(model, strategy, sentences(2), tmp_path, save_strategy="steps", save_steps=4).train()
     other, resumed = begun()
     resumed.memory.draw(3)  # what the checkpoint must undo
     trainer = trainer_of(other, resumed, sentences(2), tmp_path)
@@ -527,16 +577,22 @@ def test_trainer_refuses_what_it_cannot_train(tmp_path):
         trainer_of(language_model(), "ewc", sentences(1), tmp_path)
     with pytest.raises(ValueError, match=r"compute_loss_func=.*None with a strategy"):
         StrategyTrainer(
-            model=language_model(), args=transformers.TrainingArguments(
-                output_dir=str(tmp_path), use_cpu=True, report_to="none"),
-            compute_loss_func=lambda *_, **__: 0, strategy=Strategy())
+            model=language_model(),
+            args=transformers.TrainingArguments(
+                output_dir=str(tmp_path), use_cpu=True, report_to="none"
+            ),
+            compute_loss_func=lambda *_, **__: 0,
+            strategy=Strategy(),
+        )
 
 
 def test_hidden_states_leave_out_padding():
     model = language_model().eval()
     row = sentences(1)[0]
-    padded = {name: nn.functional.pad(value, (0, 3), value=-100 if name == "labels" else 0)
-              for name, value in row.items()}
+    padded = {
+        name: nn.functional.pad(value, (0, 3), value=-100 if name == "labels" else 0)
+        for name, value in row.items()
+    }
     cpu = torch.device("cpu")
     loss, states = transformers_forward(model, stack([row], cpu))
     other, more = transformers_forward(model, stack([padded], cpu))

@@ -83,8 +83,9 @@ def test_operations_match_the_op():
     forward = _fwd_flops((512, 384), (256, 384), None, (16, 16))
     for gate in (True, False):
         assert layer.forward(gate, True).flops == forward
-    backward = _bwd_flops((512, 256), (256, 384), (16, 16), *[None] * 8, 1.0, [], True,
-                          (True, True, False))
+    backward = _bwd_flops(
+        (512, 256), (256, 384), (16, 16), *[None] * 8, 1.0, [], True, (True, True, False)
+    )
     without_gate = layer.backward(False).flops
     assert without_gate == backward
     # With a gate dT R costs nothing: it is in G' before the one product (identity 3).

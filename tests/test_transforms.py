@@ -27,8 +27,9 @@ def test_compile_fullgraph(norm, dynamic):
     c = case(dtype=torch.float32)
     dy = torch.randn(7, 12)
     torch._dynamo.reset()
-    compiled = torch.compile(lambda *a: c.ours(norm, *a), fullgraph=True, dynamic=dynamic,
-                             backend="aot_eager")
+    compiled = torch.compile(
+        lambda *a: c.ours(norm, *a), fullgraph=True, dynamic=dynamic, backend="aot_eager"
+    )
     eager = gradients(lambda *a: c.ours(norm, *a), c, dy)
     for a, b in zip(gradients(compiled, c, dy), eager, strict=True):
         assert torch.equal(a, b)
@@ -46,8 +47,11 @@ def test_compiled_backward_is_one_op():
     from torch._dynamo.backends.common import aot_autograd
 
     torch._dynamo.reset()
-    compiled = torch.compile(lambda *a: c.ours(SMagNorm(), *a), fullgraph=True,
-                             backend=aot_autograd(fw_compiler=keep, bw_compiler=keep))
+    compiled = torch.compile(
+        lambda *a: c.ours(SMagNorm(), *a),
+        fullgraph=True,
+        backend=aot_autograd(fw_compiler=keep, bw_compiler=keep),
+    )
     gradients(compiled, c, torch.randn(7, 12))
     assert "cur_linear_fwd" in graphs[0] and "cur_linear_bwd" in graphs[1]
     assert "mm" not in graphs[1]
@@ -74,7 +78,8 @@ def test_func_grad(norm):
     dy = torch.randn(7, 12, dtype=torch.float64)
     expected = gradients(lambda *a: c.ours(norm, *a), c, dy)[1:]
     got = torch.func.grad(lambda *a: (c.ours(norm, *a) * dy).sum(), argnums=(0, 1, 2))(
-        *(t.detach() for t in c.trained()))
+        *(t.detach() for t in c.trained())
+    )
     for a, b in zip(got, expected, strict=True):
         torch.testing.assert_close(a, b)
 
@@ -85,13 +90,17 @@ def test_vmap(norm):
     xs, cores = torch.randn(3, *c.x.shape).double(), torch.randn(3, *c.core.shape).double()
     for x, core, dims in ((xs, c.core, (0, None)), (xs, cores, (0, 0)), (c.x, cores, (None, 0))):
         got = torch.vmap(lambda a, b: c.ours(norm, a, b), dims)(x, core)
-        expected = torch.stack([
-            c.ours(norm, x if dims[0] is None else x[i], core if dims[1] is None else core[i])
-            for i in range(3)])
+        expected = torch.stack(
+            [
+                c.ours(norm, x if dims[0] is None else x[i], core if dims[1] is None else core[i])
+                for i in range(3)
+            ]
+        )
         torch.testing.assert_close(got, expected)
     with torch.no_grad():
-        torch.testing.assert_close(torch.vmap(lambda a: c.ours(norm, a))(xs),
-                                   torch.stack([c.ours(norm, x) for x in xs]))
+        torch.testing.assert_close(
+            torch.vmap(lambda a: c.ours(norm, a))(xs), torch.stack([c.ours(norm, x) for x in xs])
+        )
 
 
 @pytest.mark.parametrize("norm", **ALL_NORMS)
@@ -131,31 +140,42 @@ def of_update(norm):
     return lambda *a: c.ours(norm, *a), [t.detach() for t in c.trained()]
 
 
-FORWARD_MODE = ([(of_layer, norm) for norm in ALL_NORMS["argvalues"]]
-                + [(of_update, norm) for norm in OUTPUT_NORMS.values()])
+FORWARD_MODE = [(of_layer, norm) for norm in ALL_NORMS["argvalues"]] + [
+    (of_update, norm) for norm in OUTPUT_NORMS.values()
+]
 
 
 @pytest.mark.parametrize("form, norm", FORWARD_MODE)
 def test_forward_mode_equals_reverse_mode(form, norm):
     function, arguments = form(norm)
     every = tuple(range(len(arguments)))
-    pairs = [(torch.func.jacfwd(function, every)(*arguments),
-              torch.func.jacrev(function, every)(*arguments))]
+    pairs = [
+        (
+            torch.func.jacfwd(function, every)(*arguments),
+            torch.func.jacrev(function, every)(*arguments),
+        )
+    ]
 
     def scalar(*a):
         return function(*a).square().sum()
 
     for i in every:
-        pairs.append((torch.func.hessian(scalar, i)(*arguments),
-                      torch.func.jacrev(torch.func.jacrev(scalar, i), i)(*arguments)))
+        pairs.append(
+            (
+                torch.func.hessian(scalar, i)(*arguments),
+                torch.func.jacrev(torch.func.jacrev(scalar, i), i)(*arguments),
+            )
+        )
     for got, expected in pairs:
         torch.testing.assert_close(got, expected)
     tangents = [torch.randn_like(a) for a in arguments]
     y, dy = torch.func.jvp(function, tuple(arguments), tuple(tangents))
     torch.testing.assert_close(y, function(*arguments))
     with torch.autograd.forward_ad.dual_level():
-        duals = [torch.autograd.forward_ad.make_dual(a, b)
-                 for a, b in zip(arguments, tangents, strict=True)]
+        duals = [
+            torch.autograd.forward_ad.make_dual(a, b)
+            for a, b in zip(arguments, tangents, strict=True)
+        ]
         again = torch.autograd.forward_ad.unpack_dual(function(*duals)).tangent
     torch.testing.assert_close(again, dy)
 
@@ -169,14 +189,16 @@ def test_forward_mode_of_a_mixed_batch(norm):
         return cur_batched(y0, t, cores, adapter, C, norm=norm)
 
     for i in (0, 1):
-        torch.testing.assert_close(torch.func.jacfwd(function, i)(t, cores),
-                                   torch.func.jacrev(function, i)(t, cores))
+        torch.testing.assert_close(
+            torch.func.jacfwd(function, i)(t, cores), torch.func.jacrev(function, i)(t, cores)
+        )
 
 
 def test_forward_mode_counts_nothing():
     """Of a layer, through its parameters; a training layer's count cannot be taken."""
-    layer = SECURALinear.from_linear(nn.Linear(6, 5).double(), 2, **GATED,
-                                     importance_decay=ImportanceDecay())
+    layer = SECURALinear.from_linear(
+        nn.Linear(6, 5).double(), 2, **GATED, importance_decay=ImportanceDecay()
+    )
     with torch.no_grad():
         layer.B.normal_()
     x = torch.randn(3, 6).double()
@@ -187,8 +209,9 @@ def test_forward_mode_counts_nothing():
     def loss(values):
         return torch.func.functional_call(layer, values, (x,)).square().sum()
 
-    torch.testing.assert_close(torch.func.hessian(loss)(trained),
-                               torch.func.jacrev(torch.func.jacrev(loss))(trained))
+    torch.testing.assert_close(
+        torch.func.hessian(loss)(trained), torch.func.jacrev(torch.func.jacrev(loss))(trained)
+    )
     assert not layer.importance.count.any()
 
 
@@ -206,9 +229,15 @@ def test_export_of_a_layer_alone(kind, settings, stage, strict):
     x = torch.randn(3, 24)
     exported = torch.export.export(layer.eval(), (x,), strict=strict)
     assert torch.equal(exported.module()(x), layer(x))
-    model = get_peft_model(nn.Sequential(nn.Linear(24, 20)), SecuraConfig(
-        r=4, target_modules=["0"], variant="curlora" if kind is CURLoRALinear else "secura",
-        **settings))
+    model = get_peft_model(
+        nn.Sequential(nn.Linear(24, 20)),
+        SecuraConfig(
+            r=4,
+            target_modules=["0"],
+            variant="curlora" if kind is CURLoRALinear else "secura",
+            **settings,
+        ),
+    )
     inner = model.base_model.model[0].eval()
     exported = torch.export.export(inner, (x,), strict=strict)
     assert torch.equal(exported.module()(x), inner(x))
@@ -216,8 +245,10 @@ def test_export_of_a_layer_alone(kind, settings, stage, strict):
 
 def test_jit_script_is_refused_in_a_sentence():
     layer = SECURALinear.from_linear(nn.Linear(24, 20), 4, **GATED)
-    model = get_peft_model(nn.Sequential(nn.Linear(24, 20)), SecuraConfig(
-        r=4, target_modules=["0"], variant="secura", **GATED))
+    model = get_peft_model(
+        nn.Sequential(nn.Linear(24, 20)),
+        SecuraConfig(r=4, target_modules=["0"], variant="secura", **GATED),
+    )
     for module in (layer, nn.Sequential(layer), model.base_model.model):
         with pytest.raises(TypeError, match=r"torch.jit.script cannot compile .*torch.export"):
             torch.jit.script(module)

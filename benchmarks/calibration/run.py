@@ -28,13 +28,28 @@ from secura_kernels.peft import SecuraConfig  # noqa: E402
 from secura_kernels.train.calibration.natural import OVERSAMPLING  # noqa: E402
 
 TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
-FORMS = (("whitened", None), ("whitened, quiet", None), ("natural", 0), ("natural", 64),
-         ("natural", 256))
+FORMS = (
+    ("whitened", None),
+    ("whitened, quiet", None),
+    ("natural", 0),
+    ("natural", 64),
+    ("natural", 256),
+)
 R = 64
 GIB = 2**30
 # N, K of the seven layers of a block, and the number of blocks.
-LLAMA_8B = (((4096, 4096), (1024, 4096), (1024, 4096), (4096, 4096), (14336, 4096), (14336, 4096),
-             (4096, 14336)), 32)
+LLAMA_8B = (
+    (
+        (4096, 4096),
+        (1024, 4096),
+        (1024, 4096),
+        (4096, 4096),
+        (14336, 4096),
+        (14336, 4096),
+        (4096, 14336),
+    ),
+    32,
+)
 
 
 def bytes_of(basis: str, rank: int | None, shapes: list[tuple[int, int]], r: int = R) -> int:
@@ -58,8 +73,9 @@ def bytes_of(basis: str, rank: int | None, shapes: list[tuple[int, int]], r: int
 def adapted(base: nn.Module, basis: str, r: int) -> nn.Module:
     from peft import get_peft_model
 
-    config = SecuraConfig(variant="curlora", r=r, basis=basis.split(",")[0],
-                          target_modules=list(TARGETS))
+    config = SecuraConfig(
+        variant="curlora", r=r, basis=basis.split(",")[0], target_modules=list(TARGETS)
+    )
     return get_peft_model(copy.deepcopy(base), config)
 
 
@@ -69,7 +85,8 @@ def plain(model: nn.Module, batches: list[dict]) -> None:
 
     loss = own_loss(model, 0, next(model.parameters()).device)
     embedded = model.get_input_embeddings().register_forward_hook(
-        lambda _, args, y: y.requires_grad_())
+        lambda _, args, y: y.requires_grad_()
+    )
     for batch in batches:
         loss(batch, None).backward()
     embedded.remove()
@@ -85,8 +102,11 @@ def seconds(run) -> float:
 
 def rows(base: nn.Module, general: list[dict], task: list[dict], r: int) -> list[dict]:
     base = base.requires_grad_(False).eval()
-    shapes = [(m.out_features, m.in_features) for name, m in base.named_modules()
-              if name.endswith(TARGETS)]
+    shapes = [
+        (m.out_features, m.in_features)
+        for name, m in base.named_modules()
+        if name.endswith(TARGETS)
+    ]
     found = []
     for basis, rank in FORMS:
         model = adapted(base, basis, r)
@@ -94,29 +114,49 @@ def rows(base: nn.Module, general: list[dict], task: list[dict], r: int) -> list
         if basis.endswith("quiet"):
             settings["selection"] = "quiet"
         batches = task if rank is not None else None
-        both = seconds(lambda: plain(base, general)), seconds(
-            lambda model=model, batches=batches, settings=settings: calibrate(
-                model, general, batches, progress=False, **settings))
-        found.append(dict(basis=basis, rank=rank, plain_s=both[0], calibrate_s=both[1],
-                          MiB=bytes_of(basis, rank, shapes, r) / 2**20,
-                          GiB_8b=bytes_of(basis, rank, LLAMA_8B[0] * LLAMA_8B[1]) / GIB))
+        both = (
+            seconds(lambda: plain(base, general)),
+            seconds(
+                lambda model=model, batches=batches, settings=settings: calibrate(
+                    model, general, batches, progress=False, **settings
+                )
+            ),
+        )
+        found.append(
+            dict(
+                basis=basis,
+                rank=rank,
+                plain_s=both[0],
+                calibrate_s=both[1],
+                MiB=bytes_of(basis, rank, shapes, r) / 2**20,
+                GiB_8b=bytes_of(basis, rank, LLAMA_8B[0] * LLAMA_8B[1]) / GIB,
+            )
+        )
         print(json.dumps(found[-1]), file=sys.stderr)
     return found
 
 
 def table(found: list[dict], tokens: int, task_tokens: int, r: int) -> str:
-    lines = [f"{tokens} general tokens" + f", {task_tokens} of the task twice; r = {r}", "",
-             "| basis | rank of the moments | seconds | times a plain pass of the general tokens | "
-             "memory | of Llama-3.1-8B, r = 64 (computed) |", "|---|---|---|---|---|---|"]
-    lines += [f"| {row['basis']} | {'' if row['rank'] is None else row['rank']} | "
-              f"{row['calibrate_s']:.0f} | {row['calibrate_s'] / row['plain_s']:.2f} | "
-              f"{row['MiB']:.0f} MiB | {row['GiB_8b']:.2f} GiB |" for row in found]
+    lines = [
+        f"{tokens} general tokens" + f", {task_tokens} of the task twice; r = {r}",
+        "",
+        "| basis | rank of the moments | seconds | times a plain pass of the general tokens | "
+        "memory | of Llama-3.1-8B, r = 64 (computed) |",
+        "|---|---|---|---|---|---|",
+    ]
+    lines += [
+        f"| {row['basis']} | {'' if row['rank'] is None else row['rank']} | "
+        f"{row['calibrate_s']:.0f} | {row['calibrate_s'] / row['plain_s']:.2f} | "
+        f"{row['MiB']:.0f} MiB | {row['GiB_8b']:.2f} GiB |"
+        for row in found
+    ]
     return "\n".join(lines) + "\n"
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--quick", action="store_true", help="a tiny model with random weights")
     parser.add_argument("--tokens", type=int, default=4096, help="general ones")
     parser.add_argument("--out", type=Path, default=ROOT / "build" / "calibration")
@@ -148,8 +188,13 @@ def model_of(quick: bool) -> tuple[nn.Module, int]:
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
     if quick:
-        config = LlamaConfig(vocab_size=128, hidden_size=64, intermediate_size=96,
-                             num_hidden_layers=2, num_attention_heads=4)
+        config = LlamaConfig(
+            vocab_size=128,
+            hidden_size=64,
+            intermediate_size=96,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+        )
         return LlamaForCausalLM(config).to(device), 16
     from smollm2 import smollm2_folder
 

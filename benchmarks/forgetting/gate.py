@@ -27,8 +27,9 @@ LARGEST = 4.0  # what `figure` measures changes against: the largest of the matr
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder of gate.md and gate.png")
     out = parser.parse_args().out
     out.mkdir(parents=True, exist_ok=True)
@@ -48,8 +49,10 @@ def results() -> str:
     """The table: a line a gate, a column a change."""
     changes = torch.tensor(SHOWN, dtype=torch.float64)
     lines = [["no gate", *(f"{1 + d:.2f}" for d in SHOWN)]]
-    lines += [[name, *(f"{value:.2f}" for value in result(changes, norm).tolist())]
-              for name, norm in GATES.items()]
+    lines += [
+        [name, *(f"{value:.2f}" for value in result(changes, norm).tolist())]
+        for name, norm in GATES.items()
+    ]
     return table(["out, where the base is 1 and d is", *(f"{d:g}" for d in SHOWN)], lines)
 
 
@@ -65,8 +68,11 @@ def draw(path: Path) -> None:
     for name, norm in GATES.items():
         axes.plot(changes, result(changes, norm), label=name)
     axes.axhline(1, color="gray", linewidth=0.8)
-    axes.set(xlabel="d: the change of an element whose base is 1", ylabel="out = (beta + d) / g",
-             title="S-MagNorm, element by element")
+    axes.set(
+        xlabel="d: the change of an element whose base is 1",
+        ylabel="out = (beta + d) / g",
+        title="S-MagNorm, element by element",
+    )
     axes.legend(fontsize=8)
     figure.tight_layout()
     figure.savefig(path, dpi=90)

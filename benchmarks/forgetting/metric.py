@@ -53,40 +53,63 @@ class Trials:
         self.subject, self.reference = subject, reference
         self.kept: dict[tuple, Calibration] = {}
 
-    def run(self, rate: float, batches: int = GRADIENT_BATCHES,
-            oversampling: int = natural.OVERSAMPLING, tokens: int = TOKENS, **settings) -> dict:
+    def run(
+        self,
+        rate: float,
+        batches: int = GRADIENT_BATCHES,
+        oversampling: int = natural.OVERSAMPLING,
+        tokens: int = TOKENS,
+        **settings,
+    ) -> dict:
         subject, task = self.subject, self.subject.tasks[0]
         torch.manual_seed(0)
         model, all_batches = subject.model(METHOD, 0), subject.batches(task, STEPS, 0)
         key = (tokens, settings.get("rank"))
         keep = self.kept.get(key)
         with mock.patch.object(natural, "OVERSAMPLING", oversampling):
-            self.kept[key] = calibrate(model, None if keep else self.text(tokens),
-                                       all_batches[:batches], keep=keep, progress=False, **settings)
+            self.kept[key] = calibrate(
+                model,
+                None if keep else self.text(tokens),
+                all_batches[:batches],
+                keep=keep,
+                progress=False,
+                **settings,
+            )
         strategy = make_strategy(SEQUENTIAL, subject, STEPS)
         if not train(model, subject, strategy, all_batches, rate, lambda: None):
             return dict(rate=rate, diverged=True)
         measured = self.reference.measure(model)
-        return dict(rate=rate, diverged=False,
-                    perplexity=math.exp(-subject.learned(model, task, "validation")),
-                    **{kind: statistics.mean(v for k, v in measured.items() if k.endswith(kind))
-                       for kind in ("agreement", "kl")})
+        return dict(
+            rate=rate,
+            diverged=False,
+            perplexity=math.exp(-subject.learned(model, task, "validation")),
+            **{
+                kind: statistics.mean(v for k, v in measured.items() if k.endswith(kind))
+                for kind in ("agreement", "kl")
+            },
+        )
 
     def text(self, tokens: int) -> list[dict]:
         if tokens == TOKENS:
             return self.subject.general_text()
-        return list(own_text(self.subject.base, tokens, tokenizer=self.subject.tokenizer, seed=1,
-                             progress=False))
+        return list(
+            own_text(
+                self.subject.base, tokens, tokenizer=self.subject.tokenizer, seed=1, progress=False
+            )
+        )
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--model", metavar="FOLDER", help="another than SmolLM2")
-    parser.add_argument("--way", nargs="+", choices=WAYS, default=list(WAYS), metavar="WAY",
-                        help="; ".join(WAYS))
-    parser.add_argument("--out", type=Path, default=RESULTS,
-                        help="folder of metric.json and metric.md")
+    parser.add_argument(
+        "--way", nargs="+", choices=WAYS, default=list(WAYS), metavar="WAY", help="; ".join(WAYS)
+    )
+    parser.add_argument(
+        "--out", type=Path, default=RESULTS, help="folder of metric.json and metric.md"
+    )
     options = parser.parse_args()
     subject = subjects.load("language", Setup(precision="float32", model=options.model))
     records = Records(options.out / "metric.json", dict(subject=subject.identity, steps=STEPS), {})
@@ -104,26 +127,44 @@ def main() -> None:
 def report(records: list[dict]) -> str:
     """A table; beside each way what the default keeps at equal learning, where its curve goes."""
     records = [record for record in records if not record["diverged"]]
-    curve = sorted((r["perplexity"], r["agreement"], r["kl"]) for r in records
-                   if r["way"] == DEFAULT)
+    curve = sorted(
+        (r["perplexity"], r["agreement"], r["kl"]) for r in records if r["way"] == DEFAULT
+    )
     rows = []
     for r in records:
         beside = None if r["way"] == DEFAULT else on_curve(curve, r["perplexity"])
-        rows.append([r["way"], f"{r['rate']:g}", f"{r['perplexity']:.1f}", f"{r['agreement']:.3f}",
-                     f"{r['kl']:.4f}", *(("", "") if beside is None else
-                                         (f"{beside[0]:.3f}", f"{beside[1]:.4f}"))])
-    return table(["way", "rate", "perplexity", "agreement", "KL", "default's agreement there",
-                  "default's KL there"], rows)
+        rows.append(
+            [
+                r["way"],
+                f"{r['rate']:g}",
+                f"{r['perplexity']:.1f}",
+                f"{r['agreement']:.3f}",
+                f"{r['kl']:.4f}",
+                *(("", "") if beside is None else (f"{beside[0]:.3f}", f"{beside[1]:.4f}")),
+            ]
+        )
+    return table(
+        [
+            "way",
+            "rate",
+            "perplexity",
+            "agreement",
+            "KL",
+            "default's agreement there",
+            "default's KL there",
+        ],
+        rows,
+    )
 
 
-def on_curve(curve: list[tuple[float, float, float]], perplexity: float
-             ) -> tuple[float, float] | None:
+def on_curve(
+    curve: list[tuple[float, float, float]], perplexity: float
+) -> tuple[float, float] | None:
     """Agreement and KL at a perplexity, between neighbours: straight in nats, KL in its log."""
     for (low, *kept), (high, *more) in itertools.pairwise(curve):
         if low <= perplexity <= high:
             part = math.log(perplexity / low) / math.log(high / low)
-            return (kept[0] + part * (more[0] - kept[0]),
-                    kept[1] * (more[1] / kept[1]) ** part)
+            return (kept[0] + part * (more[0] - kept[0]), kept[1] * (more[1] / kept[1]) ** part)
     return None
 
 

@@ -43,18 +43,22 @@ class Watch(Strategy):
     def after_step(self, model: nn.Module) -> None:
         self.step += 1
         if self.step % EVERY == 0:
-            self.rows.append(dict(step=self.step, size=core_size(model)) | {
-                name: base_kl(model, batches) for name, batches in self.texts.items()})
+            self.rows.append(
+                dict(step=self.step, size=core_size(model))
+                | {name: base_kl(model, batches) for name, batches in self.texts.items()}
+            )
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--rate", type=float, default=4e-3)
     parser.add_argument("--steps", type=int, default=24)
     parser.add_argument("--model", metavar="FOLDER", help="another than SmolLM2")
-    parser.add_argument("--out", type=Path, default=RESULTS,
-                        help="folder of prediction.json, .md and .png")
+    parser.add_argument(
+        "--out", type=Path, default=RESULTS, help="folder of prediction.json, .md and .png"
+    )
     options = parser.parse_args()
     options.out.mkdir(parents=True, exist_ok=True)
     subject = subjects.load("language", Setup(precision="float32", model=options.model))
@@ -71,15 +75,24 @@ def run(subject: Language, method: Method, options: argparse.Namespace) -> dict:
     model, task = subject.model(method, 0), subject.tasks[0]
     batches = subject.batches(task, options.steps, 0)
     general = subject.general_text()
-    calibrate(model, general[:-HELD_BACK],
-              batches[:GRADIENT_BATCHES] if method.basis == "natural" else None, progress=False)
+    calibrate(
+        model,
+        general[:-HELD_BACK],
+        batches[:GRADIENT_BATCHES] if method.basis == "natural" else None,
+        progress=False,
+    )
     wikipedia = next(iter(subject.speech.reference.kinds.values())).ids
-    texts = {"own text": general[-HELD_BACK:],
-             "Wikipedia": [dict(input_ids=ids) for ids in wikipedia.split(8)]}
+    texts = {
+        "own text": general[-HELD_BACK:],
+        "Wikipedia": [dict(input_ids=ids) for ids in wikipedia.split(8)],
+    }
     watch = Watch(texts)
     train(model, subject, watch, batches, options.rate, lambda: None)
-    return dict(rows=watch.rows, alone=alone(model, texts["own text"][:1]),
-                perplexity=math.exp(-subject.learned(model, task, "validation")))
+    return dict(
+        rows=watch.rows,
+        alone=alone(model, texts["own text"][:1]),
+        perplexity=math.exp(-subject.learned(model, task, "validation")),
+    )
 
 
 @torch.no_grad()
@@ -99,8 +112,12 @@ def alone(model: nn.Module, text: list[dict]) -> dict[str, float]:
     each = [of([m]) for m in chosen]
     together = of(chosen)
     of(layers)
-    return dict(layers=len(chosen), size=sum(s for s, _ in each), alone=sum(kl for _, kl in each),
-                together=together[1])
+    return dict(
+        layers=len(chosen),
+        size=sum(s for s, _ in each),
+        alone=sum(kl for _, kl in each),
+        together=together[1],
+    )
 
 
 def report(found: dict[str, dict]) -> str:
@@ -108,14 +125,22 @@ def report(found: dict[str, dict]) -> str:
     for name, result in found.items():
         for row in result["rows"]:
             texts = [k for k in row if k not in ("step", "size")]
-            lines.append([name, str(row["step"]), f"{row['size']:.2e}", *(
-                f"{row[t]:.2e} ({row[t] / row['size']:.0f} times)" for t in texts)])
+            lines.append(
+                [
+                    name,
+                    str(row["step"]),
+                    f"{row['size']:.2e}",
+                    *(f"{row[t]:.2e} ({row[t] / row['size']:.0f} times)" for t in texts),
+                ]
+            )
     out = table(["basis", "step", "size of the cores", *texts], lines)
     for name, result in found.items():
         a = result["alone"]
-        out += (f"\n\n{name}: {a['layers']} layers' changes, each alone, move the predictions "
-                f"{a['alone'] / a['size']:.1f} times as far as their sizes say; together "
-                f"{a['together'] / a['alone']:.1f} times as far as each alone, added up.")
+        out += (
+            f"\n\n{name}: {a['layers']} layers' changes, each alone, move the predictions "
+            f"{a['alone'] / a['size']:.1f} times as far as their sizes say; together "
+            f"{a['together'] / a['alone']:.1f} times as far as each alone, added up."
+        )
     return out
 
 
@@ -129,12 +154,20 @@ def draw(found: dict[str, dict], path: Path) -> None:
     for (name, result), marker in zip(found.items(), "os", strict=True):
         rows = result["rows"]
         for text in (k for k in rows[0] if k not in ("step", "size")):
-            axes.plot([r["size"] for r in rows], [r[text] for r in rows], marker=marker,
-                      label=f"{name}: {text}")
+            axes.plot(
+                [r["size"] for r in rows],
+                [r[text] for r in rows],
+                marker=marker,
+                label=f"{name}: {text}",
+            )
     axes.axline((1e-5, 1e-5), slope=1, color="black", linestyle=":", label="as predicted")
-    axes.set(xscale="log", yscale="log", xlabel="size of the cores, in nats a token",
-             ylabel="measured KL from the base, in nats a token",
-             title="Proportional while training goes on, but not equal")
+    axes.set(
+        xscale="log",
+        yscale="log",
+        xlabel="size of the cores, in nats a token",
+        ylabel="measured KL from the base, in nats a token",
+        title="Proportional while training goes on, but not equal",
+    )
     axes.legend(fontsize=8)
     figure.tight_layout()
     figure.savefig(path, dpi=90)

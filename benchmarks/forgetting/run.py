@@ -56,8 +56,9 @@ def main() -> int:
     with console.status(f"{options.subject}: reading the model and the tasks"):
         subject = subjects.load(options.subject, setup_of(options))
     rows = [(m, s) for s in options.strategy for m in options.method]
-    runs = grid(rows, options.search_seeds, options.steps,
-                QUICK_RATES if options.quick else slice(None))
+    runs = grid(
+        rows, options.search_seeds, options.steps, QUICK_RATES if options.quick else slice(None)
+    )
     path = options.out / f"{options.subject}{'-quick' * options.quick}.json"
     about = dict(machine=machine.describe(torch.device(DEVICE)), tasks=subject.tasks)
     records = Records(path, dict(subject=subject.identity, steps=options.steps), about)
@@ -75,8 +76,12 @@ def main() -> int:
 def perform(runs: list[Run], subject: Subject, records: Records, console: Console) -> None:
     """Every run that has no record yet; after each seed the report of all there are."""
     steps = len(subject.tasks) * runs[0].steps
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(),
-               TimeRemainingColumn(elapsed_when_finished=True))
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeRemainingColumn(elapsed_when_finished=True),
+    )
     with Progress(*columns, console=console) as progress:
         bar = progress.add_task(subject.name, total=len(runs) * steps)
         for i, run in enumerate(runs):
@@ -90,52 +95,86 @@ def perform(runs: list[Run], subject: Subject, records: Records, console: Consol
 
 
 def arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     add = parser.add_argument
     add("--subject", choices=subjects.NAMES, default=subjects.NAMES[0])
     add("--quick", action="store_true", help="four methods, two rates, one seed, fewer tests")
     add("--model", metavar="NAME", help="of the Hugging Face hub, or a folder")
-    add("--task", nargs="+", metavar="NAME",
-        help=f"{', '.join(TASKS)}; of language: {', '.join((*DOMAINS, *HUB_TEXTS))}")
+    add(
+        "--task",
+        nargs="+",
+        metavar="NAME",
+        help=f"{', '.join(TASKS)}; of language: {', '.join((*DOMAINS, *HUB_TEXTS))}",
+    )
     add("--target", nargs="+", metavar="NAME", help="the layers with adapters: ends of their names")
     add("--batch-size", type=int)
     add("--length", type=int, help="tokens of a text, at most")
     add("--dtype", choices=("float32", "bfloat16"), default="float32", help="of the base weights")
     add("--precision", choices=PRECISIONS, default=PRECISIONS[0], help="of all products")
-    add("--general", choices=("wikipedia", *HUB_TEXTS), default="wikipedia",
-        help="text whose predictions a language model is not to lose")
+    add(
+        "--general",
+        choices=("wikipedia", *HUB_TEXTS),
+        default="wikipedia",
+        help="text whose predictions a language model is not to lose",
+    )
     add("--method", nargs="+", choices=METHODS, metavar="NAME", help="; ".join(METHODS))
     add("--strategy", nargs="+", choices=[*STRATEGIES, *ON_GENERAL_TEXT], default=[SEQUENTIAL])
     add("--seeds", type=int, help="quick: 1, else 3")
-    add("--search-seeds", type=int, metavar="N",
-        help="seeds at every learning rate; those after them run at each row's best (default: all)")
-    add("--steps", type=int,
-        help=f"of the optimizer, a task ({', '.join(f'{k}: {v}' for k, v in STEPS.items())})")
+    add(
+        "--search-seeds",
+        type=int,
+        metavar="N",
+        help="seeds at every learning rate; those after them run at each row's best (default: all)",
+    )
+    add(
+        "--steps",
+        type=int,
+        help=f"of the optimizer, a task ({', '.join(f'{k}: {v}' for k, v in STEPS.items())})",
+    )
     add("--out", type=Path, default=ROOT / "build" / "forgetting")
     options = parser.parse_args()
     if options.subject != WRITES:
         unable = [name for name in options.method or () if METHODS[name].calibrated]
         unable += [name for name in options.strategy if name in ON_GENERAL_TEXT]
         if unable:
-            parser.error(f"{unable[0]!r} needs text that the model writes itself: --subject "
-                         f"{WRITES} alone does")
-    options.method = options.method or (QUICK if options.quick else tuple(
-        name for name, method in METHODS.items()
-        if options.subject == WRITES or not method.calibrated))
+            parser.error(
+                f"{unable[0]!r} needs text that the model writes itself: --subject "
+                f"{WRITES} alone does"
+            )
+    options.method = options.method or (
+        QUICK
+        if options.quick
+        else tuple(
+            name
+            for name, method in METHODS.items()
+            if options.subject == WRITES or not method.calibrated
+        )
+    )
     options.seeds = options.seeds or (1 if options.quick else 3)
     options.search_seeds = options.search_seeds or options.seeds
     if not 1 <= options.search_seeds <= options.seeds:
-        parser.error(f"argument --search-seeds: {options.search_seeds} is not one of "
-                     f"1 to {options.seeds}, the seeds")
+        parser.error(
+            f"argument --search-seeds: {options.search_seeds} is not one of "
+            f"1 to {options.seeds}, the seeds"
+        )
     options.steps = options.steps or STEPS[options.subject]
     return options
 
 
 def setup_of(options: argparse.Namespace) -> Setup:
-    return Setup(quick=options.quick, model=options.model, tasks=options.task,
-                 targets=options.target, batch_size=options.batch_size, length=options.length,
-                 dtype=options.dtype, general=options.general, precision=options.precision)
+    return Setup(
+        quick=options.quick,
+        model=options.model,
+        tasks=options.task,
+        targets=options.target,
+        batch_size=options.batch_size,
+        length=options.length,
+        dtype=options.dtype,
+        general=options.general,
+        precision=options.precision,
+    )
 
 
 if __name__ == "__main__":

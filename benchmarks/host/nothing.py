@@ -22,7 +22,8 @@ class NothingDriver:
         self.target, self.launches = GPUTarget("cuda", chip, 32), 0
         self.utils = SimpleNamespace(
             load_binary=lambda *_: (None, 0, 0, 0, 1024),
-            get_device_properties=lambda _: dict(max_shared_mem=chips.CHIPS[chip].shared_memory))
+            get_device_properties=lambda _: dict(max_shared_mem=chips.CHIPS[chip].shared_memory),
+        )
 
     def launcher_cls(self, src, metadata):
         def run(*_):

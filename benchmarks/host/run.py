@@ -33,22 +33,28 @@ WARM_UP = 50
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--chip", type=int, default=90, help="compute capability, times ten")
     parser.add_argument("--rows", type=int, default=16, help="tokens")
     parser.add_argument("--rounds", type=int, default=1000)
-    parser.add_argument("--out", type=Path, default=ROOT / "build" / "host",
-                        help="folder of host.json and .md")
+    parser.add_argument(
+        "--out", type=Path, default=ROOT / "build" / "host", help="folder of host.json and .md"
+    )
     options = parser.parse_args()
     torch.set_num_threads(1)
     with launching_nothing(options.chip) as driver:
-        found = {"triton": measure(layers("triton", torch.bfloat16), options,
-                                   lambda: driver.launches)}
+        found = {
+            "triton": measure(layers("triton", torch.bfloat16), options, lambda: driver.launches)
+        }
     found["reference"] = measure(layers("reference", torch.float32), options, lambda: 0)
     options.out.mkdir(parents=True, exist_ok=True)
-    about = dict(machine=machine.describe(torch.device("cpu")), chip=options.chip,
-                 shape=[options.rows, N, K, R])
+    about = dict(
+        machine=machine.describe(torch.device("cpu")),
+        chip=options.chip,
+        shape=[options.rows, N, K, R],
+    )
     (options.out / "host.json").write_text(json.dumps(about | found, indent=1) + "\n")
     (options.out / "host.md").write_text(table(found))
     print(table(found))
@@ -60,18 +66,24 @@ def layers(impl: str, dtype: torch.dtype) -> dict[str, nn.Module]:
         return nn.Linear(K, N, bias=False).to(dtype).requires_grad_(False)
 
     lora = get_peft_model(nn.Sequential(base()), LoraConfig(r=R, target_modules=["0"]))
-    return {"frozen": base(), RIVAL: lora.base_model.model[0],
-            "CURLoRA": CURLoRALinear.from_linear(base(), R, impl=impl),
-            "SECURA": SECURALinear.from_linear(base(), R, m=M_INNER, norm="calibrated", impl=impl)}
+    return {
+        "frozen": base(),
+        RIVAL: lora.base_model.model[0],
+        "CURLoRA": CURLoRALinear.from_linear(base(), R, impl=impl),
+        "SECURA": SECURALinear.from_linear(base(), R, m=M_INNER, norm="calibrated", impl=impl),
+    }
 
 
-def measure(rivals: dict[str, nn.Module], options: argparse.Namespace,
-            launches: Callable[[], int]) -> list[dict]:
+def measure(
+    rivals: dict[str, nn.Module], options: argparse.Namespace, launches: Callable[[], int]
+) -> list[dict]:
     """A row a rival and mode."""
     x = torch.randn(options.rows, K).to(rivals["frozen"].weight.dtype).requires_grad_()
     dy = torch.ones(options.rows, N, dtype=x.dtype)
-    modes = {"forward, no gradients": (torch.no_grad, None),
-             "forward + backward": (nullcontext, dy)}
+    modes = {
+        "forward, no gradients": (torch.no_grad, None),
+        "forward + backward": (nullcontext, dy),
+    }
     rows = []
     for mode, (context, gradient) in modes.items():
         times, counts, order = {name: [] for name in rivals}, {}, list(rivals)
@@ -86,8 +98,15 @@ def measure(rivals: dict[str, nn.Module], options: argparse.Namespace,
             order.append(order.pop(0))
         for name, us in times.items():
             ratios = [a / b for a, b in zip(us[WARM_UP:], times[RIVAL][WARM_UP:], strict=True)]
-            rows.append(dict(rival=name, mode=mode, us=statistics.median(us[WARM_UP:]),
-                             ratio=statistics.median(ratios), launches=counts[name]))
+            rows.append(
+                dict(
+                    rival=name,
+                    mode=mode,
+                    us=statistics.median(us[WARM_UP:]),
+                    ratio=statistics.median(ratios),
+                    launches=counts[name],
+                )
+            )
     return rows
 
 
@@ -99,8 +118,12 @@ def step(layer: nn.Module, x: Tensor, dy: Tensor | None) -> None:
 
 def table(found: dict[str, list[dict]]) -> str:
     lines = ["| path | layer | what | us | / LoRA | launches |", "|---|---|---|---|---|---|"]
-    lines += [f"| {path} | {row['rival']} | {row['mode']} | {row['us']:.0f} | {row['ratio']:.2f} | "
-              f"{row['launches'] or ''} |" for path, rows in found.items() for row in rows]
+    lines += [
+        f"| {path} | {row['rival']} | {row['mode']} | {row['us']:.0f} | {row['ratio']:.2f} | "
+        f"{row['launches'] or ''} |"
+        for path, rows in found.items()
+        for row in rows
+    ]
     return "\n".join(lines) + "\n"
 
 

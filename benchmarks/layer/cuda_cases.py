@@ -40,15 +40,25 @@ class CudaPasses:
         passes.epilogue(self.on.y, self.on.h, self.C, self.gated)
 
     def gate_backward(self) -> None:
-        passes.gate_backward(self.on.dy, self.on.code, self.C, self.on.rows, self.on.core, 1.0,
-                             self.on.gate, decay=None, needs=(True, True, False))
+        passes.gate_backward(
+            self.on.dy,
+            self.on.code,
+            self.C,
+            self.on.rows,
+            self.on.core,
+            1.0,
+            self.on.gate,
+            decay=None,
+            needs=(True, True, False),
+        )
 
     def core_gradient(self) -> None:
         passes.core_gradient(self.on.v[0], self.on.t, 1.0)
 
     def effective_weight(self) -> None:
         passes.effective_weight(
-            passes.WeightChange(self.on.W, self.on.P, self.R(), None, self.on.gate), None)
+            passes.WeightChange(self.on.W, self.on.P, self.R(), None, self.on.gate), None
+        )
 
     def product(self) -> None:
         passes.product(self.on.x, self.on.W, self.on.h, self.C, None, passes.Finish())

@@ -15,15 +15,25 @@ ROOT = Path(__file__).parents[2]
 def describe(device: torch.device) -> dict:
     """Chip, driver, clocks, versions, commit and date."""
     about = dict(
-        date=time.strftime("%Y-%m-%d"), commit=commit(), python=platform.python_version(),
-        torch=torch.__version__, triton=version("triton"), peft=version("peft"),
-        processor=processor(), cores=os.cpu_count(), threads=torch.get_num_threads())
+        date=time.strftime("%Y-%m-%d"),
+        commit=commit(),
+        python=platform.python_version(),
+        torch=torch.__version__,
+        triton=version("triton"),
+        peft=version("peft"),
+        processor=processor(),
+        cores=os.cpu_count(),
+        threads=torch.get_num_threads(),
+    )
     if device.type == "cuda":
         properties = torch.cuda.get_device_properties(device)
         about |= dict(
-            gpu=properties.name, gpu_memory=properties.total_memory,
-            multiprocessors=properties.multi_processor_count, cuda=torch.version.cuda,
-            **nvidia_smi())
+            gpu=properties.name,
+            gpu_memory=properties.total_memory,
+            multiprocessors=properties.multi_processor_count,
+            cuda=torch.version.cuda,
+            **nvidia_smi(),
+        )
     return about
 
 
@@ -47,8 +57,9 @@ def nvidia_smi() -> dict:
     """Driver and clocks (MHz), {} where the tool is missing."""
     fields = "driver_version,clocks.sm,clocks.max.sm,clocks.mem,power.limit"
     try:
-        values = _run("nvidia-smi", f"--query-gpu={fields}", "--format=csv,noheader,nounits",
-                      "--id=0").split(", ")
+        values = _run(
+            "nvidia-smi", f"--query-gpu={fields}", "--format=csv,noheader,nounits", "--id=0"
+        ).split(", ")
     except (OSError, subprocess.CalledProcessError):
         return {}
     names = ("driver", "sm_clock", "largest_sm_clock", "memory_clock", "power_limit")
@@ -71,5 +82,6 @@ def processor() -> str:
 
 
 def _run(*command: str) -> str:
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True,
-                          check=True).stdout.strip()
+    return subprocess.run(
+        command, cwd=ROOT, capture_output=True, text=True, check=True
+    ).stdout.strip()

@@ -37,16 +37,19 @@ def main() -> None:
     Console(width=120).print(table(rows, about))
     options.out.mkdir(parents=True, exist_ok=True)
     (options.out / "mixed.json").write_text(
-        json.dumps(dict(machine=about, rows=rows), indent=1) + "\n")
+        json.dumps(dict(machine=about, rows=rows), indent=1) + "\n"
+    )
     plot(rows, about, options.out / "mixed.png")
     print(f"written: {options.out / 'mixed.json'} and mixed.png")
 
 
 def methods(r: int) -> dict[str, PeftConfig]:
     common = dict(r=r, target_modules=["0"])
-    return {"CURLoRA": SecuraConfig(variant="curlora", basis="raw", **common),
-            "SECURA": SecuraConfig(variant="secura", basis="raw", norm="calibrated", **common),
-            "LoRA (PEFT)": LoraConfig(lora_alpha=r, **common)}
+    return {
+        "CURLoRA": SecuraConfig(variant="curlora", basis="raw", **common),
+        "SECURA": SecuraConfig(variant="secura", basis="raw", norm="calibrated", **common),
+        "LoRA (PEFT)": LoraConfig(lora_alpha=r, **common),
+    }
 
 
 def build(config: PeftConfig, options: argparse.Namespace, device: torch.device) -> PeftModel:
@@ -82,7 +85,7 @@ def check(model: PeftModel, x: Tensor) -> None:
     for i in range(SAMPLES):
         model.set_adapter(f"a{i}")
         allowed = ROUNDING[x.dtype]
-        torch.testing.assert_close(whole[i], model(x[i:i + 1])[0], rtol=allowed, atol=allowed)
+        torch.testing.assert_close(whole[i], model(x[i : i + 1])[0], rtol=allowed, atol=allowed)
 
 
 @torch.no_grad()
@@ -104,24 +107,45 @@ def measure(options: argparse.Namespace, device: torch.device) -> list[dict]:
             if i >= WARM_UP:
                 times[name, count].append(ms)
         cases.append(cases.pop(0))
-    shape = dict(N=options.N, K=options.K, r=options.rank, samples=SAMPLES, tokens=options.tokens,
-                 dtype=options.dtype)
-    return [shape | dict(method=name, adapters=count) | summary(times[name, count]) | dict(
-        ratio=statistics.median(
-            a / b for a, b in zip(times[name, count], times[name, 1], strict=True)))
-        for name in models for count in COUNTS]
+    shape = dict(
+        N=options.N,
+        K=options.K,
+        r=options.rank,
+        samples=SAMPLES,
+        tokens=options.tokens,
+        dtype=options.dtype,
+    )
+    return [
+        shape
+        | dict(method=name, adapters=count)
+        | summary(times[name, count])
+        | dict(
+            ratio=statistics.median(
+                a / b for a, b in zip(times[name, count], times[name, 1], strict=True)
+            )
+        )
+        for name in models
+        for count in COUNTS
+    ]
 
 
 def table(rows: list[dict], about: dict) -> Table:
     first = rows[0]
-    shown = Table(title=f"{SAMPLES} x {first['tokens']} tokens, N, K = {first['N']}, "
-                        f"{first['K']}, r = {first['r']}, {first['dtype']}; "
-                        f"{about.get('gpu', about['processor'])}, {about['date']}")
+    shown = Table(
+        title=f"{SAMPLES} x {first['tokens']} tokens, N, K = {first['N']}, "
+        f"{first['K']}, r = {first['r']}, {first['dtype']}; "
+        f"{about.get('gpu', about['processor'])}, {about['date']}"
+    )
     for column in ("method", "adapters in the batch", "median ms", "quartiles", "÷ one adapter"):
         shown.add_column(column)
     for row in rows:
-        shown.add_row(row["method"], str(row["adapters"]), f"{row['median_ms']:.2f}",
-                      f"{row['low_ms']:.2f}-{row['high_ms']:.2f}", f"{row['ratio']:.2f}")
+        shown.add_row(
+            row["method"],
+            str(row["adapters"]),
+            f"{row['median_ms']:.2f}",
+            f"{row['low_ms']:.2f}-{row['high_ms']:.2f}",
+            f"{row['ratio']:.2f}",
+        )
     return shown
 
 
@@ -134,12 +158,16 @@ def plot(rows: list[dict], about: dict, path: Path) -> None:
     figure, panel = plt.subplots(figsize=(5, 4))
     for name in dict.fromkeys(row["method"] for row in rows):
         own = [row for row in rows if row["method"] == name]
-        panel.plot([row["adapters"] for row in own], [row["ratio"] for row in own], marker="o",
-                   label=name)
+        panel.plot(
+            [row["adapters"] for row in own], [row["ratio"] for row in own], marker="o", label=name
+        )
     panel.set_xscale("log", base=2)
     panel.set_xticks(COUNTS, map(str, COUNTS))
-    panel.set(xlabel=f"adapters among {SAMPLES} samples", ylabel="time ÷ one adapter's batch",
-              title=about.get("gpu", about["processor"]))
+    panel.set(
+        xlabel=f"adapters among {SAMPLES} samples",
+        ylabel="time ÷ one adapter's batch",
+        title=about.get("gpu", about["processor"]),
+    )
     panel.set_ylim(bottom=0)
     panel.legend()
     figure.savefig(path, dpi=120, bbox_inches="tight")
@@ -147,19 +175,26 @@ def plot(rows: list[dict], about: dict, path: Path) -> None:
 
 
 def arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     device = "cuda" if torch.cuda.is_available() else "cpu"
     parser.add_argument("--device", default=device)
-    parser.add_argument("--dtype", choices=[str(d).removeprefix("torch.") for d in ROUNDING],
-                        default="bfloat16" if device == "cuda" else "float32")
+    parser.add_argument(
+        "--dtype",
+        choices=[str(d).removeprefix("torch.") for d in ROUNDING],
+        default="bfloat16" if device == "cuda" else "float32",
+    )
     parser.add_argument("--N", type=int, default=1536)
     parser.add_argument("--K", type=int, default=1536)
     parser.add_argument("--rank", type=int, default=64)
     parser.add_argument("--tokens", type=int, default=16, help="of each sample")
     parser.add_argument("--rounds", type=int, default=40)
-    parser.add_argument("--out", type=Path, default=machine.ROOT / "benchmarks" / "results"
-                        / machine.chip(torch.device(device)))
+    parser.add_argument(
+        "--out",
+        type=Path,
+        default=machine.ROOT / "benchmarks" / "results" / machine.chip(torch.device(device)),
+    )
     return parser.parse_args()
 
 

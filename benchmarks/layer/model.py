@@ -65,13 +65,20 @@ CEILINGS = {
 }
 
 
-def _seconds(cost: Cost, ceilings: Ceilings, *, loss: float = 0.0, overlapped: int = 0,
-             exposed: int = 0) -> float:
+def _seconds(
+    cost: Cost, ceilings: Ceilings, *, loss: float = 0.0, overlapped: int = 0, exposed: int = 0
+) -> float:
     """Of one kernel. ``loss``: how much longer its operations take than the library's.
     ``overlapped``, ``exposed``: special functions that run beside the rest, or after it."""
-    return LAUNCH + exposed / ceilings.special + max(
-        cost.bytes / ceilings.bandwidth, cost.flops * (1 + loss) / ceilings.flops,
-        overlapped / ceilings.special)
+    return (
+        LAUNCH
+        + exposed / ceilings.special
+        + max(
+            cost.bytes / ceilings.bandwidth,
+            cost.flops * (1 + loss) / ceilings.flops,
+            overlapped / ceilings.special,
+        )
+    )
 
 
 def _total(times: dict[str, float]) -> float:
@@ -85,8 +92,9 @@ def forward_times(layer: Layer, gate: bool, ceilings: Ceilings) -> dict[str, flo
     product = layer.product_gate() if gate else layer.product()
     one_pass = gather | {
         "forward down": _seconds(layer.down(), ceilings),
-        "forward one pass": _seconds(product, ceilings, loss=ASSUMED_LOSS,
-                                     exposed=GATE_IN_SPECIAL * layer.M * layer.N * gate),
+        "forward one pass": _seconds(
+            product, ceilings, loss=ASSUMED_LOSS, exposed=GATE_IN_SPECIAL * layer.M * layer.N * gate
+        ),
     }
     epilogue = (layer if gate else replace(layer, g=0)).epilogue()
     library = gather | {
@@ -108,11 +116,17 @@ def backward_times(layer: Layer, gate: bool, ceilings: Ceilings) -> dict[str, fl
     times = {"backward gather": _seconds(layer.gather(), ceilings)} | core
     if gate:
         decoded = SPECIAL_TO_DECODE * layer.M * layer.N
-        return times | library | {
-            "backward gate": _seconds(layer.gate_backward(), ceilings, overlapped=decoded)}
+        return (
+            times
+            | library
+            | {"backward gate": _seconds(layer.gate_backward(), ceilings, overlapped=decoded)}
+        )
     times["backward down"] = _seconds(layer.down_of_gradient(), ceilings)
-    one_pass = times | {"backward one pass": _seconds(layer.product_of_input_gradient(), ceilings,
-                                                      loss=ASSUMED_LOSS)}
+    one_pass = times | {
+        "backward one pass": _seconds(
+            layer.product_of_input_gradient(), ceilings, loss=ASSUMED_LOSS
+        )
+    }
     # dX has K columns: the epilogue of a layer with inputs and outputs exchanged.
     exchanged = replace(layer, N=layer.K, K=layer.N, g=0)
     library["backward epilogue"] = _seconds(exchanged.epilogue(), ceilings)
@@ -133,8 +147,7 @@ def pass_times(layer: Layer, gate: bool, ceilings: Ceilings) -> dict[str, float]
 def frozen(layer: Layer, ceilings: Ceilings) -> float:
     """Seconds of a frozen ``nn.Linear``: forward and input gradient, one library product each."""
     M, N, K = layer.M, layer.N, layer.K
-    return (_seconds(layer.library(M, N, K), ceilings)
-            + _seconds(layer.library(M, K, N), ceilings))
+    return _seconds(layer.library(M, N, K), ceilings) + _seconds(layer.library(M, K, N), ceilings)
 
 
 def ratio(layer: Layer, gate: bool, ceilings: Ceilings) -> float:
@@ -155,11 +168,22 @@ def lora(layer: Layer, ceilings: Ceilings) -> float:
     """
     M, N, K, r, e = layer.M, layer.N, layer.K, layer.r, layer.e
     scaled = Cost(M * N * e, M * N * e, 0)
-    forward = [layer.library(M, N, K), layer.library(M, r, K), layer.library(M, N, r), scaled,
-               Cost(2 * M * N * e, M * N * e, 0)]
-    backward = [layer.library(M, K, N), scaled, layer.library(M, r, N), layer.library(N, r, M),
-                layer.library(r, K, M), layer.library(M, K, r),
-                Cost(2 * M * K * e, M * K * e, 0)]
+    forward = [
+        layer.library(M, N, K),
+        layer.library(M, r, K),
+        layer.library(M, N, r),
+        scaled,
+        Cost(2 * M * N * e, M * N * e, 0),
+    ]
+    backward = [
+        layer.library(M, K, N),
+        scaled,
+        layer.library(M, r, N),
+        layer.library(N, r, M),
+        layer.library(r, K, M),
+        layer.library(M, K, r),
+        Cost(2 * M * K * e, M * K * e, 0),
+    ]
     return sum(_seconds(cost, ceilings) for cost in forward + backward)
 
 
@@ -202,8 +226,9 @@ def scaling(layer: Layer, gate: bool, ceilings: Ceilings, gpus: int, mode: str) 
         seconds = _total(pass_times(part, gate, ceilings)) + 2 * _ring(reduced, ceilings, gpus)
         return Scaling(seconds, alone / (gpus * seconds))
     weight = layer.N * layer.K * layer.e
-    seconds = (max(forward, _ring(weight, ceilings, gpus))
-               + max(backward, _ring(weight + core, ceilings, gpus)))
+    seconds = max(forward, _ring(weight, ceilings, gpus)) + max(
+        backward, _ring(weight + core, ceilings, gpus)
+    )
     return Scaling(seconds, alone / seconds)
 
 
@@ -233,29 +258,52 @@ def flag(predicted: float, measured: float) -> bool:
 
 
 def _ratio_table(ceilings: Ceilings) -> Table:
-    table = Table("M, N, K", "r", "S-MagNorm", "no gate", "LoRA (PEFT)",
-                  title="predicted, not measured: forward + backward ÷ frozen linear, bfloat16, "
-                        f"{ceilings.name}", min_width=WIDTH)
+    table = Table(
+        "M, N, K",
+        "r",
+        "S-MagNorm",
+        "no gate",
+        "LoRA (PEFT)",
+        title="predicted, not measured: forward + backward ÷ frozen linear, bfloat16, "
+        f"{ceilings.name}",
+        min_width=WIDTH,
+    )
     for M, N, K in SHAPES:
         for r in RANKS:
             layer = Layer(M, N, K, r)
-            ratios = (ratio(layer, True, ceilings), ratio(layer, False, ceilings),
-                      lora(layer, ceilings) / frozen(layer, ceilings))
-            table.add_row(f"{M}, {N}, {K}", str(r), *(f"{value:.3f}" for value in ratios),
-                          end_section=r == RANKS[-1])
+            ratios = (
+                ratio(layer, True, ceilings),
+                ratio(layer, False, ceilings),
+                lora(layer, ceilings) / frozen(layer, ceilings),
+            )
+            table.add_row(
+                f"{M}, {N}, {K}",
+                str(r),
+                *(f"{value:.3f}" for value in ratios),
+                end_section=r == RANKS[-1],
+            )
     return table
 
 
 def _scaling_table(layer: Layer, ceilings: Ceilings) -> Table:
-    table = Table("GPUs", "ddp", "ddp, full fine-tuning", "fsdp", "tp",
-                  title="predicted, not measured: efficiency with S-MagNorm, M, N, K = "
-                        f"{layer.M}, {layer.N}, {layer.K}, r = {layer.r}, {ceilings.name}",
-                  caption="ddp, fsdp: M tokens on every GPU; tp: the layer split", min_width=WIDTH)
+    table = Table(
+        "GPUs",
+        "ddp",
+        "ddp, full fine-tuning",
+        "fsdp",
+        "tp",
+        title="predicted, not measured: efficiency with S-MagNorm, M, N, K = "
+        f"{layer.M}, {layer.N}, {layer.K}, r = {layer.r}, {ceilings.name}",
+        caption="ddp, fsdp: M tokens on every GPU; tp: the layer split",
+        min_width=WIDTH,
+    )
     gpus = GPUS_PER_NODE
     while gpus <= MOST_GPUS:
-        found = [scaling(layer, True, ceilings, gpus, "ddp"),
-                 full_fine_tuning(layer, ceilings, gpus),
-                 scaling(layer, True, ceilings, gpus, "fsdp")]
+        found = [
+            scaling(layer, True, ceilings, gpus, "ddp"),
+            full_fine_tuning(layer, ceilings, gpus),
+            scaling(layer, True, ceilings, gpus, "fsdp"),
+        ]
         if gpus <= GPUS_PER_NODE:
             found.append(scaling(layer, True, ceilings, gpus, "tp"))
         table.add_row(f"{gpus:,}", *(f"{one.efficiency:.4f}" for one in found))

@@ -24,12 +24,26 @@ from secura_kernels.ops import why_unavailable
 from secura_kernels.tools.cases import RUNS, Inputs
 from secura_kernels.tools.costs import Layer
 
-SHAPES = ((8192, 4096, 4096, 16), (8192, 4096, 4096, 64), (8192, 4096, 4096, 150),
-          (16384, 8192, 8192, 64))
+SHAPES = (
+    (8192, 4096, 4096, 16),
+    (8192, 4096, 4096, 64),
+    (8192, 4096, 4096, 150),
+    (16384, 8192, 8192, 64),
+)
 # Method of Layer, of Inputs and of CudaPasses; the products of Inputs take a tile.
-PASSES = ("gather", "down", "down_of_gradient", "project", "epilogue", "gate_backward",
-          "core_gradient", "effective_weight", "product", "product_of_input_gradient",
-          "product_gate")
+PASSES = (
+    "gather",
+    "down",
+    "down_of_gradient",
+    "project",
+    "epilogue",
+    "gate_backward",
+    "core_gradient",
+    "effective_weight",
+    "product",
+    "product_of_input_gradient",
+    "product_gate",
+)
 IMPLS = {"triton": "Triton", "cuda": "CUDA", "cublas": "cuBLAS"}
 ROUNDS = 2  # the implementations take turns, the best round of each counts
 
@@ -41,8 +55,9 @@ def contenders(name: str, inputs: Inputs, cuda: bool) -> dict[str, list[Callable
     if name.startswith("product"):
         table = next(key for key, runs in RUNS.items() if function in runs)
         rank = chips.rank_block(inputs.r)
-        tiles = [(tile,) for tile in
-                 rows_of(table, chips.chip_of(inputs.x.device), inputs.dtype, rank)]
+        tiles = [
+            (tile,) for tile in rows_of(table, chips.chip_of(inputs.x.device), inputs.dtype, rank)
+        ]
     found = {"triton": [partial(function, inputs, *tile) for tile in tiles]}
     if cuda:
         found["cuda"] = [getattr(CudaPasses(inputs), name)]
@@ -51,8 +66,9 @@ def contenders(name: str, inputs: Inputs, cuda: bool) -> dict[str, list[Callable
     return found
 
 
-def measure(shape: tuple[int, int, int, int], device: torch.device, top: dict,
-            cuda: bool) -> tuple[list[dict], list[str]]:
+def measure(
+    shape: tuple[int, int, int, int], device: torch.device, top: dict, cuda: bool
+) -> tuple[list[dict], list[str]]:
     """Rows, one a pass and implementation, and what went wrong."""
     M, N, K, r = shape
     inputs, layer = Inputs(M, N, K, r, torch.bfloat16, device), Layer(M, N, K, r)
@@ -62,8 +78,10 @@ def measure(shape: tuple[int, int, int, int], device: torch.device, top: dict,
         best: dict[str, float] = {}
         for impl in [*found] * ROUNDS:
             try:
-                ms = min(triton.testing.do_bench(form, warmup=10, rep=50, return_mode="median")
-                         for form in found[impl])
+                ms = min(
+                    triton.testing.do_bench(form, warmup=10, rep=50, return_mode="median")
+                    for form in found[impl]
+                )
             except RuntimeError as error:  # one that fails must not cost the others' figures
                 wrong.append(f"{IMPLS[impl]} {name} at {shape}: {str(error).splitlines()[0]}")
                 continue
@@ -71,33 +89,52 @@ def measure(shape: tuple[int, int, int, int], device: torch.device, top: dict,
         for impl, seconds in best.items():
             cost = layer.library(M, N, K) if impl == "cublas" else getattr(layer, name)()
             floor = max(cost.bytes / top["bandwidth"], cost.flops / top["flops"])
-            rows.append(dict(
-                M=M, N=N, K=K, r=r, run=name, impl=impl, median_ms=1e3 * seconds,
-                floor_ms=1e3 * floor, of_roofline=floor / seconds,
-                bandwidth=cost.bytes / seconds, flops=cost.flops / seconds,
-                of_bandwidth=cost.bytes / seconds / top["bandwidth"],
-                of_cublas=best["cublas"] / seconds if "cublas" in best else None))
+            rows.append(
+                dict(
+                    M=M,
+                    N=N,
+                    K=K,
+                    r=r,
+                    run=name,
+                    impl=impl,
+                    median_ms=1e3 * seconds,
+                    floor_ms=1e3 * floor,
+                    of_roofline=floor / seconds,
+                    bandwidth=cost.bytes / seconds,
+                    flops=cost.flops / seconds,
+                    of_bandwidth=cost.bytes / seconds / top["bandwidth"],
+                    of_cublas=best["cublas"] / seconds if "cublas" in best else None,
+                )
+            )
     return rows, wrong
 
 
 def table(rows: list[dict], about: dict) -> Table:
     """One line a shape and pass; "of cuBLAS": its time over ours."""
     top = about["ceilings"]
-    shown = Table("M, N, K, r", "pass", "roofline ms",
-                  *[f"{name} ms (of roofline)" for name in IMPLS.values()], "Triton of cuBLAS",
-                  "CUDA of cuBLAS", caption="\n".join(about["missing"]),
-                  title=f"{about['gpu']}: copy {top['bandwidth'] / 1e9:.0f} GB/s, product "
-                        f"{top['flops'] / 1e12:.0f} TFLOP/s")
+    shown = Table(
+        "M, N, K, r",
+        "pass",
+        "roofline ms",
+        *[f"{name} ms (of roofline)" for name in IMPLS.values()],
+        "Triton of cuBLAS",
+        "CUDA of cuBLAS",
+        caption="\n".join(about["missing"]),
+        title=f"{about['gpu']}: copy {top['bandwidth'] / 1e9:.0f} GB/s, product "
+        f"{top['flops'] / 1e12:.0f} TFLOP/s",
+    )
     lines: dict[tuple, dict[str, dict]] = {}
     for row in rows:
         key = row["M"], row["N"], row["K"], row["r"], row["run"]
         lines.setdefault(key, {})[row["impl"]] = row
     for (*shape, run), by_impl in lines.items():
         found = [by_impl.get(impl) for impl in IMPLS]
-        times = [f"{row['median_ms']:.4f} ({row['of_roofline']:.0%})" if row else ""
-                 for row in found]
-        ratios = [f"{row['of_cublas']:.2f}" if row and row["of_cublas"] else ""
-                  for row in found[:2]]
+        times = [
+            f"{row['median_ms']:.4f} ({row['of_roofline']:.0%})" if row else "" for row in found
+        ]
+        ratios = [
+            f"{row['of_cublas']:.2f}" if row and row["of_cublas"] else "" for row in found[:2]
+        ]
         floor = next(iter(by_impl.values()))["floor_ms"]
         shown.add_row(", ".join(map(str, shape)), run, f"{floor:.4f}", *times, *ratios)
     return shown
@@ -118,13 +155,22 @@ def draw(file: Path, rows: list[dict], about: dict) -> None:
     for i, name in enumerate(dict.fromkeys(row["run"] for row in rows if row["flops"])):
         for impl, marker in shapes.items():
             own = [row for row in rows if (row["run"], row["impl"]) == (name, impl)]
-            axes.scatter([row["flops"] / row["bandwidth"] for row in own],
-                         [row["flops"] for row in own], color=f"C{i}", marker=marker)
+            axes.scatter(
+                [row["flops"] / row["bandwidth"] for row in own],
+                [row["flops"] for row in own],
+                color=f"C{i}",
+                marker=marker,
+            )
         axes.scatter([], [], color=f"C{i}", marker="o", label=name)
     for impl, marker in shapes.items():
         axes.scatter([], [], color="black", marker=marker, label=IMPLS[impl])
-    axes.set(xscale="log", yscale="log", xlabel="operations per byte", ylabel="FLOP/s",
-             title=f"passes under the measured ceilings, {about['gpu']}")
+    axes.set(
+        xscale="log",
+        yscale="log",
+        xlabel="operations per byte",
+        ylabel="FLOP/s",
+        title=f"passes under the measured ceilings, {about['gpu']}",
+    )
     axes.legend(fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
     figure.savefig(file, dpi=120, bbox_inches="tight")
     plt.close(figure)

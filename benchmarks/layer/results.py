@@ -28,11 +28,27 @@ def predicted(row: dict, about: dict) -> float | None:
 
 def table(rows: list[dict], about: dict) -> Table:
     """Forward and backward, one line a case and rival."""
-    shown = Table(title=f"forward + backward; {about.get('gpu', about['processor'])}, torch "
-                        f"{about['torch']}, {about['date']}")
-    for column in ("layer", "M, N, K", "r", "dtype", "rival", "median ms", "quartiles", "host ms",
-                   "÷ frozen", "predicted", "TFLOP/s", "of ceiling", "saved MB", "peak MB",
-                   "error"):
+    shown = Table(
+        title=f"forward + backward; {about.get('gpu', about['processor'])}, torch "
+        f"{about['torch']}, {about['date']}"
+    )
+    for column in (
+        "layer",
+        "M, N, K",
+        "r",
+        "dtype",
+        "rival",
+        "median ms",
+        "quartiles",
+        "host ms",
+        "÷ frozen",
+        "predicted",
+        "TFLOP/s",
+        "of ceiling",
+        "saved MB",
+        "peak MB",
+        "error",
+    ):
         shown.add_column(column)
     for row in rows:
         if row["mode"] != MODE:
@@ -40,14 +56,22 @@ def table(rows: list[dict], about: dict) -> Table:
         rate = row["flops"] / row["median_ms"] * 1e3
         ceiling = about.get("ceilings", {}).get(row["dtype"], {}).get("flops")
         shown.add_row(
-            f"{row['model']} {row['layer']}", f"{row['M']}, {row['N']}, {row['K']}", str(row["r"]),
-            row["dtype"], row["rival"], f"{row['median_ms']:.3f}",
-            f"{row['low_ms']:.3f}-{row['high_ms']:.3f}", f"{row['host_ms']:.3f}",
+            f"{row['model']} {row['layer']}",
+            f"{row['M']}, {row['N']}, {row['K']}",
+            str(row["r"]),
+            row["dtype"],
+            row["rival"],
+            f"{row['median_ms']:.3f}",
+            f"{row['low_ms']:.3f}-{row['high_ms']:.3f}",
+            f"{row['host_ms']:.3f}",
             f"{row['ratio']:.3f}",
-            _beside(row), f"{rate / 1e12:.2f}", f"{rate / ceiling:.0%}" if ceiling else "",
+            _beside(row),
+            f"{rate / 1e12:.2f}",
+            f"{rate / ceiling:.0%}" if ceiling else "",
             f"{row['saved_bytes'] / 1e6:.2f}",
             "" if row["peak_bytes"] is None else f"{row['peak_bytes'] / 1e6:.1f}",
-            "" if row["error"] is None else f"{row['error']:.1e}")
+            "" if row["error"] is None else f"{row['error']:.1e}",
+        )
     return shown
 
 
@@ -88,8 +112,9 @@ def plot(folder: Path, name: str, rows: list[dict], about: dict) -> list[Path]:
         # One panel a layer, at most six; the median over the other axis.
         cases = [row for row in rows if row["mode"] == MODE and row["rival"] != "frozen"]
         layers = sorted({(row["model"], row["layer"], row["dtype"]) for row in cases})[:6]
-        figure, panels = plt.subplots(1, len(layers), figsize=(5 * len(layers), 4), squeeze=False,
-                                      sharey=True)
+        figure, panels = plt.subplots(
+            1, len(layers), figsize=(5 * len(layers), 4), squeeze=False, sharey=True
+        )
         for panel, layer in zip(panels[0], layers, strict=True):
             own = [r for r in cases if (r["model"], r["layer"], r["dtype"]) == layer]
             for rival in dict.fromkeys(row["rival"] for row in own):

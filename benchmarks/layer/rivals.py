@@ -32,9 +32,16 @@ class PlainLinear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         layer = self.layer
         return reference.cur_linear(
-            x, layer.weight, layer.bias, layer.core(), layer.weight[:, layer.cols],
-            layer.weight[layer.rows, :], alpha=layer.alpha, norm=layer.norm,
-            adapter_bias=getattr(layer, "adapter_bias", None))
+            x,
+            layer.weight,
+            layer.bias,
+            layer.core(),
+            layer.weight[:, layer.cols],
+            layer.weight[layer.rows, :],
+            alpha=layer.alpha,
+            norm=layer.norm,
+            adapter_bias=getattr(layer, "adapter_bias", None),
+        )
 
 
 class DenseLinear(PlainLinear):
@@ -58,18 +65,23 @@ def rivals(linear: nn.Linear, r: int, *, compiled: bool) -> tuple[dict[str, Riva
     device, dtype = linear.weight.device, linear.weight.dtype
     found = {"frozen": Rival(copy.deepcopy(linear).requires_grad_(False))}
     missing = []
-    forms = {"CURLoRA": (CURLoRALinear, {}),
-             "SECURA": (SECURALinear, dict(m=_m(linear, r), adapter_bias=False, norm=SMagNorm())),
-             "SECURA, weight domain": (SECURALinear, dict(m=_m(linear, r), adapter_bias=False,
-                                                          norm=SMagNorm(domain="weight")))}
+    forms = {
+        "CURLoRA": (CURLoRALinear, {}),
+        "SECURA": (SECURALinear, dict(m=_m(linear, r), adapter_bias=False, norm=SMagNorm())),
+        "SECURA, weight domain": (
+            SECURALinear,
+            dict(m=_m(linear, r), adapter_bias=False, norm=SMagNorm(domain="weight")),
+        ),
+    }
     for form, (kind, settings) in forms.items():
         for impl in ("reference", "triton", "cuda"):
             reason = why_unavailable(impl, device, dtype, r)
             if reason is not None:
                 missing.append(f"{form}, {impl}: {reason}")
                 continue
-            found[f"{form}, {impl}"] = Rival(_ours(kind, linear, r, impl, settings),
-                                             f"{form}, eager")
+            found[f"{form}, {impl}"] = Rival(
+                _ours(kind, linear, r, impl, settings), f"{form}, eager"
+            )
         plain = PlainLinear(_ours(kind, linear, r, "reference", settings))
         found[f"{form}, eager"] = Rival(plain)
         if compiled:
@@ -95,8 +107,16 @@ def _m(linear: nn.Linear, r: int) -> int:
 def _ours(kind, linear: nn.Linear, r: int, impl: str, settings: dict) -> nn.Module:
     """The same columns, rows and core for every ``impl``."""
     generator = torch.Generator().manual_seed(0)
-    layer = kind.from_linear(copy.deepcopy(linear), r, basis="raw", selection="inverted",
-                             replace=False, generator=generator, impl=impl, **settings)
+    layer = kind.from_linear(
+        copy.deepcopy(linear),
+        r,
+        basis="raw",
+        selection="inverted",
+        replace=False,
+        generator=generator,
+        impl=impl,
+        **settings,
+    )
     with torch.no_grad():
         start = torch.randn(layer.core_parameter().shape, generator=generator.manual_seed(1))
         layer.core_parameter().copy_(0.02 * start)
@@ -153,5 +173,8 @@ def _unsloth(linear: nn.Linear, r: int) -> dict[str, Rival]:
         from unsloth.kernels.fast_lora import LoRA_W
     except Exception as error:  # it looks for a GPU, a compiler and more when it is imported
         raise ImportError(f"unsloth cannot be imported: {error}") from error
-    return {"LoRA (Unsloth)": Rival(_HandWritten(linear, r, lambda x, W, A, B: LoRA_W.apply(
-        x[None], W, None, A, B, 1.0)[0]))}
+    return {
+        "LoRA (Unsloth)": Rival(
+            _HandWritten(linear, r, lambda x, W, A, B: LoRA_W.apply(x[None], W, None, A, B, 1.0)[0])
+        )
+    }

@@ -43,8 +43,9 @@ def main() -> int:
     return 0
 
 
-def run(cases: list[Case], device: torch.device, rounds: int, compiled: bool, folder: Path,
-        name: str) -> tuple[list[dict], dict]:
+def run(
+    cases: list[Case], device: torch.device, rounds: int, compiled: bool, folder: Path, name: str
+) -> tuple[list[dict], dict]:
     """Measures every case that ``folder`` does not hold for this commit and machine."""
     about = machine.describe(device)
     unfinished = folder / f"{name}.unfinished.jsonl"
@@ -52,8 +53,12 @@ def run(cases: list[Case], device: torch.device, rounds: int, compiled: bool, fo
     folder.mkdir(parents=True, exist_ok=True)
     about["ceilings"] = {d: ceilings.measure(device, DTYPES[d]) for d in {c.dtype for c in cases}}
     rows, missing = [], {}
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(),
-               TimeRemainingColumn())
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeRemainingColumn(),
+    )
     with Progress(*columns, console=Console(stderr=True)) as progress:
         task = progress.add_task("", total=len(cases) * (rounds + WARM_UP))
         for case in cases:
@@ -63,8 +68,9 @@ def run(cases: list[Case], device: torch.device, rounds: int, compiled: bool, fo
                 rows += done[key]
                 progress.advance(task, rounds + WARM_UP)
                 continue
-            found, reasons = measure(case, device, rounds, compiled=compiled,
-                                     tick=lambda: progress.advance(task))
+            found, reasons = measure(
+                case, device, rounds, compiled=compiled, tick=lambda: progress.advance(task)
+            )
             rows += found
             missing |= dict.fromkeys(reasons)
             with open(unfinished, "a") as file:
@@ -101,24 +107,43 @@ def compare(options: argparse.Namespace, cases: list[Case], device: torch.device
         try:
             results = {}
             for name, root in (("base", tree), ("now", machine.ROOT)):
-                command = [sys.executable, __file__, "--name", name, "--out", scratch,
-                           *_same(options)]
-                subprocess.run(command, check=True, stdout=subprocess.DEVNULL,
-                               env=os.environ | {"PYTHONPATH": str(root)})
+                command = [
+                    sys.executable,
+                    __file__,
+                    "--name",
+                    name,
+                    "--out",
+                    scratch,
+                    *_same(options),
+                ]
+                subprocess.run(
+                    command,
+                    check=True,
+                    stdout=subprocess.DEVNULL,
+                    env=os.environ | {"PYTHONPATH": str(root)},
+                )
                 content = json.loads((Path(scratch) / f"{name}.json").read_text())
-                results[name] = {(r["model"], r["layer"], r["M"], r["r"], r["dtype"], r["rival"]):
-                                 r["ratio"] for r in content["rows"] if r["mode"] == "both"}
+                results[name] = {
+                    (r["model"], r["layer"], r["M"], r["r"], r["dtype"], r["rival"]): r["ratio"]
+                    for r in content["rows"]
+                    if r["mode"] == "both"
+                }
         finally:
             subprocess.run([*git, "remove", "--force", tree], check=True)
     slower = 0
     for key, now in results["now"].items():
         base = results["base"].get(key)
-        if base is None or not key[-1].startswith(("CURLoRA, ", "SECURA, ")) or key[-1].endswith(
-                ("eager", "dense", "compiled")):
+        if (
+            base is None
+            or not key[-1].startswith(("CURLoRA, ", "SECURA, "))
+            or key[-1].endswith(("eager", "dense", "compiled"))
+        ):
             continue
         slower += now > SLOWER * base
-        print(f"{'SLOWER ' if now > SLOWER * base else '       '}{' '.join(map(str, key)):70} "
-              f"{base:.3f} -> {now:.3f} of frozen")
+        print(
+            f"{'SLOWER ' if now > SLOWER * base else '       '}{' '.join(map(str, key)):70} "
+            f"{base:.3f} -> {now:.3f} of frozen"
+        )
     print(f"{slower} slower than {options.base} by more than {SLOWER - 1:.0%}")
     return 1 if slower else 0
 
@@ -134,18 +159,24 @@ def _same(options: argparse.Namespace) -> list[str]:
 
 def arguments() -> argparse.Namespace:
     gpu = torch.cuda.is_available()
-    parser = argparse.ArgumentParser(description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--device", default="cuda" if gpu else "cpu", choices=["cuda", "cpu"])
     parser.add_argument("--model", nargs="+", choices=list(LAYERS), default=["square"])
     parser.add_argument("--layer", nargs="+", default=["4096"] if gpu else ["1536"])
     parser.add_argument("--tokens", type=int, nargs="+", default=[512, 8192] if gpu else [512])
     parser.add_argument("--rank", type=int, nargs="+", default=[16, 64, 150] if gpu else [16, 150])
-    parser.add_argument("--dtype", nargs="+", choices=list(DTYPES),
-                        default=["bfloat16" if gpu else "float32"])
+    parser.add_argument(
+        "--dtype", nargs="+", choices=list(DTYPES), default=["bfloat16" if gpu else "float32"]
+    )
     parser.add_argument("--rounds", type=int, default=50 if gpu else 40)
-    parser.add_argument("--compiled", action=argparse.BooleanOptionalAction, default=gpu,
-                        help="time torch.compile of the eager formula as well")
+    parser.add_argument(
+        "--compiled",
+        action=argparse.BooleanOptionalAction,
+        default=gpu,
+        help="time torch.compile of the eager formula as well",
+    )
     parser.add_argument("--base", metavar="REV", help="compare with a git revision instead")
     parser.add_argument("--out", type=Path, help="results folder")
     parser.add_argument("--name", default="layer", help="name of the results' files")
@@ -155,8 +186,9 @@ def arguments() -> argparse.Namespace:
     if options.device == "cuda" and not gpu:
         parser.error("--device cuda: no NVIDIA GPU is here")
     if options.out is None:
-        options.out = machine.ROOT / "benchmarks/results" / machine.chip(
-            torch.device(options.device))
+        options.out = (
+            machine.ROOT / "benchmarks/results" / machine.chip(torch.device(options.device))
+        )
     try:
         select(options.model, options.layer, [1], [1], options.dtype)
     except ValueError as error:

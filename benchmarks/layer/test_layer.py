@@ -14,11 +14,23 @@ from timing import Clock, Inputs, step
 
 GPU = torch.cuda.is_available()
 DEVICE = torch.device("cuda" if GPU else "cpu")
-CASES = (select(["llama-3.1-8b"], ["q_proj", "down_proj"], [512, 8192], [16, 64], ["bfloat16"])
-         if GPU else select(["square"], ["1536"], [512], [16], ["float32"]))
-RIVALS = ("frozen", "CURLoRA, triton", "SECURA, triton", "CURLoRA, reference", "SECURA, reference",
-          "SECURA, weight domain, reference", "CURLoRA, dense", "SECURA, dense", "LoRA (PEFT)",
-          "DoRA (PEFT)")
+CASES = (
+    select(["llama-3.1-8b"], ["q_proj", "down_proj"], [512, 8192], [16, 64], ["bfloat16"])
+    if GPU
+    else select(["square"], ["1536"], [512], [16], ["float32"])
+)
+RIVALS = (
+    "frozen",
+    "CURLoRA, triton",
+    "SECURA, triton",
+    "CURLoRA, reference",
+    "SECURA, reference",
+    "SECURA, weight domain, reference",
+    "CURLoRA, dense",
+    "SECURA, dense",
+    "LoRA (PEFT)",
+    "DoRA (PEFT)",
+)
 
 
 @pytest.fixture(scope="module", params=CASES, ids=str)

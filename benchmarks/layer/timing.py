@@ -87,8 +87,9 @@ def relative_error(value: Tensor, truth: Tensor) -> float:
     return float((value.double() - truth).norm() / truth.norm())
 
 
-def errors(found: dict[str, Rival], x: Tensor,
-           dy: Tensor) -> tuple[dict[str, float], dict[str, str]]:
+def errors(
+    found: dict[str, Rival], x: Tensor, dy: Tensor
+) -> tuple[dict[str, float], dict[str, str]]:
     """Largest relative error of y, dx and dcore against the eager formula in float64, of each rival
     that computes it; the eager ones among them.
 
@@ -112,8 +113,10 @@ def errors(found: dict[str, Rival], x: Tensor,
         plain = found[name].truth or name
         allowed = 3 * off[plain] + 1e-5 if plain in off else 0.0
         if not off[name] <= allowed:
-            wrong[name] = (f"{name} is off by {off[name]:.1e}, eager PyTorch by "
-                           f"{off.get(plain, float('nan')):.1e}: they do not compute the same")
+            wrong[name] = (
+                f"{name} is off by {off[name]:.1e}, eager PyTorch by "
+                f"{off.get(plain, float('nan')):.1e}: they do not compute the same"
+            )
     return off, wrong
 
 
@@ -145,8 +148,14 @@ def peak_bytes(layer: nn.Module, x: Tensor, dy: Tensor) -> int | None:
     return torch.cuda.max_memory_allocated() - before
 
 
-def measure(case: Case, device: torch.device, rounds: int, *, compiled: bool,
-            tick: Callable[[], None] = lambda: None) -> tuple[list[dict], list[str]]:
+def measure(
+    case: Case,
+    device: torch.device,
+    rounds: int,
+    *,
+    compiled: bool,
+    tick: Callable[[], None] = lambda: None,
+) -> tuple[list[dict], list[str]]:
     """Rows, one a rival and mode, and why rivals are missing. ``tick`` is called after each round.
 
     The rivals take turns within a round, in an order that turns with it, so that a machine that
@@ -182,18 +191,28 @@ def measure(case: Case, device: torch.device, rounds: int, *, compiled: bool,
     rows = []
     for name, by_mode in times.items():
         layer = found[name].layer
-        fixed = dict(saved_bytes=saved_bytes(layer, inputs[0][0]),
-                     peak_bytes=peak_bytes(layer, *inputs[0]), error=off.get(name),
-                     host_ms=statistics.median(host[name]), flops=case.flops)
+        fixed = dict(
+            saved_bytes=saved_bytes(layer, inputs[0][0]),
+            peak_bytes=peak_bytes(layer, *inputs[0]),
+            error=off.get(name),
+            host_ms=statistics.median(host[name]),
+            flops=case.flops,
+        )
         for mode, ms in by_mode.items():
             # Round by round: what slows the machine down for a while slows both.
             ratios = [a / b for a, b in zip(ms, times["frozen"][mode], strict=True)]
-            rows.append(case.to_dict() | dict(rival=name, mode=mode) | summary(ms) | fixed
-                        | dict(ratio=statistics.median(ratios)))
+            rows.append(
+                case.to_dict()
+                | dict(rival=name, mode=mode)
+                | summary(ms)
+                | fixed
+                | dict(ratio=statistics.median(ratios))
+            )
     return rows, missing
 
 
 def summary(ms: list[float]) -> dict:
     quartiles = statistics.quantiles(ms, n=4) if len(ms) > 1 else ms * 3
-    return dict(median_ms=statistics.median(ms), low_ms=quartiles[0], high_ms=quartiles[2],
-                rounds=len(ms))
+    return dict(
+        median_ms=statistics.median(ms), low_ms=quartiles[0], high_ms=quartiles[2], rounds=len(ms)
+    )

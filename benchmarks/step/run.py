@@ -41,9 +41,15 @@ def base_model(name: str, device: torch.device, dtype: torch.dtype) -> nn.Module
 
     hidden, layers, heads, kv_heads, intermediate, vocabulary, _, sequence = MODELS[name]
     config = LlamaConfig(
-        hidden_size=hidden, num_hidden_layers=layers, num_attention_heads=heads,
-        num_key_value_heads=kv_heads, intermediate_size=intermediate, vocab_size=vocabulary,
-        max_position_embeddings=sequence, use_cache=False)
+        hidden_size=hidden,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        num_key_value_heads=kv_heads,
+        intermediate_size=intermediate,
+        vocab_size=vocabulary,
+        max_position_embeddings=sequence,
+        use_cache=False,
+    )
     before = torch.get_default_dtype()
     torch.set_default_dtype(dtype)
     try:
@@ -58,8 +64,13 @@ def adapt(model: nn.Module, method: str, r: int) -> nn.Module:
     if method.endswith("(PEFT)"):
         from peft import LoraConfig, get_peft_model
 
-        config = LoraConfig(r=r, lora_alpha=r, target_modules="all-linear",
-                            use_dora=method.startswith("DoRA"), task_type="CAUSAL_LM")
+        config = LoraConfig(
+            r=r,
+            lora_alpha=r,
+            target_modules="all-linear",
+            use_dora=method.startswith("DoRA"),
+            task_type="CAUSAL_LM",
+        )
         return get_peft_model(model, config)
     from secura_kernels import CURLoRALinear, SECURALinear
 
@@ -101,12 +112,20 @@ def measure(name: str, method: str, r: int, steps: int, device: torch.device) ->
         raise RuntimeError(f"the loss of {method} is {loss.item()}")
     quartiles = statistics.quantiles(seconds, n=4)
     return dict(
-        model=name, method=method, r=r, batch=batch, sequence=sequence, steps=steps,
-        trained=sum(p.numel() for p in trained), median_s=statistics.median(seconds),
-        low_s=quartiles[0], high_s=quartiles[2],
+        model=name,
+        method=method,
+        r=r,
+        batch=batch,
+        sequence=sequence,
+        steps=steps,
+        trained=sum(p.numel() for p in trained),
+        median_s=statistics.median(seconds),
+        low_s=quartiles[0],
+        high_s=quartiles[2],
         tokens_per_s=batch * sequence / statistics.median(seconds),
         peak_bytes=torch.cuda.max_memory_allocated() if device.type == "cuda" else None,
-        loss=loss.item())
+        loss=loss.item(),
+    )
 
 
 def _wait(device: torch.device) -> None:
@@ -120,18 +139,31 @@ def run(options: argparse.Namespace, device: torch.device) -> list[dict]:
     options.out.mkdir(parents=True, exist_ok=True)
     key = dict(commit=machine.commit(), steps=options.steps, r=options.rank)
     lines = unfinished.read_text().splitlines() if unfinished.exists() else []
-    done = {(row["model"], row["method"]): row for row, about in map(json.loads, lines)
-            if about == key}
+    done = {
+        (row["model"], row["method"]): row for row, about in map(json.loads, lines) if about == key
+    }
     rows = []
     for name in options.model:
         for method in options.method:
             row = done.get((name, method))
             if row is None:
                 print(f"{name}, {method} ...", file=sys.stderr, flush=True)
-                words = ["--one", "--model", name, "--method", method, "--rank", str(options.rank),
-                         "--steps", str(options.steps), "--device", str(device)]
-                finished = subprocess.run([sys.executable, __file__, *words], capture_output=True,
-                                          text=True)
+                words = [
+                    "--one",
+                    "--model",
+                    name,
+                    "--method",
+                    method,
+                    "--rank",
+                    str(options.rank),
+                    "--steps",
+                    str(options.steps),
+                    "--device",
+                    str(device),
+                ]
+                finished = subprocess.run(
+                    [sys.executable, __file__, *words], capture_output=True, text=True
+                )
                 if finished.returncode:
                     raise RuntimeError(f"{name}, {method} failed:\n{finished.stderr[-3000:]}")
                 row = json.loads(finished.stdout.splitlines()[-1])
@@ -155,8 +187,9 @@ def draw(file: Path, rows: list[dict]) -> None:
     figures = {"tokens/s": [row["tokens_per_s"] for row in rows]}
     if all(row["peak_bytes"] is not None for row in rows):
         figures["peak GB"] = [row["peak_bytes"] / 1e9 for row in rows]
-    figure, panels = plt.subplots(1, len(figures), figsize=(1.2 * len(rows) * len(figures) + 2, 4),
-                                  squeeze=False)
+    figure, panels = plt.subplots(
+        1, len(figures), figsize=(1.2 * len(rows) * len(figures) + 2, 4), squeeze=False
+    )
     for panel, (name, values) in zip(panels[0], figures.items(), strict=True):
         panel.bar(labels, values)
         panel.set_title(name)
@@ -171,25 +204,41 @@ def print_table(rows: list[dict]) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    table = Table("model", "method", "trained", "tokens/s", "÷ LoRA's time", "step ms", "quartiles",
-                  "peak GB", title="one fine-tuning step, random weights, all linear layers")
+    table = Table(
+        "model",
+        "method",
+        "trained",
+        "tokens/s",
+        "÷ LoRA's time",
+        "step ms",
+        "quartiles",
+        "peak GB",
+        title="one fine-tuning step, random weights, all linear layers",
+    )
     lora = {row["model"]: row["median_s"] for row in rows if row["method"] == "LoRA (PEFT)"}
     for row in rows:
         ratio = row["median_s"] / lora[row["model"]] if row["model"] in lora else None
         table.add_row(
-            row["model"], row["method"], f"{row['trained']:,}", f"{row['tokens_per_s']:,.0f}",
-            "" if ratio is None else f"{ratio:.3f}", f"{1e3 * row['median_s']:.1f}",
+            row["model"],
+            row["method"],
+            f"{row['trained']:,}",
+            f"{row['tokens_per_s']:,.0f}",
+            "" if ratio is None else f"{ratio:.3f}",
+            f"{1e3 * row['median_s']:.1f}",
             f"{1e3 * row['low_s']:.1f}-{1e3 * row['high_s']:.1f}",
-            "" if row["peak_bytes"] is None else f"{row['peak_bytes'] / 1e9:.2f}")
+            "" if row["peak_bytes"] is None else f"{row['peak_bytes'] / 1e9:.2f}",
+        )
     Console(width=120).print(table)
 
 
 def main() -> int:
     gpu = torch.cuda.is_available()
-    parser = argparse.ArgumentParser(description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", nargs="+", choices=list(MODELS),
-                        default=["1b", "8b"] if gpu else ["tiny"])
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--model", nargs="+", choices=list(MODELS), default=["1b", "8b"] if gpu else ["tiny"]
+    )
     parser.add_argument("--method", nargs="+", choices=METHODS, default=list(METHODS))
     parser.add_argument("--rank", type=int, default=RANK if gpu else 8)
     parser.add_argument("--steps", type=int, default=10)
@@ -202,8 +251,11 @@ def main() -> int:
         parser.error("--steps takes a whole number above 1, --rank one above 0")
     device = torch.device(options.device)
     if options.one:
-        print(json.dumps(measure(options.model[0], options.method[0], options.rank, options.steps,
-                                 device)))
+        print(
+            json.dumps(
+                measure(options.model[0], options.method[0], options.rank, options.steps, device)
+            )
+        )
         return 0
     if options.out is None:
         options.out = machine.ROOT / "benchmarks/results" / machine.chip(device)

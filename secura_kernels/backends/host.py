@@ -38,8 +38,13 @@ class GateNumbers:
         top = highest_gate(norm)
         return cls(
             slope=norm.scale * LOG2_E / (1.0 if norm.ref == "max" else norm.ref),
-            offset=norm.scale * norm.shift * LOG2_E, eps=norm.eps, beta=norm.base_weight,
-            top=top, code_steps=(high - low) / (top - 1), code_low=float(low))
+            offset=norm.scale * norm.shift * LOG2_E,
+            eps=norm.eps,
+            beta=norm.base_weight,
+            top=top,
+            code_steps=(high - low) / (top - 1),
+            code_low=float(low),
+        )
 
     @functools.lru_cache(maxsize=64)  # noqa: B019 (few gates, and they live as long as a program)
     def arguments(self) -> dict[str, float]:
@@ -64,8 +69,9 @@ def contiguous(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
     return tuple(None if t is None else t.contiguous() for t in tensors)
 
 
-def saved_for_backward(x: Tensor, N: int, norm: SMagNorm | None,
-                       save: bool) -> tuple[Tensor, Tensor | None, bool]:
+def saved_for_backward(
+    x: Tensor, N: int, norm: SMagNorm | None, save: bool
+) -> tuple[Tensor, Tensor | None, bool]:
     """(the op's output, the kernel's argument, whether it is b rather than the gate)."""
     if norm is None:
         return x.new_empty(0), None, False

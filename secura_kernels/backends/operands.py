@@ -36,11 +36,29 @@ class CurOperands(NamedTuple):
     norm: SMagNorm | None
 
     @classmethod
-    def of_epilogue(cls, core: Tensor, C: Tensor, adapter_bias: Tensor | None,
-                    decay: Tensor | None, alpha: float, norm: SMagNorm | None) -> "CurOperands":
+    def of_epilogue(
+        cls,
+        core: Tensor,
+        C: Tensor,
+        adapter_bias: Tensor | None,
+        decay: Tensor | None,
+        alpha: float,
+        norm: SMagNorm | None,
+    ) -> "CurOperands":
         """Of a layer whose base output and x R^T somebody else computes: there is no W."""
-        return cls(None, None, core, None, None, C, None,  # type: ignore[arg-type]
-                   adapter_bias, decay, alpha, norm)
+        return cls(
+            None,
+            None,
+            core,
+            None,
+            None,
+            C,
+            None,  # type: ignore[arg-type]
+            adapter_bias,
+            decay,
+            alpha,
+            norm,
+        )
 
     @property
     def r(self) -> int:
@@ -59,8 +77,16 @@ class CurOperands(NamedTuple):
 
     def with_contiguous_vectors(self) -> "CurOperands":
         """The kernels take the strides of vectors as given."""
-        vectors = dict(bias=self.bias, cols=self.cols, rows=self.rows,
-                       adapter_bias=self.adapter_bias, decay=self.decay)
-        spread = {name: vector.contiguous() for name, vector in vectors.items()
-                  if vector is not None and not vector.is_contiguous()}
+        vectors = dict(
+            bias=self.bias,
+            cols=self.cols,
+            rows=self.rows,
+            adapter_bias=self.adapter_bias,
+            decay=self.decay,
+        )
+        spread = {
+            name: vector.contiguous()
+            for name, vector in vectors.items()
+            if vector is not None and not vector.is_contiguous()
+        }
         return self._replace(**spread) if spread else self

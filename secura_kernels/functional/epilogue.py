@@ -58,8 +58,9 @@ def cur_epilogue(
     return cur_epilogue_and_moved(y0, t, layer, impl)[0]
 
 
-def cur_epilogue_and_moved(y0: Tensor, t: Tensor, layer: CurOperands, impl: str,
-                           edge: float = 0.0) -> tuple[Tensor, Tensor]:
+def cur_epilogue_and_moved(
+    y0: Tensor, t: Tensor, layer: CurOperands, impl: str, edge: float = 0.0
+) -> tuple[Tensor, Tensor]:
     """``cur_epilogue``, and how many values of the gate lie at or under ``edge``: (1,) int64, or
     (0,) where ``edge`` is 0 or there is no gate."""
     core, adapter_bias, decay, alpha = layer.core, layer.adapter_bias, layer.decay, layer.alpha
@@ -70,17 +71,38 @@ def cur_epilogue_and_moved(y0: Tensor, t: Tensor, layer: CurOperands, impl: str,
     N, r = _check_base(y0, t, C)
     if core.shape != (r, r) or not core.is_floating_point():
         raise fail("core", _described(core), f"floating point, {(r, r)}")
-    _check_others(y0, {"core": (core, (r, r)), "adapter_bias": (adapter_bias, (N,)),
-                       "decay": (decay, (N,))}, frozen=("decay",))
+    _check_others(
+        y0,
+        {"core": (core, (r, r)), "adapter_bias": (adapter_bias, (N,)), "decay": (decay, (N,))},
+        frozen=("decay",),
+    )
     if forward_mode():
         check_uncounted(edge)
         y = reference.cur_epilogue(
-            y0.reshape(-1, N), t.reshape(-1, r), core, C, alpha=alpha, norm=norm,
-            adapter_bias=adapter_bias, decay=decay)
+            y0.reshape(-1, N),
+            t.reshape(-1, r),
+            core,
+            C,
+            alpha=alpha,
+            norm=norm,
+            adapter_bias=adapter_bias,
+            decay=decay,
+        )
         return y.view(y0.shape), y.new_empty(0, dtype=torch.int64)
     y, _, moved = apply(
-        CurEpilogue, y0.reshape(-1, N), t.reshape(-1, r), core, C, adapter_bias, decay,
-        float(alpha), pack_norm(norm), norm is None or norm.detach_gate, edge, impl)
+        CurEpilogue,
+        y0.reshape(-1, N),
+        t.reshape(-1, r),
+        core,
+        C,
+        adapter_bias,
+        decay,
+        float(alpha),
+        pack_norm(norm),
+        norm is None or norm.detach_gate,
+        edge,
+        impl,
+    )
     return y.view(y0.shape), moved
 
 
@@ -123,17 +145,36 @@ def cur_batched(
     if y0.ndim < 2:
         raise fail("y0.shape", tuple(y0.shape), f"(B, ..., {N})")
     B = y0.shape[0]
-    if cores.ndim != 3 or not len(cores) or cores.shape[1:] != (r, r) or (
-            not cores.is_floating_point()):
+    if (
+        cores.ndim != 3
+        or not len(cores)
+        or cores.shape[1:] != (r, r)
+        or (not cores.is_floating_point())
+    ):
         raise fail("cores", _described(cores), f"floating point, (A, {r}, {r}), A >= 1")
     if adapter.dtype != torch.int64:
         raise fail("adapter.dtype", adapter.dtype, "torch.int64")
-    _check_others(y0, {"cores": (cores, cores.shape), "adapter": (adapter, (B,)),
-                       "adapter_bias": (adapter_bias, (len(cores), N))})
+    _check_others(
+        y0,
+        {
+            "cores": (cores, cores.shape),
+            "adapter": (adapter, (B,)),
+            "adapter_bias": (adapter_bias, (len(cores), N)),
+        },
+    )
     tokens = math.prod(y0.shape[1:-1])
     y = cur_batched_op(
-        y0.reshape(B, tokens, N), t.reshape(B, tokens, r), cores, adapter, C, adapter_bias,
-        float(alpha), pack_norm(norm), norm is None or norm.detach_gate, impl)
+        y0.reshape(B, tokens, N),
+        t.reshape(B, tokens, r),
+        cores,
+        adapter,
+        C,
+        adapter_bias,
+        float(alpha),
+        pack_norm(norm),
+        norm is None or norm.detach_gate,
+        impl,
+    )
     return y.view(y0.shape)
 
 
@@ -159,8 +200,9 @@ def _check_base(y0: Tensor, t: Tensor, C: Tensor) -> tuple[int, int]:
     return N, r
 
 
-def _check_others(y0: Tensor, shapes: dict[str, tuple[Tensor | None, tuple]],
-                  frozen: tuple[str, ...] = ()) -> None:
+def _check_others(
+    y0: Tensor, shapes: dict[str, tuple[Tensor | None, tuple]], frozen: tuple[str, ...] = ()
+) -> None:
     for name, (value, shape) in shapes.items():
         if value is None:
             continue

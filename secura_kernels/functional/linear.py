@@ -60,8 +60,9 @@ def cur_linear(
     return cur_linear_and_moved(x, layer, impl)[0]
 
 
-def cur_linear_and_moved(x: Tensor, layer: CurOperands, impl: str,
-                         edge: float = 0.0) -> tuple[Tensor, Tensor]:
+def cur_linear_and_moved(
+    x: Tensor, layer: CurOperands, impl: str, edge: float = 0.0
+) -> tuple[Tensor, Tensor]:
     """``cur_linear``, and how many values of the gate lie at or under ``edge``: (1,) int64, or
     (0,) where ``edge`` is 0. Importance decay is chosen from this count. Settings are taken as
     checked."""
@@ -73,14 +74,30 @@ def cur_linear_and_moved(x: Tensor, layer: CurOperands, impl: str,
     if forward_mode():
         check_uncounted(edge)
         y = reference.cur_linear(
-            x.reshape(-1, x.shape[-1]), layer.weight, layer.bias, layer.core, layer.whole_C(),
-            layer.whole_R(), alpha=layer.alpha, norm=norm, adapter_bias=layer.adapter_bias,
-            decay=layer.decay)
+            x.reshape(-1, x.shape[-1]),
+            layer.weight,
+            layer.bias,
+            layer.core,
+            layer.whole_C(),
+            layer.whole_R(),
+            alpha=layer.alpha,
+            norm=norm,
+            adapter_bias=layer.adapter_bias,
+            decay=layer.decay,
+        )
         return y.view(*x.shape[:-1], y.shape[-1]), y.new_empty(0, dtype=torch.int64)
     function = CurWeightLinear if norm is not None and norm.domain == "weight" else CurLinear
     flat = x if x.ndim == 2 else x.reshape(-1, x.shape[-1])
-    y, *_, moved = apply(function, flat, *layer.tensors(), float(layer.alpha), pack_norm(norm),
-                         norm is None or norm.detach_gate, edge, impl)
+    y, *_, moved = apply(
+        function,
+        flat,
+        *layer.tensors(),
+        float(layer.alpha),
+        pack_norm(norm),
+        norm is None or norm.detach_gate,
+        edge,
+        impl,
+    )
     return y if x.ndim == 2 else y.view(*x.shape[:-1], y.shape[-1]), moved
 
 
@@ -101,9 +118,11 @@ def _autocast(x: Tensor, layer: CurOperands) -> tuple[Tensor, CurOperands]:
 def check_uncounted(edge: float) -> None:
     """Raises RuntimeError where a forward-mode derivative would have to count the gate."""
     if edge:
-        raise RuntimeError("forward-mode derivatives of a layer in training mode with importance "
-                           "decay are not possible: its count belongs to a training step; call "
-                           "eval() first")
+        raise RuntimeError(
+            "forward-mode derivatives of a layer in training mode with importance "
+            "decay are not possible: its count belongs to a training step; call "
+            "eval() first"
+        )
 
 
 def check_settings(alpha: float, norm: SMagNorm | None, impl: str) -> None:
@@ -131,8 +150,15 @@ def _check_once(x: Tensor, layer: CurOperands) -> None:
     """``_check``, once for operands of which all that it reads is the same."""
     if torch.compiler.is_compiling():
         return _check(x, layer)
-    seen = (x.shape[-1:], x.dtype, x.device, *[None if o is None else (
-        o.shape, o.dtype, o.device, o.requires_grad) for o in layer.tensors()])
+    seen = (
+        x.shape[-1:],
+        x.dtype,
+        x.device,
+        *[
+            None if o is None else (o.shape, o.dtype, o.device, o.requires_grad)
+            for o in layer.tensors()
+        ],
+    )
     if seen not in _checked:
         _check(x, layer)
         if len(_checked) >= MOST_CHECKED:
@@ -154,18 +180,27 @@ def _check(x: Tensor, layer: CurOperands) -> None:
     tied = cols is not None and rows is not None and C is None and R is None
     stored = C is not None and R is not None and cols is None and rows is None
     if not (tied or stored):
-        given = [n for n, v in (("cols", cols), ("rows", rows), ("C", C), ("R", R))
-                 if v is not None]
+        given = [
+            n for n, v in (("cols", cols), ("rows", rows), ("C", C), ("R", R)) if v is not None
+        ]
         raise fail("cols, rows, C, R", given, "either cols and rows, or C and R")
-    shapes = {"bias": (bias, (N,)), "C": (C, (N, r)), "R": (R, (r, K)), "cols": (cols, (r,)),
-              "rows": (rows, (r,)), "adapter_bias": (adapter_bias, (N,)), "decay": (decay, (N,))}
+    shapes = {
+        "bias": (bias, (N,)),
+        "C": (C, (N, r)),
+        "R": (R, (r, K)),
+        "cols": (cols, (r,)),
+        "rows": (rows, (r,)),
+        "adapter_bias": (adapter_bias, (N,)),
+        "decay": (decay, (N,)),
+    }
     for name, (value, shape) in shapes.items():
         if value is not None and tuple(value.shape) != shape:
             raise fail(f"{name}.shape", tuple(value.shape), f"{shape}")
     for name, value in (("x", x), ("bias", bias), ("C", C), ("R", R)):
         if value is not None and value.dtype != weight.dtype:
-            raise fail(f"{name}.dtype", value.dtype, f"the weight's, {weight.dtype}, outside "
-                                                     "autocast")
+            raise fail(
+                f"{name}.dtype", value.dtype, f"the weight's, {weight.dtype}, outside autocast"
+            )
     for name, value in (("cols", cols), ("rows", rows)):
         if value is not None and value.dtype != torch.int64:
             raise fail(f"{name}.dtype", value.dtype, "torch.int64")

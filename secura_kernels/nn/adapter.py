@@ -29,8 +29,10 @@ from .past import Past
 # what stored bases are (tests/test_linear.py).
 LARGEST_CONDITION = {torch.bfloat16: 2**5, torch.float16: 2**8}
 LARGEST_CONDITION_WIDE = 2**14
-NOT_CALIBRATED = ("basis={!r} knows nothing yet of what is to be kept: call "
-                  "secura_kernels.calibrate(model{}) before training")
+NOT_CALIBRATED = (
+    "basis={!r} knows nothing yet of what is to be kept: call "
+    "secura_kernels.calibrate(model{}) before training"
+)
 CALIBRATED = {"whitened": "", "natural": ", task=batches"}  # bases that need it, and how
 
 
@@ -63,8 +65,9 @@ class Adapter(OptionalTensors, Past, nn.Module):
         if importance_decay is not None and not isinstance(importance_decay, ImportanceDecay):
             raise fail("importance_decay", importance_decay, "an ImportanceDecay or None")
         if importance_decay is not None and norm is None:
-            raise fail("importance_decay", importance_decay, "None without a norm, whose gate it "
-                                                             "counts")
+            raise fail(
+                "importance_decay", importance_decay, "None without a norm, whose gate it counts"
+            )
         self.out_features, self.in_features = weight.shape
         self.r = cols.numel()
         self.alpha = check_number("alpha", alpha, "a finite number", -torch.inf)
@@ -136,33 +139,44 @@ class Adapter(OptionalTensors, Past, nn.Module):
                 delta_W; a stage of the other kind than those before.
         """
         if kind == "m1" and self.norm is not None and self.norm.domain == "weight":
-            raise RuntimeError("stage_m1 is not possible beside an untouched weight for a norm in "
-                               "the weight domain: W_eff is no delta_W; stage_m2 is possible")
+            raise RuntimeError(
+                "stage_m1 is not possible beside an untouched weight for a norm in "
+                "the weight domain: W_eff is no delta_W; stage_m2 is possible"
+            )
         self.accumulate(kind)
         self.core_parameter().zero_()
 
     # The forward pass.
 
-    def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None, impl: str,
-               trained: Tensor | None = None, first: Tensor | None = None) -> Tensor:
+    def linear(
+        self,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        impl: str,
+        trained: Tensor | None = None,
+        first: Tensor | None = None,
+    ) -> Tensor:
         """(..., K) -> (..., N): x W^T + bias, changed. ``trained``: (r, r) in the place of what
         ``trained_core`` gives. ``first``: the W of C and R, where ``weight`` is a later one."""
-        y, moved = cur_linear_and_moved(x, self.operands(weight, bias, trained, first), impl,
-                                        self._edge())
+        y, moved = cur_linear_and_moved(
+            x, self.operands(weight, bias, trained, first), impl, self._edge()
+        )
         self._count(moved, weight if self.norm and self.norm.domain == "weight" else y)
         return y
 
-    def epilogue(self, y0: Tensor, t: Tensor, C: Tensor, impl: str,
-               trained: Tensor | None = None) -> Tensor:
+    def epilogue(
+        self, y0: Tensor, t: Tensor, C: Tensor, impl: str, trained: Tensor | None = None
+    ) -> Tensor:
         """(..., N): a base output y0 changed; t = x R^T (..., r), C (N, r) of y0's dtype."""
-        layer = CurOperands.of_epilogue(self.core(trained), C, self.adapter_bias, self._decay(),
-                                        self.alpha, self.norm)
+        layer = CurOperands.of_epilogue(
+            self.core(trained), C, self.adapter_bias, self._decay(), self.alpha, self.norm
+        )
         y, moved = cur_epilogue_and_moved(y0, t, layer, impl, self._edge())
         self._count(moved, y)
         return y
 
-    def without_gate(self, y0: Tensor, t: Tensor, C: Tensor, trained: Tensor,
-                     impl: str) -> Tensor:
+    def without_gate(self, y0: Tensor, t: Tensor, C: Tensor, trained: Tensor, impl: str) -> Tensor:
         """y0 + alpha t core^T C^T of a given trained core: an earlier stage's change."""
         return cur_epilogue(y0, t, self.core(trained), C, alpha=self.alpha, impl=impl)
 
@@ -228,8 +242,13 @@ class Adapter(OptionalTensors, Past, nn.Module):
 
     # C and R.
 
-    def operands(self, weight: Tensor, bias: Tensor | None = None, trained: Tensor | None = None,
-                 first: Tensor | None = None) -> CurOperands:
+    def operands(
+        self,
+        weight: Tensor,
+        bias: Tensor | None = None,
+        trained: Tensor | None = None,
+        first: Tensor | None = None,
+    ) -> CurOperands:
         """Of this change of W. C and R are indices while tied to W, else the stored matrices, or
         the slices of ``first``, a W that the layer has left; in W's dtype, which FSDP's mixed
         precision changes for the forward pass."""
@@ -238,8 +257,19 @@ class Adapter(OptionalTensors, Past, nn.Module):
             (C, R), cols, rows = self.C_and_R(first), None, None
             if C.dtype != weight.dtype:
                 C, R = C.to(weight.dtype), R.to(weight.dtype)
-        return CurOperands(weight, bias, self.core(trained), cols, rows, C, R, self.adapter_bias,
-                           self._decay(), self.alpha, self.norm)
+        return CurOperands(
+            weight,
+            bias,
+            self.core(trained),
+            cols,
+            rows,
+            C,
+            R,
+            self.adapter_bias,
+            self._decay(),
+            self.alpha,
+            self.norm,
+        )
 
     def C_and_R(self, weight: Tensor) -> tuple[Tensor, Tensor]:
         """C (N, r) and R (r, K)."""
@@ -377,8 +407,11 @@ class Adapter(OptionalTensors, Past, nn.Module):
     def is_linear(self) -> bool:
         """Whether the layer is a linear map of x, so that it can be merged: not where something is
         being learned through a gate on outputs."""
-        return self.norm is None or self.norm.domain == "weight" or not any(
-            p.any() for p in self.learned_parameters())
+        return (
+            self.norm is None
+            or self.norm.domain == "weight"
+            or not any(p.any() for p in self.learned_parameters())
+        )
 
     @torch.no_grad()
     def merged_matrix(self, weight: Tensor, onto: Tensor | None = None) -> Tensor:
@@ -411,21 +444,29 @@ class Adapter(OptionalTensors, Past, nn.Module):
         if self.C_past is None:
             return C, core, R
         unit = torch.eye(len(self.R_past), dtype=core.dtype, device=core.device)
-        return (torch.cat([self.C_past, C], 1), torch.block_diag(unit, core),
-                torch.cat([self.R_past, R]))
+        return (
+            torch.cat([self.C_past, C], 1),
+            torch.block_diag(unit, core),
+            torch.cat([self.R_past, R]),
+        )
 
     # State.
 
     def settings(self) -> dict:
         """What an adapter and a saved state must agree on, as JSON values."""
         decay = self.importance_decay
-        return dict(alpha=self.alpha, basis=self.basis,
-                    norm=None if self.norm is None else self.norm.to_dict(),
-                    importance_decay=None if decay is None else asdict(decay))
+        return dict(
+            alpha=self.alpha,
+            basis=self.basis,
+            norm=None if self.norm is None else self.norm.to_dict(),
+            importance_decay=None if decay is None else asdict(decay),
+        )
 
     def __prepare_scriptable__(self) -> None:  # called by torch.jit.script
-        raise TypeError(f"torch.jit.script cannot compile {type(self).__name__}, whose passes are "
-                        "registered ops: use torch.compile or torch.export")
+        raise TypeError(
+            f"torch.jit.script cannot compile {type(self).__name__}, whose passes are "
+            "registered ops: use torch.compile or torch.export"
+        )
 
     def __setstate__(self, values: dict) -> None:
         super().__setstate__(values)

@@ -49,8 +49,9 @@ def save_adapter(model: nn.Module, path: str | os.PathLike) -> None:
         entries[CHECKSUM] = checksum(entries)
         tensors |= {_join(name, k): v.contiguous().cpu() for k, v in entries.items()}
     if not tensors:
-        raise fail("model", type(model).__name__, "a model with CURLoRALinear or SECURALinear "
-                                                  "layers")
+        raise fail(
+            "model", type(model).__name__, "a model with CURLoRALinear or SECURALinear layers"
+        )
     path = Path(path)
     unfinished = path.with_name(path.name + ".tmp")
     try:
@@ -60,8 +61,9 @@ def save_adapter(model: nn.Module, path: str | os.PathLike) -> None:
         unfinished.unlink(missing_ok=True)
 
 
-def load_adapter(model: nn.Module, path: str | os.PathLike, *, impl: str = "auto",
-                 force: bool = False) -> list[str]:
+def load_adapter(
+    model: nn.Module, path: str | os.PathLike, *, impl: str = "auto", force: bool = False
+) -> list[str]:
     """Puts the layers of an adapter file into ``model``, in place.
 
     Args:
@@ -84,8 +86,11 @@ def load_adapter(model: nn.Module, path: str | os.PathLike, *, impl: str = "auto
     except SafetensorError as error:
         raise ValueError(f"{path} is not a whole safetensors file: {error}") from None
     suffix = "." + SETTINGS
-    names = [k.removesuffix(suffix) if k != SETTINGS else "" for k in tensors
-             if k == SETTINGS or k.endswith(suffix)]
+    names = [
+        k.removesuffix(suffix) if k != SETTINGS else ""
+        for k in tensors
+        if k == SETTINGS or k.endswith(suffix)
+    ]
     if not names:
         raise ValueError(f"{path} holds no layers of secura_kernels")
     trainable = {p: p.requires_grad for p in model.parameters()}
@@ -119,10 +124,15 @@ def _plan(model: nn.Module, name: str, tensors: dict[str, Tensor], impl: str, fo
     try:
         layer = target if isinstance(target, CURLinear) else _build(target, found, impl)
         own = layer.state_dict()
-        if FINGERPRINT in found and not force and not same_base(found[FINGERPRINT],
-                                                                fingerprint(own["weight"])):
-            raise ValueError("it was trained on another base: the layer's weight has other values "
-                             "(force=True loads it all the same)")
+        if (
+            FINGERPRINT in found
+            and not force
+            and not same_base(found[FINGERPRINT], fingerprint(own["weight"]))
+        ):
+            raise ValueError(
+                "it was trained on another base: the layer's weight has other values "
+                "(force=True loads it all the same)"
+            )
         check_finite(found)
         found |= {k: own[k] for k in ("weight", "bias") if k in own}  # which no file holds
         about = {FINGERPRINT, CHECKSUM}
@@ -148,9 +158,16 @@ def _build(base: nn.Module, found: dict[str, Tensor], impl: str) -> CURLinear:
     if kind == "SECURALinear":
         extra = dict(m=found["A"].shape[0], adapter_bias=settings.get("adapter_bias"))
     return KINDS[kind](
-        base, found["cols"], found["rows"], alpha=settings.get("alpha"),
-        basis=settings.get("basis"), norm=settings.get("norm"),
-        importance_decay=None if decay is None else ImportanceDecay(**decay), impl=impl, **extra)
+        base,
+        found["cols"],
+        found["rows"],
+        alpha=settings.get("alpha"),
+        basis=settings.get("basis"),
+        norm=settings.get("norm"),
+        importance_decay=None if decay is None else ImportanceDecay(**decay),
+        impl=impl,
+        **extra,
+    )
 
 
 def _join(name: str, key: str) -> str:

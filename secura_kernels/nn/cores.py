@@ -59,12 +59,21 @@ class SECURAAdapter(Adapter):
     ) -> None:
         super().__init__(weight, cols, rows, **settings)
         if self.r >= self.in_features:
-            raise fail("r", self.r, f"less than K={self.in_features}: SECURA's m is above r and at "
-                                    "most K (CURLoRA takes r up to min(N, K))")
+            raise fail(
+                "r",
+                self.r,
+                f"less than K={self.in_features}: SECURA's m is above r and at "
+                "most K (CURLoRA takes r up to min(N, K))",
+            )
         if m is None:
             m = min(max(self.r + 1, self.r * 4 // 3), self.in_features)
-        self.m = check_int("m", m, self.r + 1, self.in_features,
-                           f", above r={self.r} and at most K={self.in_features}")
+        self.m = check_int(
+            "m",
+            m,
+            self.r + 1,
+            self.in_features,
+            f", above r={self.r} and at most K={self.in_features}",
+        )
         check_choice("a_init", a_init, A_INITS)
         check_choice("adapter_bias", adapter_bias, (True, False))
         A = self._start(weight, a_init)
@@ -81,13 +90,14 @@ class SECURAAdapter(Adapter):
         dtype = torch.promote_types(weight.dtype, torch.float32)
         if a_init == "published":
             # A copy, even where the slice lies in memory as A would: A is trained, W is not.
-            return weight[:self.r, :self.m].T.to(
-                dtype, copy=True, memory_format=torch.contiguous_format)
+            return weight[: self.r, : self.m].T.to(
+                dtype, copy=True, memory_format=torch.contiguous_format
+            )
         devices = [weight.device] if weight.is_cuda else []
         with torch.random.fork_rng(devices):  # the randomised SVD draws from the global generator
             torch.manual_seed(0)
             U, S, V = torch.svd_lowrank(weight.to(dtype), q=self.r)
-        return ((U[:self.r] * S) @ V[:self.m].T).T.contiguous()
+        return ((U[: self.r] * S) @ V[: self.m].T).T.contiguous()
 
     def settings(self) -> dict:
         return super().settings() | dict(adapter_bias=self.adapter_bias is not None)
@@ -112,15 +122,19 @@ class SECURAAdapter(Adapter):
         self.core_long, self.A_long, self.B_long = core, None, None
 
     def optional_groups(self) -> list[dict[str, tuple[int, ...]]]:
-        return [*super().optional_groups(), {"core_long": (self.r, self.r)},
-                {"A_long": (self.m, self.r), "B_long": (self.r, self.m)}]
+        return [
+            *super().optional_groups(),
+            {"core_long": (self.r, self.r)},
+            {"A_long": (self.m, self.r), "B_long": (self.r, self.m)},
+        ]
 
     def accumulate(self, kind: str) -> None:
         """M1: core_long <- core_long + A^T B^T. M2: B_long <- B_long + B, A_long <- A."""
         if (self.B_long if kind == "m1" else self.core_long) is not None:
             other = "m2" if kind == "m1" else "m1"
-            raise RuntimeError(f"stage_{kind} after stage_{other}: an adapter takes one kind of "
-                               "stage")
+            raise RuntimeError(
+                f"stage_{kind} after stage_{other}: an adapter takes one kind of stage"
+            )
         if kind == "m1":
             core = self.trained_core().detach()
             self.core_long = core + (0 if self.core_long is None else self.core_long)

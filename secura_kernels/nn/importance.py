@@ -48,7 +48,8 @@ class ImportanceState(nn.Module):
             raise RuntimeError(
                 "importance decay is not possible under FullyShardedDataParallel (FSDP1), where no "
                 "parameter has a gradient of its own: use fully_shard (FSDP2), or "
-                "importance_decay=None")
+                "importance_decay=None"
+            )
         if self.watched[0] is not parameter:  # a new one: sharding and loading replace it
             self.watched = (parameter,)
             parameter.register_post_accumulate_grad_hook(self._choose)

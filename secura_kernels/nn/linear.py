@@ -15,8 +15,10 @@ from .cores import CURLoRAAdapter, SECURAAdapter
 from .merge import Mergeable
 from .stages import Stages
 
-RUNS_NOWHERE = ("the output projection of nn.MultiheadAttention never runs (the attention takes "
-                "its weight alone), so that nothing put in its place would be used")
+RUNS_NOWHERE = (
+    "the output projection of nn.MultiheadAttention never runs (the attention takes "
+    "its weight alone), so that nothing put in its place would be used"
+)
 
 
 def runs_nowhere(base: nn.Module) -> bool:
@@ -38,8 +40,9 @@ def matrix_of(base: nn.Module) -> Tensor:
     elif transformers is not None and isinstance(base, transformers.Conv1D):
         weight = base.weight.T
     else:
-        raise TypeError(f"linear is a {type(base).__name__}: it must be an nn.Linear or a "
-                        "transformers Conv1D")
+        raise TypeError(
+            f"linear is a {type(base).__name__}: it must be an nn.Linear or a transformers Conv1D"
+        )
     if weight.is_meta:
         raise fail("linear.weight.device", "meta", "a device with values to choose from")
     return weight
@@ -58,8 +61,9 @@ class CURLinear(Mergeable, Stages, Adapter):
 
     disable_adapters = False
 
-    def __init__(self, base: nn.Module, cols: Tensor, rows: Tensor, *, impl: str = "auto",
-                 **settings) -> None:
+    def __init__(
+        self, base: nn.Module, cols: Tensor, rows: Tensor, *, impl: str = "auto", **settings
+    ) -> None:
         matrix = matrix_of(base)
         super().__init__(matrix, cols, rows, **settings)
         resolve(check_choice("impl", impl, IMPLS), matrix.device, matrix.dtype, self.r)
@@ -77,8 +81,9 @@ class CURLinear(Mergeable, Stages, Adapter):
         """(..., K) -> (..., N)."""
         if self.merged or self.disable_adapters:
             return F.linear(x, self.base_matrix(), self.bias)
-        matrix = self.base_matrix() if self.stage_weight is None else self._as_matrix(
-            self.stage_weight)
+        matrix = (
+            self.base_matrix() if self.stage_weight is None else self._as_matrix(self.stage_weight)
+        )
         return self.add_past(self.linear(x, matrix, self.bias, self.impl, self.stage_core()), x)
 
     def base_matrix(self) -> Tensor:
@@ -130,26 +135,31 @@ class CURLinear(Mergeable, Stages, Adapter):
                 if value is not None:
                     destination[prefix + name] = value if keep_vars else value.detach()
 
-    def _load_from_state_dict(self, state_dict, prefix, local_metadata, strict, missing_keys,
-                              unexpected_keys, error_msgs) -> None:
+    def _load_from_state_dict(
+        self, state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
+    ) -> None:
         found = {k.removeprefix(prefix): v for k, v in state_dict.items() if k.startswith(prefix)}
         if found or strict:
             try:
                 state.check_state(self, found, strict)
             except ValueError as error:
-                raise ValueError(f"{prefix.removesuffix('.') or type(self).__name__}: {error}") \
-                    from error
-        super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, missing_keys,
-                                      unexpected_keys, error_msgs)
+                raise ValueError(
+                    f"{prefix.removesuffix('.') or type(self).__name__}: {error}"
+                ) from error
+        super()._load_from_state_dict(
+            state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
+        )
         self.stale = False
         self.refresh()
 
     def extra_repr(self) -> str:
         norm = None if self.norm is None else self.norm.domain
-        return (f"in_features={self.in_features}, out_features={self.out_features}, "
-                f"bias={self.bias is not None}, r={self.r}, alpha={self.alpha:g}, "
-                f"basis={self.basis!r}, norm={norm!r}, impl={self.impl!r}"
-                + (", merged=True" if self.merged else ""))
+        return (
+            f"in_features={self.in_features}, out_features={self.out_features}, "
+            f"bias={self.bias is not None}, r={self.r}, alpha={self.alpha:g}, "
+            f"basis={self.basis!r}, norm={norm!r}, impl={self.impl!r}"
+            + (", merged=True" if self.merged else "")
+        )
 
 
 class CURLoRALinear(CURLinear, CURLoRAAdapter):
@@ -195,8 +205,7 @@ class CURLoRALinear(CURLinear, CURLoRAAdapter):
         """
         if replace is None:
             replace = selection == "inverted" and settings.get("basis") == "raw"
-        cols, rows = select(matrix_of(linear), r, selection, replace=replace,
-                            generator=generator)
+        cols, rows = select(matrix_of(linear), r, selection, replace=replace, generator=generator)
         return cls(linear, cols, rows, **settings)
 
 
@@ -238,8 +247,7 @@ class SECURALinear(CURLinear, SECURAAdapter):
             settings: m, alpha, basis, norm, a_init, adapter_bias, importance_decay, impl of the
                 class.
         """
-        cols, rows = select(matrix_of(linear), r, selection, replace=replace,
-                            generator=generator)
+        cols, rows = select(matrix_of(linear), r, selection, replace=replace, generator=generator)
         return cls(linear, cols, rows, **settings)
 
     def extra_repr(self) -> str:

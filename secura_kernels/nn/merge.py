@@ -7,7 +7,8 @@ CANNOT_MERGE = (
     "cannot be merged: its gate acts on outputs, which is not a linear map of x. Either take the "
     "published M1 step, which keeps delta_W alone (stage_m1(), of an adapter without "
     "adapter_bias), and merge then, or train with the gate in the weight domain "
-    "(SMagNorm(domain='weight'), in PEFT norm_domain='weight'), which merges exactly")
+    "(SMagNorm(domain='weight'), in PEFT norm_domain='weight'), which merges exactly"
+)
 
 
 class Mergeable:

@@ -12,8 +12,10 @@ class OptionalTensors:
         """Names and shapes of saved tensors that exist only once bases are stored or calibrated or
         a stage has been taken; those of a group exist together. A size of None is any."""
         square, (N, K) = (self.r, self.r), (self.out_features, self.in_features)
-        calibrated = {"whitened": [{"fold_c": square, "fold_r": square, "unit": ()}],
-                      "natural": [{"unit": ()}, {"C_past": (N, None), "R_past": (None, K)}]}
+        calibrated = {
+            "whitened": [{"fold_c": square, "fold_r": square, "unit": ()}],
+            "natural": [{"unit": ()}, {"C_past": (N, None), "R_past": (None, K)}],
+        }
         return [{"C": (N, self.r), "R": (self.r, K)}, *calibrated.get(self.basis, [])]
 
     def optional_shapes(self) -> dict[str, tuple[int | None, ...]]:
@@ -35,7 +37,7 @@ class OptionalTensors:
         module as if none were None (torch 2.13)."""
         buffers = self._buffers
         absent = [name for name, value in buffers.items() if value is None]
-        if list(buffers)[len(buffers) - len(absent):] != absent:
+        if list(buffers)[len(buffers) - len(absent) :] != absent:
             buffers |= {name: buffers.pop(name) for name in absent}
 
     def _apply(self, fn, recurse: bool = True) -> "OptionalTensors":
@@ -69,8 +71,11 @@ class OptionalTensors:
                 self.untie(weight)
             elif name in names:
                 shape = [int(sizes.get(name, 1)) * self.r if n is None else n for n in shape]
-                setattr(self, name, torch.zeros(shape, dtype=self.core_parameter().dtype,
-                                                device=self.cols.device))
+                setattr(
+                    self,
+                    name,
+                    torch.zeros(shape, dtype=self.core_parameter().dtype, device=self.cols.device),
+                )
             self.stale = self.stale or name in names
 
     def optional_name(self, name: str) -> str:
@@ -89,6 +94,7 @@ class OptionalTensors:
                 continue
             # C and R are cast to the weight's dtype by ``derive``.
             dtype = found[name].dtype if name[0] in "CR" else trained.dtype
-            shape = [own if n is None else n for n, own in zip(shape, found[name].shape,
-                                                               strict=True)]
+            shape = [
+                own if n is None else n for n, own in zip(shape, found[name].shape, strict=True)
+            ]
             setattr(self, name, torch.empty(shape, dtype=dtype, device=trained.device))

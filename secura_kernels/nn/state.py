@@ -35,8 +35,10 @@ def unpack_settings(packed: object) -> dict:
     except (AttributeError, KeyError, TypeError, ValueError):
         raise ValueError(f"{SETTINGS} does not hold settings of {FORMAT}") from None
     if found != (FORMAT, VERSION):
-        raise ValueError(f"the state has format {found[0]!r}, version {found[1]!r}: this release "
-                         f"reads {FORMAT!r}, version {VERSION}")
+        raise ValueError(
+            f"the state has format {found[0]!r}, version {found[1]!r}: this release "
+            f"reads {FORMAT!r}, version {VERSION}"
+        )
     return content
 
 
@@ -56,14 +58,17 @@ def check_state(layer: nn.Module, found: dict[str, Tensor], strict: bool = True)
     content = unpack_settings(found[SETTINGS])
     for name, value in layer.settings().items():
         if content.get(name) != value:
-            raise ValueError(f"the state was saved with {name}={content.get(name)!r}, the layer "
-                             f"was built with {name}={value!r}")
+            raise ValueError(
+                f"the state was saved with {name}={content.get(name)!r}, the layer "
+                f"was built with {name}={value!r}"
+            )
     own = {k: v for k, v in layer.state_dict().items() if k != SETTINGS}
     check_tensors(layer, own, found, strict)
 
 
-def check_tensors(adapter: nn.Module, own: dict[str, Tensor], found: dict[str, Tensor],
-                  strict: bool = True) -> None:
+def check_tensors(
+    adapter: nn.Module, own: dict[str, Tensor], found: dict[str, Tensor], strict: bool = True
+) -> None:
     """Raises ValueError for tensors that an adapter, whose own are ``own``, cannot take: missing
     ones (with ``strict``), of another shape or kind, a part of those that belong together, indices
     outside W."""
@@ -79,8 +84,9 @@ def check_tensors(adapter: nn.Module, own: dict[str, Tensor], found: dict[str, T
             raise fail(f"{name}.dtype", found[name].dtype, "the kind of number the layer holds")
     for group in map(set, adapter.optional_groups()):
         if group & set(found) and not group <= set(found):
-            raise ValueError(f"the state has {sorted(group & set(found))} without "
-                             f"{sorted(group - set(found))}")
+            raise ValueError(
+                f"the state has {sorted(group & set(found))} without {sorted(group - set(found))}"
+            )
     for name, size in (("cols", adapter.in_features), ("rows", adapter.out_features)):
         if name in found:
             check_indices(name, found[name], size)
@@ -89,7 +95,8 @@ def check_tensors(adapter: nn.Module, own: dict[str, Tensor], found: dict[str, T
 def fits(found: Tensor, shape: tuple[int | None, ...]) -> bool:
     """Whether a tensor has that shape, in which None is any size."""
     return found.ndim == len(shape) and all(
-        n is None or n == own for n, own in zip(shape, found.shape, strict=True))
+        n is None or n == own for n, own in zip(shape, found.shape, strict=True)
+    )
 
 
 def _floating(name: str, own: dict[str, Tensor]) -> bool:
@@ -111,8 +118,18 @@ FINGERPRINT_VALUES = 256
 # and 0.31 (0.40 at most), its int2 0.44 and 0.54 (0.62); two that have nothing in common are 1.4
 # apart.
 QUANTISED = 0.7
-INDICES_AND_CORES = ("cols", "rows", "U", "U_long", "A", "B", "A_long", "B_long", "core_long",
-                     "adapter_bias")
+INDICES_AND_CORES = (
+    "cols",
+    "rows",
+    "U",
+    "U_long",
+    "A",
+    "B",
+    "A_long",
+    "B_long",
+    "core_long",
+    "adapter_bias",
+)
 
 
 def fingerprint(weight: Tensor) -> Tensor:
@@ -157,5 +174,7 @@ def checksum(found: dict[str, Tensor]) -> Tensor:
 def check_sum(found: dict[str, Tensor]) -> None:
     """Raises ValueError where a layer's part of a file has a checksum of other tensors."""
     if CHECKSUM in found and not torch.equal(found[CHECKSUM].cpu(), checksum(found)):
-        raise ValueError("its indices and cores are not those that were saved together (checksum); "
-                         "where they were changed on purpose, leave the checksum out")
+        raise ValueError(
+            "its indices and cores are not those that were saved together (checksum); "
+            "where they were changed on purpose, leave the checksum out"
+        )

@@ -21,7 +21,8 @@ def _run(y0, t, cores, adapter, C, adapter_bias, alpha, norm, detach_gate, impl)
     if resolve(impl, y0.device, y0.dtype, cores.shape[1]) == "cuda":
         impl = "reference"
     return backend(impl, "batched", y0, cores.shape[1]).forward(
-        y0, t, cores, adapter, C, adapter_bias, alpha, unpack_norm(norm, "output", True))
+        y0, t, cores, adapter, C, adapter_bias, alpha, unpack_norm(norm, "output", True)
+    )
 
 
 def _fake(y0, t, cores, adapter, C, adapter_bias, alpha, norm, detach_gate, impl):
@@ -36,25 +37,36 @@ def _flops(y0, t, *_, **__):
 
 def _vmap(info, in_dims, *args):
     dims = batched_dims(in_dims, args)
-    return torch.stack([
-        cur_batched(*[a if d is None else a.select(d, i) for a, d in zip(args, dims, strict=True)])
-        for i in range(info.batch_size)]), 0
+    return torch.stack(
+        [
+            cur_batched(
+                *[a if d is None else a.select(d, i) for a, d in zip(args, dims, strict=True)]
+            )
+            for i in range(info.batch_size)
+        ]
+    ), 0
 
 
 cur_batched = register(
     """cur_batched(Tensor y0, Tensor t, Tensor cores, Tensor adapter, Tensor C,
     Tensor? adapter_bias, float alpha, float[] norm, bool detach_gate, str impl) -> Tensor""",
-    _run, _fake, _flops, _vmap)
+    _run,
+    _fake,
+    _flops,
+    _vmap,
+)
 
 
 def _with_gradients(y0, t, cores, adapter, C, adapter_bias, alpha, norm, detach_gate, impl):
     """The op; where a derivative is wanted, which it has not, the reference's plain formula. For
     the dispatcher rather than for the caller, who cannot see that under ``torch.func.grad``."""
     tensors = (y0, t, cores, adapter_bias)
-    if forward_mode() or (torch.is_grad_enabled() and any(
-            v is not None and v.requires_grad for v in tensors)):
-        return reference.forward(y0, t, cores, adapter, C, adapter_bias, alpha,
-                                 unpack_norm(norm, "output", detach_gate))
+    if forward_mode() or (
+        torch.is_grad_enabled() and any(v is not None and v.requires_grad for v in tensors)
+    ):
+        return reference.forward(
+            y0, t, cores, adapter, C, adapter_bias, alpha, unpack_norm(norm, "output", detach_gate)
+        )
     with torch._C._AutoDispatchBelowAutograd():
         return cur_batched(y0, t, cores, adapter, C, adapter_bias, alpha, norm, detach_gate, impl)
 

@@ -11,8 +11,9 @@ from ..backends.reference import cabr_core, cabr_core_backward
 from .registry import transformed
 
 
-def folded_core(trained: tuple[Tensor, ...], fold_c: Tensor | None,
-                fold_r: Tensor | None) -> Tensor:
+def folded_core(
+    trained: tuple[Tensor, ...], fold_c: Tensor | None, fold_r: Tensor | None
+) -> Tensor:
     """fold_c V fold_r (r, r) with V = U, or A^T B^T; V itself without folds.
 
     Args:

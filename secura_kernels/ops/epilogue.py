@@ -9,8 +9,9 @@ from .registry import backend, call, empty_if_none, register, unpack_norm
 
 
 def _layer(core, C, adapter_bias, decay, alpha, norm, detach_gate) -> CurOperands:
-    return CurOperands.of_epilogue(core, C, adapter_bias, decay, alpha,
-                                   unpack_norm(norm, "output", detach_gate))
+    return CurOperands.of_epilogue(
+        core, C, adapter_bias, decay, alpha, unpack_norm(norm, "output", detach_gate)
+    )
 
 
 def _fwd(y0, t, core, C, adapter_bias, decay, alpha, norm, edge, save, impl):
@@ -41,8 +42,13 @@ def _bwd(dy, core, C, adapter_bias, decay, t, saved, alpha, norm, detach_gate, n
 
 def _bwd_fake(dy, core, C, adapter_bias, decay, t, saved, alpha, norm, detach_gate, needs, impl):
     likes = (dy, t, core, adapter_bias)
-    return empty_if_none(tuple(like.new_empty(like.shape) if need else None
-                               for like, need in zip(likes, needs, strict=True)), dy)
+    return empty_if_none(
+        tuple(
+            like.new_empty(like.shape) if need else None
+            for like, need in zip(likes, needs, strict=True)
+        ),
+        dy,
+    )
 
 
 def _bwd_flops(dy, core, *args, **_):
@@ -55,12 +61,18 @@ cur_epilogue_fwd = register(
     """cur_epilogue_fwd(Tensor y0, Tensor t, Tensor core, Tensor C, Tensor? adapter_bias,
     Tensor? decay, float alpha, float[] norm, float edge, bool save, str impl)
     -> (Tensor y, Tensor saved, Tensor moved)""",
-    _fwd, _fwd_fake, _fwd_flops)
+    _fwd,
+    _fwd_fake,
+    _fwd_flops,
+)
 cur_epilogue_bwd = register(
     """cur_epilogue_bwd(Tensor dy, Tensor core, Tensor C, Tensor? adapter_bias, Tensor? decay,
     Tensor t, Tensor saved, float alpha, float[] norm, bool detach_gate, bool[4] needs, str impl)
     -> (Tensor dy0, Tensor dt, Tensor dcore, Tensor dadapter_bias)""",
-    _bwd, _bwd_fake, _bwd_flops)
+    _bwd,
+    _bwd_fake,
+    _bwd_flops,
+)
 
 
 class CurEpilogue(torch.autograd.Function):
@@ -73,13 +85,26 @@ class CurEpilogue(torch.autograd.Function):
 
     @staticmethod
     def forward(y0, t, core, C, adapter_bias, decay, alpha, norm, detach_gate, edge, impl):
-        return call(cur_epilogue_fwd, y0, t, core, C, adapter_bias, decay, alpha, norm, edge,
-                    detach_gate, impl)
+        return call(
+            cur_epilogue_fwd,
+            y0,
+            t,
+            core,
+            C,
+            adapter_bias,
+            decay,
+            alpha,
+            norm,
+            edge,
+            detach_gate,
+            impl,
+        )
 
     @staticmethod
     def alone(y0, t, core, C, adapter_bias, decay, alpha, norm, detach_gate, edge, impl):
-        return call(cur_epilogue_fwd, y0, t, core, C, adapter_bias, decay, alpha, norm, edge, False,
-                    impl)
+        return call(
+            cur_epilogue_fwd, y0, t, core, C, adapter_bias, decay, alpha, norm, edge, False, impl
+        )
 
     @staticmethod
     def setup_context(ctx, inputs, output):
@@ -103,8 +128,16 @@ class CurEpilogue(torch.autograd.Function):
         else:
             # Without a gate the gradient of y0 is dy itself, which no op may return.
             computed = (needs[0] and bool(ctx.norm), *needs[1:])
-            gradients = call(cur_epilogue_bwd, dy, *ctx.saved_tensors, ctx.alpha, ctx.norm,
-                             ctx.detach_gate, computed, ctx.impl)
+            gradients = call(
+                cur_epilogue_bwd,
+                dy,
+                *ctx.saved_tensors,
+                ctx.alpha,
+                ctx.norm,
+                ctx.detach_gate,
+                computed,
+                ctx.impl,
+            )
             found = [g if n else None for g, n in zip(gradients, computed, strict=True)]
             if needs[0] and not ctx.norm:
                 found[0] = dy

@@ -22,8 +22,9 @@ _PARAMETERS = """Tensor core, Tensor? cols, Tensor? rows, Tensor? C, Tensor? R,
 _SETTINGS = "float alpha, float[] norm, bool detach_gate"
 
 
-def _layer(tensors: tuple[Tensor | None, ...], alpha: float, norm: list[float],
-           detach_gate: bool) -> CurOperands:
+def _layer(
+    tensors: tuple[Tensor | None, ...], alpha: float, norm: list[float], detach_gate: bool
+) -> CurOperands:
     return CurOperands(*tensors, alpha, unpack_norm(norm, "output", detach_gate))
 
 
@@ -33,8 +34,24 @@ def _fwd(x, *arguments):
     return backend(impl, "linear", x, layer.r).forward(x, layer, edge, save)
 
 
-def _fwd_fake(x, weight, bias, core, cols, rows, C, R, adapter_bias, decay,
-              alpha, norm, detach_gate, edge, save, impl):
+def _fwd_fake(
+    x,
+    weight,
+    bias,
+    core,
+    cols,
+    rows,
+    C,
+    R,
+    adapter_bias,
+    decay,
+    alpha,
+    norm,
+    detach_gate,
+    edge,
+    save,
+    impl,
+):
     M, N = x.shape[0], weight.shape[0]
     y = x.new_empty(M, N)
     t = x.new_empty(M, core.shape[0])
@@ -60,8 +77,10 @@ def _fwd_vmap(info, in_dims, x, *rest):
     batched = x.movedim(first, 0)
     outputs = cur_linear_fwd(batched.flatten(0, 1), *rest)
     shape = batched.shape[:2]
-    return (tuple(o.unflatten(0, shape) if o.ndim == 2 else o for o in outputs),
-            tuple(0 if o.ndim == 2 else None for o in outputs))
+    return (
+        tuple(o.unflatten(0, shape) if o.ndim == 2 else o for o in outputs),
+        tuple(0 if o.ndim == 2 else None for o in outputs),
+    )
 
 
 def _bwd(dy, weight, *arguments):
@@ -71,8 +90,24 @@ def _bwd(dy, weight, *arguments):
     return empty_if_none(gradients, dy)
 
 
-def _bwd_fake(dy, weight, core, cols, rows, C, R, adapter_bias, decay, t, saved,
-              alpha, norm, detach_gate, needs, impl):
+def _bwd_fake(
+    dy,
+    weight,
+    core,
+    cols,
+    rows,
+    C,
+    R,
+    adapter_bias,
+    decay,
+    t,
+    saved,
+    alpha,
+    norm,
+    detach_gate,
+    needs,
+    impl,
+):
     return fake_gradients(dy, weight, core, adapter_bias, needs)
 
 
@@ -86,11 +121,18 @@ def _bwd_flops(dy, weight, core, *args, **_):
 cur_linear_fwd = register(
     f"""cur_linear_fwd(Tensor x, Tensor weight, Tensor? bias, {_PARAMETERS}, {_SETTINGS},
     float edge, bool save, str impl) -> (Tensor y, Tensor t, Tensor saved, Tensor moved)""",
-    _fwd, _fwd_fake, _fwd_flops, _fwd_vmap)
+    _fwd,
+    _fwd_fake,
+    _fwd_flops,
+    _fwd_vmap,
+)
 cur_linear_bwd = register(
     f"""cur_linear_bwd(Tensor dy, Tensor weight, {_PARAMETERS}, Tensor t, Tensor saved, {_SETTINGS},
     bool[3] needs, str impl) -> (Tensor dx, Tensor dcore, Tensor dadapter_bias)""",
-    _bwd, _bwd_fake, _bwd_flops)
+    _bwd,
+    _bwd_fake,
+    _bwd_flops,
+)
 
 
 class CurLinear(torch.autograd.Function):
@@ -134,10 +176,10 @@ class CurLinear(torch.autograd.Function):
             if torch.is_grad_enabled():  # to be differentiated again
                 dx, dcore, dbias = reference.backward(dy, CurLinear.layer(ctx), *kept[8:], needs)
             else:
-                gradients = call(cur_linear_bwd, dy, *kept, ctx.alpha, ctx.norm, ctx.detach_gate,
-                                 needs, ctx.impl)
-                dx, dcore, dbias = (
-                    g if n else None for g, n in zip(gradients, needs, strict=True))
+                gradients = call(
+                    cur_linear_bwd, dy, *kept, ctx.alpha, ctx.norm, ctx.detach_gate, needs, ctx.impl
+                )
+                dx, dcore, dbias = (g if n else None for g, n in zip(gradients, needs, strict=True))
         # Only a second differentiation brings gradients of what was saved. torch.compile has none
         # and would trace products with zeros here.
         if needs[0] and not torch.compiler.is_compiling():

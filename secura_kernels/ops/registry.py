@@ -24,8 +24,9 @@ LIBRARY = torch.library.Library("secura", "FRAGMENT")
 IMPLS = ("auto", "triton", "cuda", "reference")
 
 
-def why_unavailable(impl: str, device: torch.device, dtype: torch.dtype = torch.float32,
-                    r: int = 1) -> str | None:
+def why_unavailable(
+    impl: str, device: torch.device, dtype: torch.dtype = torch.float32, r: int = 1
+) -> str | None:
     """Why a backend cannot run a layer of ``dtype`` and rank ``r`` on ``device``, or None."""
     if impl == "reference":
         return None
@@ -110,8 +111,9 @@ def _unpack(values: tuple[float, ...], domain: str, detach_gate: bool) -> SMagNo
     return SMagNorm(scale, shift, ref or "max", beta, eps, domain, detach_gate)
 
 
-def register(schema: str, run: Callable, fake: Callable, flops: Callable,
-             vmap: Callable | None = None) -> Callable:
+def register(
+    schema: str, run: Callable, fake: Callable, flops: Callable, vmap: Callable | None = None
+) -> Callable:
     """Defines ``secura::<schema>``; returns the op.
 
     Args:
@@ -138,8 +140,12 @@ _PLAIN = frozenset((Tensor, torch.nn.Parameter, type(None), float, int, bool, st
 def call(op: Callable, *args):
     """``op(*args)``; past PyTorch's dispatcher, which takes longer than a launch, where nothing
     traces, transforms or counts ops and every tensor is a plain one."""
-    watched = (transformed() or torch._C._len_torch_dispatch_stack() or torch.jit.is_tracing()
-               or torch._C._functorch.is_legacy_batchedtensor(args[0]))  # is_grads_batched
+    watched = (
+        transformed()
+        or torch._C._len_torch_dispatch_stack()
+        or torch.jit.is_tracing()
+        or torch._C._functorch.is_legacy_batchedtensor(args[0])
+    )  # is_grads_batched
     if watched or not _PLAIN.issuperset(map(type, args)):
         return op(*args)
     return _runs[op](*args)
@@ -186,8 +192,13 @@ def empty_if_none(gradients: tuple[Tensor | None, ...], like: Tensor) -> tuple[T
     return tuple(like.new_empty(0) if g is None else g for g in gradients)
 
 
-def fake_gradients(dy: Tensor, weight: Tensor, core: Tensor, adapter_bias: Tensor | None,
-                   needs: tuple[bool, bool, bool]) -> tuple[Tensor, ...]:
+def fake_gradients(
+    dy: Tensor,
+    weight: Tensor,
+    core: Tensor,
+    adapter_bias: Tensor | None,
+    needs: tuple[bool, bool, bool],
+) -> tuple[Tensor, ...]:
     """Shapes and dtypes of what the backward ops return."""
     dx = dy.new_empty(dy.shape[0], weight.shape[1]) if needs[0] else None
     dcore = torch.empty_like(core) if needs[1] else None

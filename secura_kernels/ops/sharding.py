@@ -48,8 +48,12 @@ def _register() -> None:
     from torch.distributed.tensor.experimental import register_sharding
 
     propagator = DTensor._op_dispatcher.sharding_propagator
-    for name, rule in (("cur_linear_fwd", _linear_fwd), ("cur_linear_bwd", _linear_bwd),
-                       ("cur_epilogue_fwd", _update_fwd), ("cur_epilogue_bwd", _update_bwd)):
+    for name, rule in (
+        ("cur_linear_fwd", _linear_fwd),
+        ("cur_linear_bwd", _linear_bwd),
+        ("cur_epilogue_fwd", _update_fwd),
+        ("cur_epilogue_bwd", _update_bwd),
+    ):
         op = getattr(torch.ops.secura, name).default
         register_sharding(op)(rule)
         # Rules depend on the settings and on which operands there are, so the cache of what they
@@ -66,13 +70,30 @@ def _placements():
 
 def _rule(outputs: list, operands: tuple, inputs: list, settings: int):
     """A rule; an operand that is None has no placement, nor have settings."""
-    return outputs, [None if operand is None else placement
-                     for operand, placement in zip(operands, inputs, strict=True)
-                     ] + [None] * settings
+    return outputs, [
+        None if operand is None else placement
+        for operand, placement in zip(operands, inputs, strict=True)
+    ] + [None] * settings
 
 
-def _linear_fwd(x, weight, bias, core, cols, rows, C, R, adapter_bias, decay,
-                alpha, norm, detach_gate, edge, save, impl):
+def _linear_fwd(
+    x,
+    weight,
+    bias,
+    core,
+    cols,
+    rows,
+    C,
+    R,
+    adapter_bias,
+    decay,
+    alpha,
+    norm,
+    detach_gate,
+    edge,
+    save,
+    impl,
+):
     whole, total, by_m, by_n = _placements()
     by_k = by_n  # of x (M, K), W (N, K) and R (r, K)
     operands = (x, weight, bias, core, cols, rows, C, R, adapter_bias, decay)
@@ -81,18 +102,44 @@ def _linear_fwd(x, weight, bias, core, cols, rows, C, R, adapter_bias, decay,
     if not _needs_maximum(norm):
         rules.append(_rule([by_m, by_m, gate[by_m], moved], operands, [by_m] + [whole] * 9, 6))
     if C is not None and not _needs_maximum(norm):
-        rules.append(_rule(
-            [by_n, whole, gate[by_n], moved], operands,
-            [whole, by_m, by_m, whole, whole, whole, by_m, whole, by_m, by_m], 6))
+        rules.append(
+            _rule(
+                [by_n, whole, gate[by_n], moved],
+                operands,
+                [whole, by_m, by_m, whole, whole, whole, by_m, whole, by_m, by_m],
+                6,
+            )
+        )
     if C is not None and not norm and bias is None and adapter_bias is None:
-        rules.append(_rule(
-            [total, total, whole, whole], operands,
-            [by_k, by_k, whole, whole, whole, whole, whole, by_k, whole, whole], 6))
+        rules.append(
+            _rule(
+                [total, total, whole, whole],
+                operands,
+                [by_k, by_k, whole, whole, whole, whole, whole, by_k, whole, whole],
+                6,
+            )
+        )
     return rules
 
 
-def _linear_bwd(dy, weight, core, cols, rows, C, R, adapter_bias, decay, t, saved,
-                alpha, norm, detach_gate, needs, impl):
+def _linear_bwd(
+    dy,
+    weight,
+    core,
+    cols,
+    rows,
+    C,
+    R,
+    adapter_bias,
+    decay,
+    t,
+    saved,
+    alpha,
+    norm,
+    detach_gate,
+    needs,
+    impl,
+):
     whole, total, by_m, by_n = _placements()
     by_k = by_n
     operands = (dy, weight, core, cols, rows, C, R, adapter_bias, decay, t, saved)
@@ -104,18 +151,34 @@ def _linear_bwd(dy, weight, core, cols, rows, C, R, adapter_bias, decay, t, save
 
     rules = [_rule([whole] * 3, operands, [whole] * 11, 5)]
     if local:
-        rules.append(_rule(gradients(by_m, total, total), operands,
-                           [by_m] + [whole] * 8 + [by_m, gate[by_m]], 5))
+        rules.append(
+            _rule(
+                gradients(by_m, total, total),
+                operands,
+                [by_m] + [whole] * 8 + [by_m, gate[by_m]],
+                5,
+            )
+        )
     if C is None:
         return rules
     if local:
-        rules.append(_rule(
-            gradients(total, total, by_m), operands,
-            [by_n, by_m, whole, whole, whole, by_m, whole, by_m, by_m, whole, gate[by_n]], 5))
+        rules.append(
+            _rule(
+                gradients(total, total, by_m),
+                operands,
+                [by_n, by_m, whole, whole, whole, by_m, whole, by_m, by_m, whole, gate[by_n]],
+                5,
+            )
+        )
     for t_placement in (whole,) if norm else (whole, total):  # dcore is linear in t
-        rules.append(_rule(
-            gradients(by_k, t_placement, whole), operands,
-            [whole, by_k, whole, whole, whole, whole, by_k, whole, whole, t_placement, whole], 5))
+        rules.append(
+            _rule(
+                gradients(by_k, t_placement, whole),
+                operands,
+                [whole, by_k, whole, whole, whole, whole, by_k, whole, whole, t_placement, whole],
+                5,
+            )
+        )
     return rules
 
 
@@ -126,8 +189,9 @@ def _update_fwd(y0, t, core, C, adapter_bias, decay, alpha, norm, edge, save, im
     rules = [_rule([whole] * 3, operands, [whole] * 6, 5)]
     if not _needs_maximum(norm):
         rules.append(_rule([by_m, gate[by_m], moved], operands, [by_m, by_m] + [whole] * 4, 5))
-        rules.append(_rule([by_n, gate[by_n], moved], operands,
-                           [by_n, whole, whole, by_m, by_m, by_m], 5))
+        rules.append(
+            _rule([by_n, gate[by_n], moved], operands, [by_n, whole, whole, by_m, by_m, by_m], 5)
+        )
     if not norm and adapter_bias is None:
         rules.append(_rule([total, whole, whole], operands, [total, total] + [whole] * 4, 5))
     return rules
@@ -143,13 +207,26 @@ def _update_bwd(dy, core, C, adapter_bias, decay, t, saved, alpha, norm, detach_
 
     rules = [_rule([whole] * 4, operands, [whole] * 7, 5)]
     if detach_gate or not _needs_maximum(norm):
-        rules.append(_rule(gradients(by_m, by_m, total, total), operands,
-                           [by_m] + [whole] * 4 + [by_m, gate[by_m]], 5))
-        rules.append(_rule(gradients(by_n, total, total, by_m), operands,
-                           [by_n, whole, by_m, by_m, by_m, whole, gate[by_n]], 5))
+        rules.append(
+            _rule(
+                gradients(by_m, by_m, total, total),
+                operands,
+                [by_m] + [whole] * 4 + [by_m, gate[by_m]],
+                5,
+            )
+        )
+        rules.append(
+            _rule(
+                gradients(by_n, total, total, by_m),
+                operands,
+                [by_n, whole, by_m, by_m, by_m, whole, gate[by_n]],
+                5,
+            )
+        )
     if not norm:
-        rules.append(_rule(gradients(whole, whole, total, whole), operands,
-                           [whole] * 5 + [total, whole], 5))
+        rules.append(
+            _rule(gradients(whole, whole, total, whole), operands, [whole] * 5 + [total, whole], 5)
+        )
     return rules
 
 

@@ -11,8 +11,9 @@ _ARGUMENTS = """Tensor x, Tensor weight, {bias} Tensor core, Tensor? cols, Tenso
     Tensor? R, Tensor? adapter_bias, Tensor? decay, float alpha, float[] norm, bool detach_gate"""
 
 
-def _layer(tensors: tuple[Tensor | None, ...], alpha: float, norm: list[float],
-           detach_gate: bool) -> CurOperands:
+def _layer(
+    tensors: tuple[Tensor | None, ...], alpha: float, norm: list[float], detach_gate: bool
+) -> CurOperands:
     return CurOperands(*tensors, alpha, unpack_norm(norm, "weight", detach_gate))
 
 
@@ -22,10 +23,27 @@ def _fwd(x, *arguments):
     return backend(impl, "weight", x, layer.r).forward(x, layer, edge)
 
 
-def _fwd_fake(x, weight, bias, core, cols, rows, C, R, adapter_bias, decay,
-              alpha, norm, detach_gate, edge, impl):
-    return (x.new_empty(x.shape[0], weight.shape[0]),
-            x.new_empty(1 if edge else 0, dtype=torch.int64))
+def _fwd_fake(
+    x,
+    weight,
+    bias,
+    core,
+    cols,
+    rows,
+    C,
+    R,
+    adapter_bias,
+    decay,
+    alpha,
+    norm,
+    detach_gate,
+    edge,
+    impl,
+):
+    return (
+        x.new_empty(x.shape[0], weight.shape[0]),
+        x.new_empty(1 if edge else 0, dtype=torch.int64),
+    )
 
 
 def _fwd_flops(x, weight, bias, core, *_, **__):
@@ -40,8 +58,23 @@ def _bwd(dy, x, weight, *arguments):
     return empty_if_none(backend(impl, "weight", dy, layer.r).backward(dy, x, layer, needs), dy)
 
 
-def _bwd_fake(dy, x, weight, core, cols, rows, C, R, adapter_bias, decay,
-              alpha, norm, detach_gate, needs, impl):
+def _bwd_fake(
+    dy,
+    x,
+    weight,
+    core,
+    cols,
+    rows,
+    C,
+    R,
+    adapter_bias,
+    decay,
+    alpha,
+    norm,
+    detach_gate,
+    needs,
+    impl,
+):
     return fake_gradients(dy, weight, core, adapter_bias, needs)
 
 
@@ -49,18 +82,25 @@ def _bwd_flops(dy, x, weight, core, *args, **_):
     """W_eff once more and dy W_eff; the gate once more, dy^T x, and its contraction to (r, r)."""
     (M, N), K, r, needs = dy, weight[1], core[0], args[9]
     form = 2 * r * K * (r + N)
-    return (needs[0] * (form + 2 * M * N * K)
-            + needs[1] * (form + 2 * M * N * K + 2 * N * r * (K + r)))
+    return needs[0] * (form + 2 * M * N * K) + needs[1] * (
+        form + 2 * M * N * K + 2 * N * r * (K + r)
+    )
 
 
 cur_weight_linear_fwd = register(
     f"""cur_weight_linear_fwd({_ARGUMENTS.format(bias="Tensor? bias,")}, float edge, str impl)
     -> (Tensor y, Tensor moved)""",
-    _fwd, _fwd_fake, _fwd_flops)
+    _fwd,
+    _fwd_fake,
+    _fwd_flops,
+)
 cur_weight_linear_bwd = register(
     f"""cur_weight_linear_bwd(Tensor dy, {_ARGUMENTS.format(bias="")}, bool[3] needs, str impl)
     -> (Tensor dx, Tensor dcore, Tensor dadapter_bias)""",
-    _bwd, _bwd_fake, _bwd_flops)
+    _bwd,
+    _bwd_fake,
+    _bwd_flops,
+)
 
 
 class CurWeightLinear(torch.autograd.Function):
@@ -92,7 +132,15 @@ class CurWeightLinear(torch.autograd.Function):
             layer = _layer((weight, None, *others), ctx.alpha, ctx.norm, ctx.detach_gate)
             dx, dcore, dbias = reference.backward(dy, x, layer, needs)
         else:
-            gradients = call(cur_weight_linear_bwd, dy, *ctx.saved_tensors, ctx.alpha, ctx.norm,
-                             ctx.detach_gate, needs, ctx.impl)
+            gradients = call(
+                cur_weight_linear_bwd,
+                dy,
+                *ctx.saved_tensors,
+                ctx.alpha,
+                ctx.norm,
+                ctx.detach_gate,
+                needs,
+                ctx.impl,
+            )
             dx, dcore, dbias = (g if n else None for g, n in zip(gradients, needs, strict=True))
         return (dx, None, None, dcore, None, None, None, None, dbias, *[None] * 6)

@@ -23,8 +23,9 @@ from .config import SecuraConfig  # noqa: E402  (the type must exist)
 from .layer import SecuraLinear  # noqa: E402
 from .model import SecuraModel  # noqa: E402
 
-register_peft_method(name="secura", config_cls=SecuraConfig, model_cls=SecuraModel,
-                     prefix="secura_")
+register_peft_method(
+    name="secura", config_cls=SecuraConfig, model_cls=SecuraModel, prefix="secura_"
+)
 
 from .hotswap import hotswap_adapter  # noqa: E402
 from .lora_export import save_as_lora  # noqa: E402

@@ -47,31 +47,39 @@ def backend_of(base: nn.Module, **kwargs):
     if backend is not None:
         return backend
     if runs_nowhere(base):
-        raise TypeError(f"target_modules matches a layer that cannot be adapted: {RUNS_NOWHERE}; "
-                        "name others in target_modules, or this one in exclude_modules")
+        raise TypeError(
+            f"target_modules matches a layer that cannot be adapted: {RUNS_NOWHERE}; "
+            "name others in target_modules, or this one in exclude_modules"
+        )
     if not isinstance(base, nn.Linear | Conv1D):
         raise TypeError(
             f"target_modules matches a {type(base).__name__}, which SECURA cannot adapt: only "
             "nn.Linear, transformers' Conv1D and quantised linear layers of bitsandbytes and "
-            "torchao can be")
+            "torchao can be"
+        )
     weight = getattr(base, "weight", None)
     if not isinstance(weight, Tensor) or weight.dtype not in DTYPES or _is_wrapper(weight):
         what = f"{type(weight).__name__} {getattr(weight, 'dtype', '')}".strip()
         raise TypeError(
             f"target_modules matches a {type(base).__name__} whose weight is a {what}, which "
             "SECURA cannot read as a matrix: only floating-point weights, and those quantised by "
-            "bitsandbytes and torchao, can be")
+            "bitsandbytes and torchao, can be"
+        )
     return None
 
 
 def check_parent(parent: nn.Module, name: str) -> None:
     """Raises TypeError for a layer that its parent does not always run."""
-    if isinstance(parent, nn.TransformerEncoderLayer) and name in ("linear1", "linear2") \
-            and torch.backends.mha.get_fastpath_enabled():
+    if (
+        isinstance(parent, nn.TransformerEncoderLayer)
+        and name in ("linear1", "linear2")
+        and torch.backends.mha.get_fastpath_enabled()
+    ):
         raise TypeError(
             f"target_modules matches {name} of an nn.TransformerEncoderLayer, whose fast path "
             "takes the weight and leaves the adapter out in inference: call "
-            "torch.backends.mha.set_fastpath_enabled(False) first")
+            "torch.backends.mha.set_fastpath_enabled(False) first"
+        )
 
 
 def _is_wrapper(weight: Tensor) -> bool:
@@ -81,11 +89,17 @@ def _is_wrapper(weight: Tensor) -> bool:
 
 def is_plain(base: nn.Module) -> bool:
     """Whether the fused layer may take the place of the base layer's own forward pass."""
-    return (type(base).forward in (nn.Linear.forward, Conv1D.forward)
-            and type(base.weight) in (nn.Parameter, Tensor)
-            and not sharding.is_partitioned(base)
-            and not (base._forward_hooks or base._forward_pre_hooks or base._backward_hooks
-                     or "forward" in base.__dict__))  # accelerate's offloading replaces it
+    return (
+        type(base).forward in (nn.Linear.forward, Conv1D.forward)
+        and type(base.weight) in (nn.Parameter, Tensor)
+        and not sharding.is_partitioned(base)
+        and not (
+            base._forward_hooks
+            or base._forward_pre_hooks
+            or base._backward_hooks
+            or "forward" in base.__dict__
+        )
+    )  # accelerate's offloading replaces it
 
 
 @torch.no_grad()

@@ -114,8 +114,9 @@ class SecuraConfig(PeftConfig):
             try:
                 re.compile(name)
             except (re.error, TypeError) as error:
-                raise fail("rank_pattern", name, f"a layer's name or a regular expression: {error}"
-                           ) from None
+                raise fail(
+                    "rank_pattern", name, f"a layer's name or a regular expression: {error}"
+                ) from None
         if self.m is not None:
             if not secura:
                 raise fail("m", self.m, "None with variant='curlora', which has no A and B")
@@ -149,14 +150,22 @@ class SecuraConfig(PeftConfig):
         if self.layers_pattern and self.layers_to_transform is None:
             raise fail("layers_pattern", self.layers_pattern, "None without layers_to_transform")
         if isinstance(self.target_modules, str) and self.layers_to_transform is not None:
-            raise fail("layers_to_transform", self.layers_to_transform,
-                       "None with target_modules as a string, as 'all-linear' by default, which "
-                       "PEFT matches alone: name the modules in a list")
+            raise fail(
+                "layers_to_transform",
+                self.layers_to_transform,
+                "None with target_modules as a string, as 'all-linear' by default, which "
+                "PEFT matches alone: name the modules in a list",
+            )
 
     @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike,
-                        subfolder: str | None = None, *, force: bool = False,
-                        **kwargs) -> "SecuraConfig":
+    def from_pretrained(
+        cls,
+        pretrained_model_name_or_path: str | os.PathLike,
+        subfolder: str | None = None,
+        *,
+        force: bool = False,
+        **kwargs,
+    ) -> "SecuraConfig":
         """The settings in an adapter's folder, as PEFT reads them.
 
         Args:
@@ -167,8 +176,9 @@ class SecuraConfig(PeftConfig):
                 the folder that is empty or truncated, with its path.
         """
         config = super().from_pretrained(pretrained_model_name_or_path, subfolder, **kwargs)
-        check_whole(os.path.join(pretrained_model_name_or_path, subfolder or "",
-                                 SAFETENSORS_WEIGHTS_NAME))
+        check_whole(
+            os.path.join(pretrained_model_name_or_path, subfolder or "", SAFETENSORS_WEIGHTS_NAME)
+        )
         config.force = check_choice("force", force, (True, False))
         config.from_file = True
         return config
@@ -189,17 +199,27 @@ class SecuraConfig(PeftConfig):
             return None
         names = [f.name for f in fields(ImportanceDecay)]
         if not isinstance(self.importance_decay, dict) or set(self.importance_decay) - set(names):
-            raise fail("importance_decay", self.importance_decay,
-                       f"True, None or a dict with keys among {names}")
+            raise fail(
+                "importance_decay",
+                self.importance_decay,
+                f"True, None or a dict with keys among {names}",
+            )
         if self.norm is None:
-            raise fail("importance_decay", self.importance_decay,
-                       "None without a norm, whose gate it counts")
+            raise fail(
+                "importance_decay",
+                self.importance_decay,
+                "None without a norm, whose gate it counts",
+            )
         return ImportanceDecay(**self.importance_decay)
 
     def adapter_settings(self) -> dict:
         """Keyword arguments of ``CURLoRAAdapter`` or ``SECURAAdapter``."""
-        settings = dict(alpha=self.alpha, basis=self.basis, norm=self.norm_settings(),
-                        importance_decay=self.decay_settings())
+        settings = dict(
+            alpha=self.alpha,
+            basis=self.basis,
+            norm=self.norm_settings(),
+            importance_decay=self.decay_settings(),
+        )
         if self.variant == "secura":
             settings |= dict(m=self.m, a_init=self.a_init, adapter_bias=self.adapter_bias)
         return settings

@@ -35,8 +35,13 @@ PREFIX = "base_model.model."
 FSDP1 = "_fsdp_wrapped_module."  # in the names of modules, not of tensors
 
 
-def completed(found: dict[str, Tensor], model: nn.Module, config: SecuraConfig, adapter_name: str,
-              state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
+def completed(
+    found: dict[str, Tensor],
+    model: nn.Module,
+    config: SecuraConfig,
+    adapter_name: str,
+    state_dict: dict[str, Tensor],
+) -> dict[str, Tensor]:
     """An adapter's tensors as its file holds them, by the model's names.
 
     Args:
@@ -48,8 +53,11 @@ def completed(found: dict[str, Tensor], model: nn.Module, config: SecuraConfig, 
     for name, layer, adapter in adapters_of(model, adapter_name):
         start = f"{name}.secura_adapter.{adapter_name}."
         # PEFT (0.21) looks for the names of modules, which FSDP1 changes.
-        found |= {k: sharding.whole(v) for k, v in state_dict.items()
-                  if k.startswith(start) and k not in found}
+        found |= {
+            k: sharding.whole(v)
+            for k, v in state_dict.items()
+            if k.startswith(start) and k not in found
+        }
         if not any(k.startswith(start) for k in found):
             continue  # not a part of what is to be saved
         for key, value in adapter.state_dict().items():
@@ -62,9 +70,11 @@ def completed(found: dict[str, Tensor], model: nn.Module, config: SecuraConfig, 
                 found[start + key] = value
         found[start + FINGERPRINT] = layer.fingerprint() if weight is None else fingerprint(weight)
         found[start + CHECKSUM] = checksum(_part(found, start))
-        optional |= {adapter.optional_name(key)
-                     for key in (*adapter.optional_shapes(), *places.NAMES)
-                     if start + key in found}
+        optional |= {
+            adapter.optional_name(key)
+            for key in (*adapter.optional_shapes(), *places.NAMES)
+            if start + key in found
+        }
     config.optional_tensors = sorted(optional)
     return found
 
@@ -73,8 +83,9 @@ def _part(tensors: dict[str, Tensor], start: str) -> dict[str, Tensor]:
     return {k.removeprefix(start): v for k, v in tensors.items() if k.startswith(start)}
 
 
-def _sides(adapter: Adapter, config: SecuraConfig,
-           weight: Tensor | None) -> dict[str, Tensor | None]:
+def _sides(
+    adapter: Adapter, config: SecuraConfig, weight: Tensor | None
+) -> dict[str, Tensor | None]:
     """C and R as the file is to have them, None where it is not, or {} where what the adapter has
     stored is what it is to have.
 
@@ -92,8 +103,9 @@ def _sides(adapter: Adapter, config: SecuraConfig,
     return dict(C=C.contiguous(), R=R.contiguous())
 
 
-def fitted(state_dict: dict[str, Tensor], model: nn.Module, config: SecuraConfig,
-           adapter_name: str) -> dict[str, Tensor]:
+def fitted(
+    state_dict: dict[str, Tensor], model: nn.Module, config: SecuraConfig, adapter_name: str
+) -> dict[str, Tensor]:
     """A file's tensors by the model's names, after every check.
 
     Raises:
@@ -126,24 +138,29 @@ def fitted(state_dict: dict[str, Tensor], model: nn.Module, config: SecuraConfig
     return state_dict | out
 
 
-def _beside_adapters(state_dict: dict[str, Tensor], model: nn.Module,
-                     adapter_name: str) -> set[str]:
+def _beside_adapters(
+    state_dict: dict[str, Tensor], model: nn.Module, adapter_name: str
+) -> set[str]:
     """Names of tensors that PEFT itself puts beside an adapter's: those of ``modules_to_save``, and
     embeddings whose vocabulary has grown."""
     modules = dict(model.named_modules())
-    names = {f"{name}.{key}" for name, module in modules.items()
-             if isinstance(module, AuxiliaryTrainingWrapper)
-             for key in module.adapter_state_dict_load_map(adapter_name).values()}
-    embeddings = [getattr(model, f"get_{side}_embeddings", lambda: None)()
-                  for side in ("input", "output")]
-    starts = tuple(f"{name}." for name, module in modules.items()
-                   if any(module is e for e in embeddings))
+    names = {
+        f"{name}.{key}"
+        for name, module in modules.items()
+        if isinstance(module, AuxiliaryTrainingWrapper)
+        for key in module.adapter_state_dict_load_map(adapter_name).values()
+    }
+    embeddings = [
+        getattr(model, f"get_{side}_embeddings", lambda: None)() for side in ("input", "output")
+    ]
+    starts = tuple(
+        f"{name}." for name, module in modules.items() if any(module is e for e in embeddings)
+    )
     plain = {name.replace(FSDP1, "") for name in names}
     return {k for k in state_dict if k in names | plain or k.startswith(starts)}
 
 
-def adapters_of(model: nn.Module,
-                adapter_name: str) -> Iterator[tuple[str, SecuraLinear, Adapter]]:
+def adapters_of(model: nn.Module, adapter_name: str) -> Iterator[tuple[str, SecuraLinear, Adapter]]:
     """The name, the layer and its adapter of that name, of each layer that has one."""
     for name, layer in model.named_modules():
         if isinstance(layer, SecuraLinear) and adapter_name in layer.secura_adapter:
@@ -156,16 +173,20 @@ def _weight(layer: SecuraLinear, gathered: Tensor | None) -> Tensor | None:
     base = layer.get_base_layer()
     transposed = isinstance(base, base_weight.Conv1D)
     shape = (layer.out_features, layer.in_features)
-    whole = gathered is not None and gathered.is_floating_point() \
+    whole = (
+        gathered is not None
+        and gathered.is_floating_point()
         and tuple(gathered.shape) == (shape[::-1] if transposed else shape)
+    )
     if whole and not layer.merged and layer.quantization_backend is None:
         gathered = sharding.whole(gathered)
         return gathered.T if transposed else gathered
     return None if layer.is_spread() else layer.base_matrix()
 
 
-def _checked(part: dict[str, Tensor], layer: SecuraLinear, adapter: Adapter,
-             force: bool) -> dict[str, Tensor]:
+def _checked(
+    part: dict[str, Tensor], layer: SecuraLinear, adapter: Adapter, force: bool
+) -> dict[str, Tensor]:
     """A layer's part of a file, checked, ready to be loaded into its adapter."""
     part, whole = dict(part), part
     about = {name: part.pop(name) for name in places.NAMES if name in part}

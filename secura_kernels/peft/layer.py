@@ -38,8 +38,15 @@ class SecuraLinear(nn.Module, Mergeable, Stages, BaseTunerLayer):
     adapter_layer_names = ("secura_adapter",)
     other_param_names = ("impl",)
 
-    def __init__(self, base_layer: nn.Module, adapter_name: str, config: SecuraConfig, key: str,
-                 empty: bool = False, **quantization) -> None:
+    def __init__(
+        self,
+        base_layer: nn.Module,
+        adapter_name: str,
+        config: SecuraConfig,
+        key: str,
+        empty: bool = False,
+        **quantization,
+    ) -> None:
         super().__init__()
         self.base_layer = base_layer
         self.quantization_backend = base_weight.backend_of(self.get_base_layer(), **quantization)
@@ -55,8 +62,9 @@ class SecuraLinear(nn.Module, Mergeable, Stages, BaseTunerLayer):
         first = self.secura_adapter[adapter_name]
         self.out_features, self.in_features = first.out_features, first.in_features
 
-    def update_layer(self, adapter_name: str, config: SecuraConfig, key: str,
-                     empty: bool = False) -> None:
+    def update_layer(
+        self, adapter_name: str, config: SecuraConfig, key: str, empty: bool = False
+    ) -> None:
         """Adds an adapter, or replaces the one of that name."""
         weight = self.base_matrix()
         r = config.rank_pattern.get(get_pattern_key(config.rank_pattern, key), config.r)
@@ -166,8 +174,9 @@ class SecuraLinear(nn.Module, Mergeable, Stages, BaseTunerLayer):
 
     def _keeps_C_and_R(self) -> bool:
         """Whether C and R are kept, rather than sliced from W in each forward pass."""
-        return (self.quantization_backend is not None
-                or sharding.is_partitioned(self.get_base_layer()))
+        return self.quantization_backend is not None or sharding.is_partitioned(
+            self.get_base_layer()
+        )
 
     def _apply(self, fn, recurse: bool = True) -> "SecuraLinear":
         super()._apply(fn, recurse)
@@ -185,7 +194,8 @@ class SecuraLinear(nn.Module, Mergeable, Stages, BaseTunerLayer):
         if gated:
             raise ValueError(
                 f"active adapters {names}: {gated} have a gate (norm), and a gated change is not "
-                "one that others can be added to; activate one of them, or adapters with norm=None")
+                "one that others can be added to; activate one of them, or adapters with norm=None"
+            )
 
     # What else is asked of every layer of this package.
 
@@ -235,8 +245,9 @@ def _build(weight: Tensor, r: int, config: SecuraConfig, key: str, empty: bool) 
         return adapter
     generator = torch.Generator().manual_seed(zlib.crc32(f"{config.seed}:{key}".encode()))
     # With replacement as published, where duplicates do no harm.
-    replace = config.variant == "curlora" and config.selection == "inverted" \
-        and config.basis == "raw"
+    replace = (
+        config.variant == "curlora" and config.selection == "inverted" and config.basis == "raw"
+    )
     cols, rows = select(weight, r, config.selection, replace=replace, generator=generator)
     return KINDS[config.variant](weight, cols, rows, **config.adapter_settings())
 

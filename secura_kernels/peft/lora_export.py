@@ -18,8 +18,7 @@ from .file_format import PREFIX, adapters_of
 from .layer import SecuraLinear
 
 
-def save_as_lora(model: PeftModel, path: str | os.PathLike,
-                 adapter_name: str = "default") -> None:
+def save_as_lora(model: PeftModel, path: str | os.PathLike, adapter_name: str = "default") -> None:
     """Saves an adapter without a gate as a LoRA adapter of the same outputs, into a folder.
 
     The file is float32: lora_B = alpha C core is rounded once. An adapter bias becomes PEFT's
@@ -30,13 +29,16 @@ def save_as_lora(model: PeftModel, path: str | os.PathLike,
     """
     if adapter_name not in model.peft_config:
         raise fail("adapter_name", adapter_name, f"one of {sorted(model.peft_config)}")
-    layers = {name.removeprefix(PREFIX): layer
-              for name, layer, _ in adapters_of(model, adapter_name)}
+    layers = {
+        name.removeprefix(PREFIX): layer for name, layer, _ in adapters_of(model, adapter_name)
+    }
     config = model.peft_config[adapter_name]
     if not layers or config.norm is not None:
         what = "has a gate (norm), and what it does to outputs or to the weight is of no low rank"
-        raise ValueError(f"adapter {adapter_name!r} cannot be saved as a LoRA: "
-                         + (what if layers else "it is not a SECURA adapter of this model"))
+        raise ValueError(
+            f"adapter {adapter_name!r} cannot be saved as a LoRA: "
+            + (what if layers else "it is not a SECURA adapter of this model")
+        )
     own = get_peft_model_state_dict(model, adapter_name=adapter_name)
     tensors = {k: v.contiguous().cpu() for k, v in own.items() if ".secura_adapter." not in k}
     ranks, biased = {}, False
@@ -52,12 +54,20 @@ def save_as_lora(model: PeftModel, path: str | os.PathLike,
     # PEFT takes a key for the end of a name: "^" makes it the whole name.
     others = {"^" + re.escape(name): r for name, r in ranks.items() if r != first}
     lora = LoraConfig(
-        r=first, lora_alpha=first, rank_pattern=others, alpha_pattern=dict(others),
-        target_modules=_targets(model, ranks), lora_bias=biased,
-        modules_to_save=config.modules_to_save, task_type=config.task_type,
+        r=first,
+        lora_alpha=first,
+        rank_pattern=others,
+        alpha_pattern=dict(others),
+        target_modules=_targets(model, ranks),
+        lora_bias=biased,
+        modules_to_save=config.modules_to_save,
+        task_type=config.task_type,
         base_model_name_or_path=config.base_model_name_or_path,
-        inference_mode=True, fan_in_fan_out=any(
-            not isinstance(layer.get_base_layer(), torch.nn.Linear) for layer in layers.values()))
+        inference_mode=True,
+        fan_in_fan_out=any(
+            not isinstance(layer.get_base_layer(), torch.nn.Linear) for layer in layers.values()
+        ),
+    )
     path = Path(path)
     path.mkdir(parents=True, exist_ok=True)
     save_file(tensors, path / "adapter_model.safetensors", metadata={"format": "pt"})

@@ -14,8 +14,7 @@ class Mergeable:
     """The part of ``SecuraLinear`` that changes base weights."""
 
     @torch.no_grad()
-    def check_merge(self, adapter_names: list[str] | None = None,
-                    safe_merge: bool = False) -> None:
+    def check_merge(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
         """Raises what ``merge`` would raise, before anything is changed.
 
         Raises:
@@ -58,7 +57,9 @@ class Mergeable:
         if bias is not None and base.bias is None:
             warnings.warn(
                 f"merging {names} gives a layer without a bias one: a model class that builds this "
-                "layer without a bias will not load it again", stacklevel=2)
+                "layer without a bias will not load it again",
+                stacklevel=2,
+            )
         weight = self.base_matrix()
         kept = self._unmerged or base_weight.keep(base, backend)
         base_weight.replace(self, merged.to(weight.dtype), bias, backend)
@@ -75,7 +76,9 @@ class Mergeable:
         warnings.warn(
             f"merging {names} quantised the weight again, which is off by "
             f"{self.requantisation_error:.2g} of the adapters' own change: merge into the "
-            "unquantised model where that matters", stacklevel=3)
+            "unquantised model where that matters",
+            stacklevel=3,
+        )
 
     def _merged_tensors(self, names: list[str]) -> tuple[Tensor, Tensor | None]:
         """W (N, K), float32 or wider, and the bias, those from before any merge, with adapters
@@ -94,8 +97,10 @@ class Mergeable:
 
     def _check_finite(self, names: list[str], weight: Tensor, bias: Tensor | None) -> None:
         if not (torch.isfinite(weight).all() and (bias is None or torch.isfinite(bias).all())):
-            raise ValueError(f"the merged weight is not finite: the adapters {names} seem to be "
-                             "broken; nothing was changed")
+            raise ValueError(
+                f"the merged weight is not finite: the adapters {names} seem to be "
+                "broken; nothing was changed"
+            )
 
     def unmerge(self) -> None:
         """Restores the base weight and bias from before ``merge``."""
@@ -130,4 +135,5 @@ class Mergeable:
             return True
         adapter = self.secura_adapter[adapter_name]
         return adapter.adapter_bias is None and (
-            adapter.norm is None or adapter.norm.domain == "weight")
+            adapter.norm is None or adapter.norm.domain == "weight"
+        )

@@ -32,8 +32,16 @@ class SecuraModel(BaseTuner):
         if config.from_file:
             await_file(self, adapter_name, before)
 
-    def _create_and_replace(self, config: SecuraConfig, adapter_name: str, target: nn.Module,
-                            target_name: str, parent: nn.Module, current_key: str, **_) -> None:
+    def _create_and_replace(
+        self,
+        config: SecuraConfig,
+        adapter_name: str,
+        target: nn.Module,
+        target_name: str,
+        parent: nn.Module,
+        current_key: str,
+        **_,
+    ) -> None:
         # With low_cpu_mem_usage PEFT puts new parameters on the meta device and loads a state into
         # them: choosing columns and rows would be for nothing.
         empty = nn.Linear(1, 1).weight.is_meta
@@ -41,8 +49,9 @@ class SecuraModel(BaseTuner):
         if isinstance(target, SecuraLinear):
             target.update_layer(adapter_name, config, current_key, empty)
             return
-        layer = SecuraLinear(target, adapter_name, config, current_key, empty,
-                             **get_quantization_kwargs(self))
+        layer = SecuraLinear(
+            target, adapter_name, config, current_key, empty, **get_quantization_kwargs(self)
+        )
         if adapter_name not in self.active_adapters:
             layer.requires_grad_(False)  # a further adapter is not trainable by itself
         if any(p.is_meta for p in layer.secura_adapter.parameters()):  # which PEFT cannot move
@@ -75,15 +84,21 @@ class SecuraModel(BaseTuner):
         beams = _copies(**kwargs)
         repeated = [name for name in adapter_names for _ in range(beams)]
         # An encoder sees each sample once, whatever the number of beams.
-        encoder = self.model.get_encoder() if beams > 1 and getattr(
-            getattr(self.model, "config", None), "is_encoder_decoder", False) else None
+        encoder = (
+            self.model.get_encoder()
+            if beams > 1
+            and getattr(getattr(self.model, "config", None), "is_encoder_decoder", False)
+            else None
+        )
         once = set() if encoder is None else set(encoder.modules())
         hooks = [
             module.register_forward_pre_hook(
                 partial(_give_names, list(adapter_names) if module in once else repeated),
-                with_kwargs=True)
+                with_kwargs=True,
+            )
             for module in self.modules()
-            if isinstance(module, SecuraLinear | AuxiliaryTrainingWrapper)]
+            if isinstance(module, SecuraLinear | AuxiliaryTrainingWrapper)
+        ]
         try:
             yield
         finally:
@@ -92,26 +107,37 @@ class SecuraModel(BaseTuner):
 
     def _check_adapter_names(self, adapter_names: list[str]) -> None:
         if not isinstance(adapter_names, list | tuple):
-            raise TypeError(f"adapter_names is a {type(adapter_names).__name__}: it must be a list "
-                            "with the name of each sample's adapter")
+            raise TypeError(
+                f"adapter_names is a {type(adapter_names).__name__}: it must be a list "
+                "with the name of each sample's adapter"
+            )
         if self.training:
             raise ValueError("adapter_names are for inference: call model.eval() first")
-        known = {"__base__"} | {name for layer in self.modules()
-                                if isinstance(layer, SecuraLinear) for name in layer.secura_adapter}
+        known = {"__base__"} | {
+            name
+            for layer in self.modules()
+            if isinstance(layer, SecuraLinear)
+            for name in layer.secura_adapter
+        }
         unknown = sorted(set(adapter_names) - known)
         if unknown:
             raise ValueError(f"adapter_names has {unknown}: the model has {sorted(known)}")
 
     # Merging: every layer is asked before the first is changed.
 
-    def merge_adapter(self, adapter_names: list[str] | None = None,
-                      safe_merge: bool = False) -> None:
+    def merge_adapter(
+        self, adapter_names: list[str] | None = None, safe_merge: bool = False
+    ) -> None:
         self._check_merge(adapter_names, safe_merge)
         super().merge_adapter(adapter_names, safe_merge)
 
-    def _unload_and_optionally_merge(self, merge: bool = True, progressbar: bool = False,
-                                     safe_merge: bool = False,
-                                     adapter_names: list[str] | None = None) -> nn.Module:
+    def _unload_and_optionally_merge(
+        self,
+        merge: bool = True,
+        progressbar: bool = False,
+        safe_merge: bool = False,
+        adapter_names: list[str] | None = None,
+    ) -> nn.Module:
         if merge:
             self._check_merge(adapter_names, safe_merge)
         return super()._unload_and_optionally_merge(merge, progressbar, safe_merge, adapter_names)
@@ -131,17 +157,27 @@ class SecuraModel(BaseTuner):
         return super()._remove_adapter_name_from_key(key, adapter_name)
 
     @classmethod
-    def _get_adapter_state_dict(cls, model: nn.Module, config: SecuraConfig, adapter_name: str,
-                                state_dict: dict[str, Tensor],
-                                unwanted_adapter_names: list[str]) -> dict[str, Tensor]:
-        found = super()._get_adapter_state_dict(model, config, adapter_name, state_dict,
-                                                unwanted_adapter_names)
+    def _get_adapter_state_dict(
+        cls,
+        model: nn.Module,
+        config: SecuraConfig,
+        adapter_name: str,
+        state_dict: dict[str, Tensor],
+        unwanted_adapter_names: list[str],
+    ) -> dict[str, Tensor]:
+        found = super()._get_adapter_state_dict(
+            model, config, adapter_name, state_dict, unwanted_adapter_names
+        )
         return file_format.completed(found, model, config, adapter_name, state_dict)
 
     @classmethod
-    def _remap_adapter_state_dict_for_load(cls, model: nn.Module, config: SecuraConfig,
-                                           adapter_name: str, state_dict: dict[str, Tensor]
-                                           ) -> dict[str, Tensor]:
+    def _remap_adapter_state_dict_for_load(
+        cls,
+        model: nn.Module,
+        config: SecuraConfig,
+        adapter_name: str,
+        state_dict: dict[str, Tensor],
+    ) -> dict[str, Tensor]:
         with undone_on_refusal(model, adapter_name):
             return file_format.fitted(state_dict, model, config, adapter_name)
 
@@ -149,20 +185,31 @@ class SecuraModel(BaseTuner):
 def _check_rank_pattern(config: SecuraConfig, model: nn.Module, adapter_name: str) -> None:
     """Raises ValueError for a key of ``rank_pattern`` that is no adapted layer's."""
     names = [name for name, _, _ in file_format.adapters_of(model, adapter_name)]
-    unused = [key for key in config.rank_pattern
-              if not any(get_pattern_key([key], name) == key for name in names)]
+    unused = [
+        key
+        for key in config.rank_pattern
+        if not any(get_pattern_key([key], name) == key for name in names)
+    ]
     if unused:
-        raise fail("rank_pattern", unused,
-                   f"names of adapted layers, or regular expressions that match one: {names[:3]} "
-                   f"and {max(0, len(names) - 3)} more are adapted")
+        raise fail(
+            "rank_pattern",
+            unused,
+            f"names of adapted layers, or regular expressions that match one: {names[:3]} "
+            f"and {max(0, len(names) - 3)} more are adapted",
+        )
 
 
-def _copies(num_beams: int | None = None, num_return_sequences: int | None = None,
-            generation_config: object = None, **_) -> int:
+def _copies(
+    num_beams: int | None = None,
+    num_return_sequences: int | None = None,
+    generation_config: object = None,
+    **_,
+) -> int:
     """How many rows ``generate`` makes of each sample: beams or returned sequences."""
-    return max(num_beams or getattr(generation_config, "num_beams", None) or 1,
-               num_return_sequences
-               or getattr(generation_config, "num_return_sequences", None) or 1)
+    return max(
+        num_beams or getattr(generation_config, "num_beams", None) or 1,
+        num_return_sequences or getattr(generation_config, "num_return_sequences", None) or 1,
+    )
 
 
 def _give_names(adapter_names: list[str], module: BaseTunerLayer, args: tuple, kwargs: dict):

@@ -65,4 +65,5 @@ def check_base(saved: Tensor, here: Tensor, stored: bool) -> None:
         raise ValueError(
             "it was trained on another base: the layer's weight has other values; to load it all "
             "the same pass force=True to PeftModel.from_pretrained, or set it in the adapter's "
-            "SecuraConfig before loading")
+            "SecuraConfig before loading"
+        )

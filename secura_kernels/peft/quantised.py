@@ -15,8 +15,11 @@ from torch import Tensor, nn
 
 # torchao's weights with an exact input gradient, and where each says that inputs are quantised too:
 # those give outputs that do not depend on x as far as autograd can see.
-TORCHAO_WEIGHTS = {"Int8Tensor": "act_quant_kwargs", "Float8Tensor": "act_quant_kwargs",
-                   "IntxUnpackedToInt8Tensor": "activation_quantization"}
+TORCHAO_WEIGHTS = {
+    "Int8Tensor": "act_quant_kwargs",
+    "Float8Tensor": "act_quant_kwargs",
+    "IntxUnpackedToInt8Tensor": "activation_quantization",
+}
 WEIGHT_ONLY = "Int8WeightOnlyConfig, Float8WeightOnlyConfig and IntxWeightOnlyConfig"
 
 
@@ -28,14 +31,21 @@ def backend_of(base: nn.Module, **kwargs):
         TypeError: a quantised layer that cannot be, with the reason.
     """
     backend = resolve_quantization_backend(
-        base, **(dict(get_apply_tensor_subclass=_no_config) | kwargs))
+        base, **(dict(get_apply_tensor_subclass=_no_config) | kwargs)
+    )
     if backend is None:
         return None
     if not isinstance(backend, Bnb4bitBackend | Bnb8bitBackend | TorchaoBackend):
-        why = "cannot be dequantised, and C and R are columns and rows of the weight" \
-            if not backend.supports_merge else "has not been tried with this package"
-        raise _refused(base, f"{backend.backend_name}, which {why}: quantise the model by "
-                             "bitsandbytes (4 or 8 bits) or torchao (weight only)")
+        why = (
+            "cannot be dequantised, and C and R are columns and rows of the weight"
+            if not backend.supports_merge
+            else "has not been tried with this package"
+        )
+        raise _refused(
+            base,
+            f"{backend.backend_name}, which {why}: quantise the model by "
+            "bitsandbytes (4 or 8 bits) or torchao (weight only)",
+        )
     if isinstance(backend, TorchaoBackend):
         _check_torchao(base)
     check_state(base, backend)
@@ -64,15 +74,21 @@ def check_state(base: nn.Module, backend) -> None:
     """
     if isinstance(backend, Bnb8bitBackend):
         if base.state.has_fp16_weights:
-            raise _refused(base, "has_fp16_weights=True, whose weight is quantised anew at every "
-                                 "step: build it with has_fp16_weights=False")
+            raise _refused(
+                base,
+                "has_fp16_weights=True, whose weight is quantised anew at every "
+                "step: build it with has_fp16_weights=False",
+            )
         if base.weight.dtype != torch.int8:
             raise _refused(base, "not yet quantised: move the model to its device first")
     elif isinstance(backend, Bnb4bitBackend):
         if lost_quant_state(base):
-            raise _refused(base, "without its quantisation state: it has not been quantised yet "
-                                 "(move the model to its device first), or FSDP2 has sharded it, "
-                                 "which drops the state")
+            raise _refused(
+                base,
+                "without its quantisation state: it has not been quantised yet "
+                "(move the model to its device first), or FSDP2 has sharded it, "
+                "which drops the state",
+            )
         _check_unpacked(base)
 
 
@@ -81,7 +97,8 @@ def _check_unpacked(base: nn.Module) -> None:
         raise TypeError(
             f"the model has a {type(base).__name__} that bitsandbytes has repacked for inference "
             "on a CPU, as its first forward pass in eval mode does: it can no longer be "
-            "dequantised, and gives its input no gradient. Adapt a freshly loaded model")
+            "dequantised, and gives its input no gradient. Adapt a freshly loaded model"
+        )
 
 
 def lost_quant_state(base: nn.Module) -> bool:
@@ -94,7 +111,8 @@ def dequantised(weight: nn.Parameter, backend) -> Tensor:
     """W (N, K) of a weight with its statistics, in the dtype it dequantises to (float32 for
     bitsandbytes' 8 bits)."""
     return backend.get_base_weight(
-        SimpleNamespace(weight=weight, state=SimpleNamespace(SCB=None))).detach()
+        SimpleNamespace(weight=weight, state=SimpleNamespace(SCB=None))
+    ).detach()
 
 
 def gather_statistics(base: nn.Module, backend) -> None:
@@ -120,8 +138,10 @@ def requantise(layer: nn.Module, weight: Tensor, backend) -> None:
     try:
         backend.set_base_weight(layer, weight)
         if type(base.weight) is not type(before):
-            raise TypeError(f"its quantisation config gives a {type(base.weight).__name__}, not "
-                            f"the {type(before).__name__} it has")
+            raise TypeError(
+                f"its quantisation config gives a {type(base.weight).__name__}, not "
+                f"the {type(before).__name__} it has"
+            )
     except Exception as error:
         restore(base, before, attributes, backend)
         raise ValueError(f"a merged weight cannot be quantised again: {error}") from error
@@ -148,24 +168,35 @@ def _check_torchao(base: nn.Module) -> None:
     weight = base.weight
     name = type(weight).__name__
     if name not in TORCHAO_WEIGHTS:
-        raise _refused(base, f"torchao's {name}, whose input gradient has not been checked: "
-                             f"quantise by {WEIGHT_ONLY}")
+        raise _refused(
+            base,
+            f"torchao's {name}, whose input gradient has not been checked: "
+            f"quantise by {WEIGHT_ONLY}",
+        )
     if getattr(weight, TORCHAO_WEIGHTS[name], None) is not None:
-        raise _refused(base, f"torchao's {name} with quantised activations, which gives its input "
-                             f"no gradient, so nothing before it would train: quantise by "
-                             f"{WEIGHT_ONLY}")
+        raise _refused(
+            base,
+            f"torchao's {name} with quantised activations, which gives its input "
+            f"no gradient, so nothing before it would train: quantise by "
+            f"{WEIGHT_ONLY}",
+        )
     if getattr(weight, "act_pre_scale", None) is not None:
-        raise _refused(base, f"torchao's {name} with scaled activations (AWQ, SmoothQuant), of "
-                             "which C and R know nothing: quantise by " + WEIGHT_ONLY)
+        raise _refused(
+            base,
+            f"torchao's {name} with scaled activations (AWQ, SmoothQuant), of "
+            "which C and R know nothing: quantise by " + WEIGHT_ONLY,
+        )
 
 
 def _no_config():
     raise ValueError(
         "torchao's quantize_ was called by hand, and how is not known here: load the model by "
         "from_pretrained(..., quantization_config=TorchAoConfig(...)), or save the adapter and "
-        "merge it into the unquantised model")
+        "merge it into the unquantised model"
+    )
 
 
 def _refused(base: nn.Module, reason: str) -> TypeError:
-    return TypeError(f"target_modules matches a {type(base).__name__} that cannot be adapted: it "
-                     f"is {reason}")
+    return TypeError(
+        f"target_modules matches a {type(base).__name__} that cannot be adapted: it is {reason}"
+    )

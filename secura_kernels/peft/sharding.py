@@ -52,15 +52,19 @@ def check_injection(model: nn.Module) -> None:
     gradients of parameters that it does not know."""
     fsdp = sys.modules.get("torch.distributed.fsdp")
     if fsdp is not None and any(isinstance(m, fsdp.FSDPModule) for m in model.modules()):
-        raise RuntimeError("adapters cannot be added to a model that fully_shard has sharded: it "
-                           "would not synchronise their gradients; add them first")
+        raise RuntimeError(
+            "adapters cannot be added to a model that fully_shard has sharded: it "
+            "would not synchronise their gradients; add them first"
+        )
 
 
 def check_merge(base: nn.Module) -> None:
     """Raises RuntimeError for a sharded or partitioned base."""
     if is_sharded(base) or is_partitioned(base):
-        raise RuntimeError("the base layer's weight is sharded over ranks, where nothing can be "
-                           "merged into it: save the adapter and merge it into a whole model")
+        raise RuntimeError(
+            "the base layer's weight is sharded over ranks, where nothing can be "
+            "merged into it: save the adapter and merge it into a whole model"
+        )
 
 
 def prepare(layer: nn.Module, adapter: Adapter) -> None:
@@ -79,27 +83,39 @@ def prepare(layer: nn.Module, adapter: Adapter) -> None:
 
     weight = base.weight
     if weight.device_mesh.ndim != 1 or type(weight.placements[0]) not in (Shard, Replicate):
-        raise ValueError(f"the base layer's weight is sharded as {weight.placements} over a mesh "
-                         f"{tuple(weight.device_mesh.shape)}: adapters run over [Shard(0)], "
-                         "[Shard(1)] and [Replicate()] of a mesh of one dimension")
+        raise ValueError(
+            f"the base layer's weight is sharded as {weight.placements} over a mesh "
+            f"{tuple(weight.device_mesh.shape)}: adapters run over [Shard(0)], "
+            "[Shard(1)] and [Replicate()] of a mesh of one dimension"
+        )
     if not isinstance(base, nn.Linear):
-        raise ValueError(f"the base layer is a sharded {type(base).__name__}: only nn.Linear can "
-                         "be sharded under an adapter")
+        raise ValueError(
+            f"the base layer is a sharded {type(base).__name__}: only nn.Linear can "
+            "be sharded under an adapter"
+        )
     if adapter.norm is not None and adapter.norm.domain == "weight":
-        raise ValueError("a gate on the weight (norm_domain='weight') is not possible over a "
-                         "weight that tensor parallelism has sharded: use norm_domain='output'")
+        raise ValueError(
+            "a gate on the weight (norm_domain='weight') is not possible over a "
+            "weight that tensor parallelism has sharded: use norm_domain='output'"
+        )
     if adapter.C_past is not None:
-        raise ValueError("an adapter that was calibrated for more than one task is not possible "
-                         "over a weight that tensor parallelism has sharded: merge it first")
+        raise ValueError(
+            "an adapter that was calibrated for more than one task is not possible "
+            "over a weight that tensor parallelism has sharded: merge it first"
+        )
     if adapter.importance is not None:
-        raise ValueError("importance decay is not possible over a weight that tensor parallelism "
-                         "has sharded: its count and its channels would differ between ranks")
+        raise ValueError(
+            "importance decay is not possible over a weight that tensor parallelism "
+            "has sharded: its count and its channels would differ between ranks"
+        )
 
 
 def _prepare_partitioned(layer: nn.Module, adapter: Adapter) -> None:
     if adapter.norm is not None and adapter.norm.domain == "weight":
-        raise ValueError("a gate on the weight (norm_domain='weight') is not possible over a "
-                         "weight that ZeRO-3 has partitioned: use norm_domain='output'")
+        raise ValueError(
+            "a gate on the weight (norm_domain='weight') is not possible over a "
+            "weight that ZeRO-3 has partitioned: use norm_domain='output'"
+        )
     for parameter in adapter.parameters():
         if not parameter.numel():  # once: DeepSpeed then has it ready whenever the layer runs
             import deepspeed
@@ -139,18 +155,25 @@ def over(base: nn.Module, adapter: Adapter, y0: Tensor, x: Tensor, impl: str) ->
     mine = _part(N if some_columns else K, mesh)
     t = F.linear(x, (R[:, mine] if some_inputs else R).to(x.dtype))
     if t.shape[:-1] != y0.shape[:-1]:
-        raise ValueError(f"x {tuple(x.shape)} and the base output {tuple(y0.shape)} have other "
-                         "tokens on this rank: sequence parallelism inside the base layer is not "
-                         "possible under an adapter; gather x before the layer (PrepareModuleInput)"
-                         " and scatter y after it")
+        raise ValueError(
+            f"x {tuple(x.shape)} and the base output {tuple(y0.shape)} have other "
+            "tokens on this rank: sequence parallelism inside the base layer is not "
+            "possible under an adapter; gather x before the layer (PrepareModuleInput)"
+            " and scatter y after it"
+        )
     if some_inputs:
-        t = DTensor.from_local(t, mesh, [Partial()], run_check=False).redistribute(
-            placements=[Replicate()]).to_local()
+        t = (
+            DTensor.from_local(t, mesh, [Partial()], run_check=False)
+            .redistribute(placements=[Replicate()])
+            .to_local()
+        )
     core, long_core = adapter.core(adapter.stage_core()), adapter.long_core()
     if some_columns:
         if norm is not None and norm.ref == "max":
-            raise ValueError("a gate with ref='max' is not possible over a column-parallel layer: "
-                             "the largest ratio may lie on another rank")
+            raise ValueError(
+                "a gate with ref='max' is not possible over a column-parallel layer: "
+                "the largest ratio may lie on another rank"
+            )
         # Each rank's gradients come from its own columns.
         t, core = (_sum_gradients(v, mesh) for v in (t, core))
         C = C[mine]
@@ -161,8 +184,14 @@ def over(base: nn.Module, adapter: Adapter, y0: Tensor, x: Tensor, impl: str) ->
     y = cur_epilogue(y0, t, core, C, alpha=adapter.alpha, norm=norm, adapter_bias=bias, impl=impl)
     if sharded_y is None:
         return y
-    return DTensor.from_local(y, mesh, sharded_y.placements, run_check=False,
-                              shape=sharded_y.shape, stride=sharded_y.stride())
+    return DTensor.from_local(
+        y,
+        mesh,
+        sharded_y.placements,
+        run_check=False,
+        shape=sharded_y.shape,
+        stride=sharded_y.stride(),
+    )
 
 
 def _sum_gradients(value: Tensor, mesh) -> Tensor:
@@ -170,12 +199,14 @@ def _sum_gradients(value: Tensor, mesh) -> Tensor:
     from torch.distributed.tensor import DTensor, Partial, Replicate
 
     return DTensor.from_local(value, mesh, [Replicate()], run_check=False).to_local(
-        grad_placements=[Partial()])
+        grad_placements=[Partial()]
+    )
 
 
 def _part(size: int, mesh) -> slice:
     """This rank's part of a sharded dimension: as ``torch.chunk`` splits it, the last ones
     shorter."""
     step = -(-size // mesh.size())
-    return slice(min(size, step * mesh.get_local_rank()),
-                 min(size, step * (mesh.get_local_rank() + 1)))
+    return slice(
+        min(size, step * mesh.get_local_rank()), min(size, step * (mesh.get_local_rank() + 1))
+    )

@@ -29,8 +29,11 @@ def _attributes(holder: object) -> tuple[dict, list]:
     """An object's attributes; and its dicts, lists and sets, the same objects, with a copy of what
     each holds."""
     attributes = dict(vars(holder))
-    return attributes, [(value, value.copy()) for value in attributes.values()
-                        if isinstance(value, dict | list | set)]
+    return attributes, [
+        (value, value.copy())
+        for value in attributes.values()
+        if isinstance(value, dict | list | set)
+    ]
 
 
 @contextmanager
@@ -69,8 +72,11 @@ def undone_on_refusal(model: nn.Module, adapter_name: str) -> Iterator[None]:
 
 def _versions(tuner: BaseTuner, adapter_name: str) -> list[tuple[int, int]]:
     """Changes with every change of an adapter's values."""
-    return [(id(p), p._version) for name, p in tuner.model.named_parameters()
-            if f".{adapter_name}." in name]
+    return [
+        (id(p), p._version)
+        for name, p in tuner.model.named_parameters()
+        if f".{adapter_name}." in name
+    ]
 
 
 def take_back(tuner: BaseTuner, model: nn.Module, adapter_name: str, before: Snapshot) -> None:

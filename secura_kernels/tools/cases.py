@@ -27,21 +27,25 @@ from ..settings import SMagNorm
 class Inputs:
     """Operands of a layer of M tokens, N outputs, K inputs, rank r."""
 
-    def __init__(self, M: int, N: int, K: int, r: int, dtype: torch.dtype,
-                 device: torch.device | str) -> None:
+    def __init__(
+        self, M: int, N: int, K: int, r: int, dtype: torch.dtype, device: torch.device | str
+    ) -> None:
         self.r, self.dtype, self.device = r, dtype, device
         self.x, self.W, self.dy = self.random(M, K), self.random(N, K), self.random(M, N)
         self.y = self.random(M, N)
         self.core = self.random(r, r, dtype=torch.float32)
         self.cols = torch.arange(r, device=device)
         self.rows = torch.arange(r, device=device)
-        self.t, self.v = self.random(M, r), self.random(column_parts(M, N), M, r,
-                                                        dtype=torch.float32)
+        self.t, self.v = (
+            self.random(M, r),
+            self.random(column_parts(M, N), M, r, dtype=torch.float32),
+        )
         self.h = self.random(M, padded_rank(r))
         ranks = padded_rank(r)
         self.C = factors.Factor(self.random(N, ranks), None, ranks, 1, ranks)
-        self.layer = CurOperands(self.W, None, self.core, self.cols, self.rows, None, None, None,
-                                 None, 1.0, None)
+        self.layer = CurOperands(
+            self.W, None, self.core, self.cols, self.rows, None, None, None, None, 1.0, None
+        )
         self.R = factors.rows(self.layer)
         self.P = self.random(N, padded_rank(r), dtype=torch.float32)
         self.gate = GateNumbers.of(SMagNorm(), dtype)
@@ -57,8 +61,9 @@ class Inputs:
         product(self.dy, self.W.T, self.h, self.R, self.r, torch.empty_like(self.x), tile)
 
     def product_gate(self, tile: Tile) -> None:
-        product(self.x, self.W, self.h, self.C, self.r, self.y, tile, gate=self.gate,
-                saved=self.code)
+        product(
+            self.x, self.W, self.h, self.C, self.r, self.y, tile, gate=self.gate, saved=self.code
+        )
 
     def library(self) -> None:
         """What ``product`` and ``down`` stand against."""
@@ -80,8 +85,15 @@ class Inputs:
         epilogue(self.y, self.h, self.C, self.r, gate=self.gate, saved=self.code)
 
     def largest(self) -> None:
-        epilogue(self.y, self.h, self.C, self.r, gate=self.gate, find_largest=True,
-                 largest=torch.zeros(1, dtype=torch.int32, device=self.device))
+        epilogue(
+            self.y,
+            self.h,
+            self.C,
+            self.r,
+            gate=self.gate,
+            find_largest=True,
+            largest=torch.zeros(1, dtype=torch.int32, device=self.device),
+        )
 
     def gather(self) -> None:
         factors.columns(self.layer, reads=factors.READS_BEFORE_COPY + 1)
@@ -99,16 +111,26 @@ class Inputs:
         project(self.W, self.cols, self.core, 1.0, q_dtype=torch.float32, transpose_core=True)
 
     def gate_backward(self) -> None:
-        gate_backward(self.dy, self.code, self.C, self.r, self.gate, decay=None,
-                      needs=(True, True, False))
+        gate_backward(
+            self.dy, self.code, self.C, self.r, self.gate, decay=None, needs=(True, True, False)
+        )
 
     def gate_backward_and_bias(self) -> None:
-        gate_backward(self.dy, self.code, self.C, self.r, self.gate, decay=None,
-                      needs=(True, True, True))
+        gate_backward(
+            self.dy, self.code, self.C, self.r, self.gate, decay=None, needs=(True, True, True)
+        )
 
     def gate_backward_full(self) -> None:
-        gate_backward(self.dy, self.y, self.C, self.r, self.gate, decay=None,
-                      needs=(True, True, True), h=self.h)
+        gate_backward(
+            self.dy,
+            self.y,
+            self.C,
+            self.r,
+            self.gate,
+            decay=None,
+            needs=(True, True, True),
+            h=self.h,
+        )
 
     def core_gradient(self) -> None:
         """With dT into columns of G'."""
@@ -118,16 +140,28 @@ class Inputs:
         effective_weight(self.W, self.P, self.R, self.r, self.gate, None)
 
     def weight_core_gradient(self) -> None:
-        weight_core_gradient(self.W, self.W, self.P, self.R, self.r, self.gate, None, decay=None,
-                             full=False)
+        weight_core_gradient(
+            self.W, self.W, self.P, self.R, self.r, self.gate, None, decay=None, full=False
+        )
 
     def weight_core_gradient_full(self) -> None:
-        weight_core_gradient(self.W, self.W, self.P, self.R, self.r, self.gate, None, decay=None,
-                             full=True)
+        weight_core_gradient(
+            self.W, self.W, self.P, self.R, self.r, self.gate, None, decay=None, full=True
+        )
 
     def decode(self) -> None:
-        decode(self.x[:16], self.W, self.P, self.R, self.r, self.gate, None, bias=None,
-               adapter_bias=None, decay=None)
+        decode(
+            self.x[:16],
+            self.W,
+            self.P,
+            self.R,
+            self.r,
+            self.gate,
+            None,
+            bias=None,
+            adapter_bias=None,
+            decay=None,
+        )
 
     def batched(self) -> None:
         """The finding of the maxima too."""
@@ -135,8 +169,9 @@ class Inputs:
         y0, t = (a.unflatten(0, (samples, -1)) for a in (self.y, self.t))
         cores = self.random(samples, self.r, self.r, dtype=torch.float32)
         adapter = torch.arange(samples, device=self.device)
-        batched.forward(y0, t, cores, adapter, self.W[:, :self.r].contiguous(), None, 1.0,
-                      SMagNorm(ref="max"))
+        batched.forward(
+            y0, t, cores, adapter, self.W[:, : self.r].contiguous(), None, 1.0, SMagNorm(ref="max")
+        )
 
 
 # Row of the tile table -> the runs that use it.

@@ -60,20 +60,25 @@ class Layer:
     def down(self) -> Cost:
         """t = x R^T, h = alpha t core^T."""
         M, K, r = self.M, self.K, self.r
-        return Cost((M * K + r * K) * self.e + r * INDEX + r * r * CORE, M * (r * self.e + self.h),
-                    2 * M * r * (K + r))
+        return Cost(
+            (M * K + r * K) * self.e + r * INDEX + r * r * CORE,
+            M * (r * self.e + self.h),
+            2 * M * r * (K + r),
+        )
 
     def down_of_gradient(self) -> Cost:
         """v = dY C, dT = alpha v core, without a gate."""
         M, N, r = self.M, self.N, self.r
-        return Cost(M * N * self.e + N * self.h + r * r * CORE, M * (r * CORE + self.h),
-                    2 * M * r * (N + r))
+        return Cost(
+            M * N * self.e + N * self.h + r * r * CORE, M * (r * CORE + self.h), 2 * M * r * (N + r)
+        )
 
     def project(self) -> Cost:
         """t = y0[:, rows], h = alpha t core^T."""
         M, r = self.M, self.r
-        return Cost(M * r * self.e + r * INDEX + r * r * CORE, M * (r * self.e + self.h),
-                    2 * M * r * r)
+        return Cost(
+            M * r * self.e + r * INDEX + r * r * CORE, M * (r * self.e + self.h), 2 * M * r * r
+        )
 
     def product(self) -> Cost:
         """y = x W^T + h C^T, without a gate."""
@@ -93,14 +98,18 @@ class Layer:
     def epilogue(self) -> Cost:
         """y0 -> y in place, with the saved gate."""
         M, N = self.M, self.N
-        return Cost(M * N * self.e + (M + N) * self.h, M * N * (self.e + self.g),
-                    2 * M * N * self.r)
+        return Cost(
+            M * N * self.e + (M + N) * self.h, M * N * (self.e + self.g), 2 * M * N * self.r
+        )
 
     def gate_backward(self) -> Cost:
         """dY, gate -> db and v in parts. No dadapter_bias."""
         M, N, r = self.M, self.N, self.r
-        return Cost(M * N * (self.e + self.g) + N * self.h,
-                    M * N * self.e + self.parts * M * r * CORE, 2 * M * N * r)
+        return Cost(
+            M * N * (self.e + self.g) + N * self.h,
+            M * N * self.e + self.parts * M * r * CORE,
+            2 * M * N * r,
+        )
 
     @property
     def parts(self) -> int:
@@ -114,8 +123,11 @@ class Layer:
         sums = Cost(M * r * (CORE + self.e), programs_over_rows(M) * r * r * CORE, 2 * M * r * r)
         if not spread:
             return sums
-        return sums + Cost((self.parts - 1) * M * r * CORE + r * INDEX + r * r * CORE
-                           + M * r * self.e, M * r * self.e, 2 * M * r * r)
+        return sums + Cost(
+            (self.parts - 1) * M * r * CORE + r * INDEX + r * r * CORE + M * r * self.e,
+            M * r * self.e,
+            2 * M * r * r,
+        )
 
     def sum_of_parts(self) -> Cost:
         r = self.r
@@ -134,15 +146,16 @@ class Layer:
         epilogue = self.epilogue()
         if not gate:
             epilogue += Cost(0, -self.M * self.N * self.g, 0)
-        return (self.gather() + self.library(self.M, self.N, self.K) + self.project() + epilogue)
+        return self.gather() + self.library(self.M, self.N, self.K) + self.project() + epilogue
 
     def backward(self, gate: bool) -> Cost:
         """Gradients of x and core. Without a gate dX is one pass."""
         core = self.core_gradient(spread=gate) + self.sum_of_parts()
         if gate:
-            return (self.gather() + self.gate_backward() + core
-                    + self.library(self.M, self.K, self.N))
-        return (self.gather() + self.down_of_gradient() + core + self.product_of_input_gradient())
+            return (
+                self.gather() + self.gate_backward() + core + self.library(self.M, self.K, self.N)
+            )
+        return self.gather() + self.down_of_gradient() + core + self.product_of_input_gradient()
 
     def saved_bytes(self, gate: bool) -> int:
         """Saved for the backward pass: t, and the gate."""

@@ -77,8 +77,10 @@ class Compiled:
     def __str__(self) -> str:
         name = f"{self.kernel}<{', '.join((self.dtype, *self.variant))}>"
         counts = " ".join(f"{i} {n}" for i, n in self.instructions.items() if n)
-        return (f"sm_{self.chip:<4} {name:36} {self.registers:3} registers {self.stack:4} stack "
-                f"{self.spills:4} spills {self.shared:5} shared  {counts}")
+        return (
+            f"sm_{self.chip:<4} {name:36} {self.registers:3} registers {self.stack:4} stack "
+            f"{self.spills:4} spills {self.shared:5} shared  {counts}"
+        )
 
 
 def read(library: Path, arches: Sequence[str]) -> list[Compiled]:
@@ -91,28 +93,37 @@ def read(library: Path, arches: Sequence[str]) -> list[Compiled]:
     usage = _usage(library.with_suffix(".log").read_text())
     with ThreadPoolExecutor(2) as pool:  # a chip's code is 60 MB of text
         codes = pool.map(lambda arch: _code(tool, library, arch), arches)
-        found = [Compiled(arch, *_name(symbol), *usage[arch, symbol], counts)
-                 for arch, code in zip(arches, codes, strict=True)
-                 for symbol, counts in code.items()]
+        found = [
+            Compiled(arch, *_name(symbol), *usage[arch, symbol], counts)
+            for arch, code in zip(arches, codes, strict=True)
+            for symbol, counts in code.items()
+        ]
     return sorted(found, key=lambda c: (arches.index(c.chip), c.kernel, c.dtype, c.variant))
 
 
 def _usage(log: str) -> dict[tuple[str, str], tuple[int, int, int, int]]:
     """ptxas' registers, stack, spills and static shared memory by chip and mangled name."""
-    pattern = (r"Compiling entry function '(\w+)' for 'sm_(\w+)'\n.*\n *(\d+) bytes stack frame, "
-               r"(\d+) bytes spill stores, (\d+) bytes spill loads\n.*Used (\d+) registers(.*)")
+    pattern = (
+        r"Compiling entry function '(\w+)' for 'sm_(\w+)'\n.*\n *(\d+) bytes stack frame, "
+        r"(\d+) bytes spill stores, (\d+) bytes spill loads\n.*Used (\d+) registers(.*)"
+    )
     found = {}
     for symbol, chip, stack, stores, loads, registers, rest in re.findall(pattern, log):
         shared = re.search(r"(\d+) bytes smem", rest)
-        found[chip, symbol] = (int(registers), int(stack), int(stores) + int(loads),
-                               int(shared[1]) if shared else 0)
+        found[chip, symbol] = (
+            int(registers),
+            int(stack),
+            int(stores) + int(loads),
+            int(shared[1]) if shared else 0,
+        )
     return found
 
 
 def _code(tool: str, library: Path, arch: str) -> dict[str, dict[str, int]]:
     """The count of each of ``INSTRUCTIONS`` in each kernel for a chip."""
-    text = subprocess.run([tool, "-sass", "-arch", f"sm_{arch}", library], capture_output=True,
-                          text=True, check=True).stdout
+    text = subprocess.run(
+        [tool, "-sass", "-arch", f"sm_{arch}", library], capture_output=True, text=True, check=True
+    ).stdout
     _, *parts = re.split(r"Function : (\w+)\n", text)
     found = {}
     for symbol, code in zip(parts[::2], parts[1::2], strict=True):
@@ -155,10 +166,15 @@ def cuobjdump() -> str:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--arch", nargs="+", default=list(CHIPS),
-                        help="chips as nvcc names them (default: %(default)s)")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--arch",
+        nargs="+",
+        default=list(CHIPS),
+        help="chips as nvcc names them (default: %(default)s)",
+    )
     arches = compiler.check_arches("--arch", parser.parse_args().arch)
     faulty = 0
     for compiled in read(compiler.build(arches), arches):

@@ -65,10 +65,12 @@ class Compiled:
     def __str__(self) -> str:
         counts = " ".join(f"{i} {n}" for i, n in self.instructions.items() if n)
         t = self.tile
-        return (f"sm_{self.chip:<3} {self.run:26} {self.dtype:8} r {self.r:<3} "
-                f"{t.m}x{t.n}x{t.k} w{t.warps} s{t.stages}{' persistent' * t.persistent:11} "
-                f"{self.registers:3} registers {self.stack:5} stack {self.shared:6} shared  "
-                f"{counts}")
+        return (
+            f"sm_{self.chip:<3} {self.run:26} {self.dtype:8} r {self.r:<3} "
+            f"{t.m}x{t.n}x{t.k} w{t.warps} s{t.stages}{' persistent' * t.persistent:11} "
+            f"{self.registers:3} registers {self.stack:5} stack {self.shared:6} shared  "
+            f"{counts}"
+        )
 
 
 class _Absent:
@@ -113,8 +115,18 @@ def _read(kernel, chip, name, run_name, tile, dtype, r) -> Compiled:
         usage, code = (_cuobjdump(option, file.name) for option in ("-res-usage", "-sass"))
     registers, stack = map(int, re.search(r"REG:(\d+) STACK:(\d+)", usage).groups())
     counts = {i: len(re.findall(rf"\b{i}\b", code)) for i in INSTRUCTIONS}
-    return Compiled(chip, name, run_name, tile, str(dtype).removeprefix("torch."), r, registers,
-                    stack, kernel.metadata.shared, counts)
+    return Compiled(
+        chip,
+        name,
+        run_name,
+        tile,
+        str(dtype).removeprefix("torch."),
+        r,
+        registers,
+        stack,
+        kernel.metadata.shared,
+        counts,
+    )
 
 
 def _cuobjdump(option: str, file: str) -> str:
@@ -124,19 +136,30 @@ def _cuobjdump(option: str, file: str) -> str:
 
 def tasks(chip_keys, dtypes, ranks) -> list[tuple]:
     """Arguments of ``compile_rows``; the one-pass product has no float32 rows."""
-    return [(chip, name, dtype, r) for chip in chip_keys for dtype in dtypes for r in ranks
-            for name in RUNS if not (name.startswith("product") and dtype == torch.float32)]
+    return [
+        (chip, name, dtype, r)
+        for chip in chip_keys
+        for dtype in dtypes
+        for r in ranks
+        for name in RUNS
+        if not (name.startswith("product") and dtype == torch.float32)
+    ]
 
 
 def main() -> int:
     if INTERPRETED:
         sys.exit("TRITON_INTERPRET is set: the interpreter compiles nothing; unset it")
     supported = [c for c in CHIPS if c != INTERPRETER]
-    parser = argparse.ArgumentParser(description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--chip", type=int, nargs="+", choices=supported, default=supported)
-    parser.add_argument("--dtype", nargs="+", default=["bfloat16"],
-                        choices=[str(d).removeprefix("torch.") for d in DTYPES])
+    parser.add_argument(
+        "--dtype",
+        nargs="+",
+        default=["bfloat16"],
+        choices=[str(d).removeprefix("torch.") for d in DTYPES],
+    )
     parser.add_argument("--rank", type=int, nargs="+", default=list(RANKS))
     options = parser.parse_args()
     work = tasks(options.chip, [getattr(torch, d) for d in options.dtype], options.rank)
@@ -147,8 +170,11 @@ def main() -> int:
             for compiled in results:
                 faults = compiled.faults()
                 faulty += bool(faults)
-                print(f"[{done}/{len(work)}] {compiled}{'  FAULT: ' * bool(faults)}"
-                      f"{'; '.join(faults)}", flush=True)
+                print(
+                    f"[{done}/{len(work)}] {compiled}{'  FAULT: ' * bool(faults)}"
+                    f"{'; '.join(faults)}",
+                    flush=True,
+                )
     print(f"{faulty} configuration(s) with faults" if faulty else "no faults")
     return 1 if faulty else 0
 

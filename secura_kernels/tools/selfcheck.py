@@ -17,13 +17,16 @@ FORMS = {
 SHAPES = {"cpu": (67, 131, 96, 12), "cuda": (1100, 2056, 1032, 24)}
 
 
-def relative_errors(impl: str, device: torch.device, dtype: torch.dtype, norm: SMagNorm | None,
-                    seeds: int = 4) -> list[tuple[float, float]]:
+def relative_errors(
+    impl: str, device: torch.device, dtype: torch.dtype, norm: SMagNorm | None, seeds: int = 4
+) -> list[tuple[float, float]]:
     """Relative errors against float64 of y, dx, dcore and dadapter_bias, root mean square over
     ``seeds`` random cases: the backend's, and those of eager PyTorch in the same dtype."""
     cases = [_errors(impl, device, dtype, norm, seed) for seed in range(seeds)]
-    return [tuple((sum(case[i][j] ** 2 for case in cases) / seeds) ** 0.5 for j in (0, 1))
-            for i in range(len(cases[0]))]
+    return [
+        tuple((sum(case[i][j] ** 2 for case in cases) / seeds) ** 0.5 for j in (0, 1))
+        for i in range(len(cases[0]))
+    ]
 
 
 def _errors(impl, device, dtype, norm, seed) -> list[tuple[float, float]]:
@@ -39,20 +42,32 @@ def _errors(impl, device, dtype, norm, seed) -> list[tuple[float, float]]:
 
     def results(wide: torch.dtype | None, function) -> list[torch.Tensor]:
         """y and the gradients, with every floating argument in ``wide`` where it is given."""
-        a, w, b, c, g = (t.to(device, wide) if wide else t.to(device)
-                         for t in (x, W, adapter_bias, core, dy))
+        a, w, b, c, g = (
+            t.to(device, wide) if wide else t.to(device) for t in (x, W, adapter_bias, core, dy)
+        )
         trained = [t.requires_grad_() for t in (a, c, b)]
         y = function(a, w, c, b)
         return [y.detach(), *torch.autograd.grad(y, trained, g)]
 
     def eager(a, w, c, b):
-        return reference.cur_linear(a, w, None, c, w[:, cols.to(device)], w[rows.to(device)],
-                                    norm=norm, adapter_bias=b)
+        return reference.cur_linear(
+            a, w, None, c, w[:, cols.to(device)], w[rows.to(device)], norm=norm, adapter_bias=b
+        )
 
     def ours(a, w, c, b):
-        return cur_linear(a, w, c, cols=cols.to(device), rows=rows.to(device), norm=norm,
-                          adapter_bias=b, impl=impl)
+        return cur_linear(
+            a,
+            w,
+            c,
+            cols=cols.to(device),
+            rows=rows.to(device),
+            norm=norm,
+            adapter_bias=b,
+            impl=impl,
+        )
 
     truth = results(torch.float64, eager)
-    return [tuple(float((got.double() - t).norm() / t.norm()) for got in pair)
-            for *pair, t in zip(results(None, ours), results(None, eager), truth, strict=True)]
+    return [
+        tuple(float((got.double() - t).norm() / t.norm()) for got in pair)
+        for *pair, t in zip(results(None, ours), results(None, eager), truth, strict=True)
+    ]

@@ -19,16 +19,37 @@ from ..backends.triton.tiles import rows_of
 from .cases import RUNS, Inputs, run
 
 # N, K of the linear layers of common models: Llama-3.1-8B, Qwen2-7B, Gemma-2-2B.
-LAYERS = ((4096, 4096), (1024, 4096), (14336, 4096), (4096, 14336), (3584, 3584), (512, 3584),
-          (18944, 3584), (3584, 18944), (2048, 2304), (9216, 2304), (2304, 9216))
-PASSES = ("down", "project", "epilogue", "gate_backward", "effective_weight",
-          "weight_core_gradient")
+LAYERS = (
+    (4096, 4096),
+    (1024, 4096),
+    (14336, 4096),
+    (4096, 14336),
+    (3584, 3584),
+    (512, 3584),
+    (18944, 3584),
+    (3584, 18944),
+    (2048, 2304),
+    (9216, 2304),
+    (2304, 9216),
+)
+PASSES = (
+    "down",
+    "project",
+    "epilogue",
+    "gate_backward",
+    "effective_weight",
+    "weight_core_gradient",
+)
 # A product, by the name of its run, and what the library's form of the same needs beside it.
 PRODUCTS = {
     "product": ("product", Inputs.product, Inputs.down, Inputs.library),
     "product_gate": ("product_gate", Inputs.product_gate, Inputs.down, Inputs.library_gate),
-    "product_of_input_gradient": ("product", Inputs.product_of_input_gradient, None,
-                                  Inputs.library_of_input_gradient),
+    "product_of_input_gradient": (
+        "product",
+        Inputs.product_of_input_gradient,
+        None,
+        Inputs.library_of_input_gradient,
+    ),
 }
 
 
@@ -47,8 +68,10 @@ class Job:
     def key(self) -> str:
         """As the pass itself looks it up."""
         rows, columns = {
-            "down": (self.M, self.K), "project": (self.M, self.r),
-            "effective_weight": (self.N, self.K), "weight_core_gradient": (self.N, self.K),
+            "down": (self.M, self.K),
+            "project": (self.M, self.r),
+            "effective_weight": (self.N, self.K),
+            "weight_core_gradient": (self.N, self.K),
             "product_of_input_gradient": (self.M, self.K),
         }.get(self.name, (self.M, self.N))
         name = self.name
@@ -59,8 +82,12 @@ class Job:
         return tune_cache.key(name, self.dtype, rows, columns, chips.rank_block(self.r))
 
 
-def jobs(layers: Iterable[tuple[int, int]], tokens: Iterable[int], ranks: Iterable[int],
-         dtype: torch.dtype) -> list[Job]:
+def jobs(
+    layers: Iterable[tuple[int, int]],
+    tokens: Iterable[int],
+    ranks: Iterable[int],
+    dtype: torch.dtype,
+) -> list[Job]:
     """Each choice once: passes that do not see a dimension share what was measured."""
     found = {}
     for (N, K), M, r in ((layer, M, r) for layer in layers for M in tokens for r in ranks):
@@ -81,7 +108,8 @@ def fastest(job: Job, device: torch.device, time: Callable[[Callable], float]) -
     """Fields of the fastest tile of a pass, or ``tuned.LIBRARY`` for a product that loses."""
     inputs = Inputs(job.M, job.N, job.K, job.r, job.dtype, device)
     name, function, before, library = PRODUCTS.get(
-        job.name, (job.name, RUNS.get(job.name, (None,))[0], None, None))
+        job.name, (job.name, RUNS.get(job.name, (None,))[0], None, None)
+    )
     times = {}
     for tile in rows_of(name, chips.chip_of(device), job.dtype, chips.rank_block(job.r)):
         times[tile] = time(lambda tile=tile: run(name, inputs, tile, function))
@@ -93,8 +121,14 @@ def fastest(job: Job, device: torch.device, time: Callable[[Callable], float]) -
     return asdict(best)
 
 
-def tune(work: list[Job], device: torch.device, file: Path, *, again: bool = False,
-         time: Callable[[Callable], float] = measure) -> dict[str, dict | str]:
+def tune(
+    work: list[Job],
+    device: torch.device,
+    file: Path,
+    *,
+    again: bool = False,
+    time: Callable[[Callable], float] = measure,
+) -> dict[str, dict | str]:
     """Measures every job that ``file`` does not hold (for ``again``: all), saving as it goes.
 
     Returns the entries of the file.

@@ -25,8 +25,12 @@ class Budget:
     def begin(self, model: nn.Module) -> None:
         """Raises ValueError for a model without calibrated layers."""
         if not calibrated_adapters(model):
-            raise fail("budget", self.limit, "None for a model without layers of basis='whitened' "
-                                             "or 'natural' that calibrate() has measured")
+            raise fail(
+                "budget",
+                self.limit,
+                "None for a model without layers of basis='whitened' "
+                "or 'natural' that calibrate() has measured",
+            )
         self.ratio = self.size = self.predicted = 0.0
         self.follow(model)
 
@@ -38,7 +42,7 @@ class Budget:
             self.measure(model)
         while self.hold and self.predicted > self.limit:
             for adapter in calibrated_adapters(model):
-                adapter.shrink((self.limit / self.predicted)**0.5)
+                adapter.shrink((self.limit / self.predicted) ** 0.5)
             self.predicted, size = self.limit, core_size(model)
             if 1.1 * size < self.size:  # far from where the divergence is known
                 self.measure(model)

@@ -113,8 +113,14 @@ class RetentionCallback(TrainerCallback):
             trainer.add_callback(self)
         return self
 
-    def on_train_begin(self, args: TrainingArguments, state: TrainerState,
-                       control: TrainerControl, model: nn.Module = None, **_) -> None:
+    def on_train_begin(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        model: nn.Module = None,
+        **_,
+    ) -> None:
         if self.trainer is None:
             raise RuntimeError("RetentionCallback cannot log: call callback.attach(trainer)")
         if self.trainer.is_fsdp_enabled or self.trainer.is_deepspeed_enabled:
@@ -129,15 +135,27 @@ class RetentionCallback(TrainerCallback):
         if state.global_step == 0 or (self.batches and self._first_loss is None):
             self._log(self._measure(model, state), control)
 
-    def on_pre_optimizer_step(self, args: TrainingArguments, state: TrainerState,
-                              control: TrainerControl, model: nn.Module = None, **_) -> None:
+    def on_pre_optimizer_step(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        model: nn.Module = None,
+        **_,
+    ) -> None:
         step = state.global_step + 1
         self._gradient_norm = None
         if step % self.every == 0 or step >= state.max_steps:
             self._gradient_norm = gradient_norms(model)["total"]
 
-    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl,
-                    model: nn.Module = None, **_) -> None:
+    def on_step_end(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        model: nn.Module = None,
+        **_,
+    ) -> None:
         if self.budget is not None:
             self.budget.follow(model)
             if control.should_log and state.global_step % self.every:
@@ -146,8 +164,14 @@ class RetentionCallback(TrainerCallback):
         if state.global_step % self.every == 0 or control.should_training_stop or over:
             self._check(self._measure(model, state), state, control)
 
-    def on_epoch_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl,
-                     model: nn.Module = None, **_) -> None:
+    def on_epoch_end(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        model: nn.Module = None,
+        **_,
+    ) -> None:
         # Where training was stopped after the step's end, as by an evaluation. The end of training
         # is too late: reporters may have closed their files.
         if control.should_training_stop and self._measured_at != state.global_step:
@@ -159,9 +183,14 @@ class RetentionCallback(TrainerCallback):
             raise fail("model", type(model).__name__, "a model with adapted layers")
         relative, spectral, nuclear = torch.tensor(
             [(layer.relative, layer.spectral, layer.nuclear) for layer in layers],
-            dtype=torch.float64).T
-        values = dict(drift_mean=float(relative.mean()), drift_max=float(relative.max()),
-                      spectral=float(spectral.mean()), singular_values=float(nuclear.mean()))
+            dtype=torch.float64,
+        ).T
+        values = dict(
+            drift_mean=float(relative.mean()),
+            drift_max=float(relative.max()),
+            spectral=float(spectral.mean()),
+            singular_values=float(nuclear.mean()),
+        )
         if self._gradient_norm is not None:
             values["gradient_norm"] = self._gradient_norm
         if self.budget is not None:
@@ -183,14 +212,19 @@ class RetentionCallback(TrainerCallback):
         self.trainer.log({PREFIX + name: value for name, value in values.items()})
         control.should_log = should_log
 
-    def _check(self, values: dict[str, float], state: TrainerState,
-               control: TrainerControl) -> None:
+    def _check(
+        self, values: dict[str, float], state: TrainerState, control: TrainerControl
+    ) -> None:
         self._log(values, control)
-        passed = [f"{name} {values[name]:.6g} is not within its limit {limit:g}"
-                  for name, limit in self.limits.items() if not values[name] <= limit]
+        passed = [
+            f"{name} {values[name]:.6g} is not within its limit {limit:g}"
+            for name, limit in self.limits.items()
+            if not values[name] <= limit
+        ]
         if self.budget is not None and self.budget.stops():
-            passed.append(f"kl {values['kl']:.6g} nats is not within the budget "
-                          f"{self.budget.limit:g}")
+            passed.append(
+                f"kl {values['kl']:.6g} nats is not within the budget {self.budget.limit:g}"
+            )
         if passed:
             self.stopped = f"step {state.global_step}: " + ", ".join(passed)
             control.should_training_stop = True
@@ -219,19 +253,37 @@ class StageCallback(TrainerCallback):
         self.kind = check_choice("kind", kind, ("m1", "m2"))
         self.every = None if every is None else check_int("every", every, 1, sys.maxsize)
 
-    def on_train_begin(self, args: TrainingArguments, state: TrainerState,
-                       control: TrainerControl, model: nn.Module = None, **_) -> None:
+    def on_train_begin(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        model: nn.Module = None,
+        **_,
+    ) -> None:
         if not _stages(model, self.kind):
             raise fail("model", type(model).__name__, "a model with CURLoRA or SECURA layers")
 
-    def on_epoch_begin(self, args: TrainingArguments, state: TrainerState,
-                       control: TrainerControl, model: nn.Module = None, **_) -> None:
+    def on_epoch_begin(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        model: nn.Module = None,
+        **_,
+    ) -> None:
         # A run resumed inside an epoch begins it a second time, at a fraction.
         if self.every is None and state.global_step and state.epoch == round(state.epoch):
             take_stage(model, self.kind)
 
-    def on_step_begin(self, args: TrainingArguments, state: TrainerState,
-                      control: TrainerControl, model: nn.Module = None, **_) -> None:
+    def on_step_begin(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        model: nn.Module = None,
+        **_,
+    ) -> None:
         if self.every and state.global_step and state.global_step % self.every == 0:
             take_stage(model, self.kind)
 
@@ -243,5 +295,8 @@ def take_stage(model: nn.Module, kind: str) -> None:
 
 
 def _stages(model: nn.Module, kind: str) -> list[Callable[[], None]]:
-    return [getattr(module, f"stage_{kind}") for module in model.modules()
-            if hasattr(module, "change_factors")]
+    return [
+        getattr(module, f"stage_{kind}")
+        for module in model.modules()
+        if hasattr(module, "change_factors")
+    ]

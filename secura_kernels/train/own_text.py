@@ -15,8 +15,16 @@ MARK = "\N{SECTION SIGN}content\N{SECTION SIGN}"
 
 
 @torch.no_grad()
-def own_text(model: nn.Module, tokens: int = 4096, *, tokenizer=None, length: int = 128,
-             batch_size: int = 32, seed: int = 0, progress: bool = True) -> Iterator[dict]:
+def own_text(
+    model: nn.Module,
+    tokens: int = 4096,
+    *,
+    tokenizer=None,
+    length: int = 128,
+    batch_size: int = 32,
+    seed: int = 0,
+    progress: bool = True,
+) -> Iterator[dict]:
     """Samples text from ``model``, at temperature 1 and from all of its vocabulary.
 
     A chat model is given its template up to where a user's message starts, and writes the message,
@@ -42,30 +50,46 @@ def own_text(model: nn.Module, tokens: int = 4096, *, tokenizer=None, length: in
     if not hasattr(model, "generate"):
         raise fail("general", None, f"batches of text: a {type(model).__name__} cannot generate")
     device, starts = next(model.parameters()).device, _starts(model, tokenizer)
-    sizes = [min(batch_size, rows) for rows in
-             range(-(-tokens // length), 0, -batch_size)]
+    sizes = [min(batch_size, rows) for rows in range(-(-tokens // length), 0, -batch_size)]
     devices = [device] if device.type == "cuda" else []
-    for i, rows in enumerate(tqdm(sizes, desc="write", unit="batch", disable=not progress,
-                                  file=sys.stderr)):
+    for i, rows in enumerate(
+        tqdm(sizes, desc="write", unit="batch", disable=not progress, file=sys.stderr)
+    ):
         with torch.random.fork_rng(devices):
             torch.manual_seed(seed + i)
-            parts = [_written(model, start, rows * (i + 1) // len(starts)
-                              - rows * i // len(starts), length, device)
-                     for i, start in enumerate(starts)]
+            parts = [
+                _written(
+                    model,
+                    start,
+                    rows * (i + 1) // len(starts) - rows * i // len(starts),
+                    length,
+                    device,
+                )
+                for i, start in enumerate(starts)
+            ]
         for part in torch.cat(parts).split(ROWS):
             yield dict(input_ids=part, attention_mask=torch.ones_like(part))
 
 
-def _written(model: nn.Module, start: list[int], rows: int, length: int,
-             device: torch.device) -> Tensor:
+def _written(
+    model: nn.Module, start: list[int], rows: int, length: int, device: torch.device
+) -> Tensor:
     """(rows, length), each from ``start`` on."""
     ids = torch.tensor(start[:length], device=device).expand(rows, -1)
     if not rows or len(start) >= length:
         return ids if rows else ids.new_empty(0, length)
     return model.generate(
-        input_ids=ids, attention_mask=torch.ones_like(ids), do_sample=True, temperature=1.0,
-        top_k=0, top_p=1.0, eos_token_id=None, pad_token_id=start[0],
-        max_new_tokens=length - len(start), use_cache=True)
+        input_ids=ids,
+        attention_mask=torch.ones_like(ids),
+        do_sample=True,
+        temperature=1.0,
+        top_k=0,
+        top_p=1.0,
+        eos_token_id=None,
+        pad_token_id=start[0],
+        max_new_tokens=length - len(start),
+        use_cache=True,
+    )
 
 
 def _starts(model: nn.Module, tokenizer) -> list[list[int]]:
@@ -89,5 +113,6 @@ def _document_start(model: nn.Module, tokenizer) -> int:
             found = int(found[0])
         if found is not None:
             return found
-    raise fail("general", None, "batches of text: the model's generation_config names no first "
-                                "token")
+    raise fail(
+        "general", None, "batches of text: the model's generation_config names no first token"
+    )

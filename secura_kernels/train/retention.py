@@ -57,8 +57,11 @@ def drift(model: nn.Module) -> dict[str, Drift]:
         if module.merged:
             raise RuntimeError(f"{name} is merged: unmerge the model before drift()")
         if hasattr(module, "change_factors"):
-            factors = [module.change_factors()] if adapters is None else [
-                module.change_factors(adapter) for adapter in adapters]
+            factors = (
+                [module.change_factors()]
+                if adapters is None
+                else [module.change_factors(adapter) for adapter in adapters]
+            )
             moved[name] = _drift(_singular_values(factors), module.base_matrix())
         else:
             assert adapters is not None  # a PEFT layer
@@ -71,8 +74,11 @@ def gradient_norms(model: nn.Module) -> dict[str, float]:
 
     Parameters without a gradient are left out; the values are read in one synchronisation.
     """
-    grads = {name: parameter.grad for name, parameter in model.named_parameters()
-             if parameter.requires_grad and parameter.grad is not None}
+    grads = {
+        name: parameter.grad
+        for name, parameter in model.named_parameters()
+        if parameter.requires_grad and parameter.grad is not None
+    }
     if not grads:
         return {"total": 0.0}
     device = next(iter(grads.values())).device
@@ -106,8 +112,12 @@ def base_loss(model: nn.Module, batches: Iterable[dict[str, Tensor]]) -> float:
                 raise fail(f"batches[{i}]", sorted(batch), "a dict with a tensor of labels")
             count = _count_labels(model, batch["labels"])
             if count:
-                output = model(**{key: value.to(device) if isinstance(value, Tensor) else value
-                                  for key, value in batch.items()})
+                output = model(
+                    **{
+                        key: value.to(device) if isinstance(value, Tensor) else value
+                        for key, value in batch.items()
+                    }
+                )
                 loss = output["loss"] if isinstance(output, dict) else output[0]
                 total += count * loss.to(device, torch.float64)
                 labels += count
@@ -135,8 +145,11 @@ def base_kl(model: nn.Module, batches: Iterable[dict[str, Tensor]]) -> float:
     total, tokens = torch.zeros((), dtype=torch.float64, device=device), 0
     with evaluating(model):
         for batch in batches:
-            inputs = {key: value.to(device) if isinstance(value, Tensor) else value
-                      for key, value in batch.items() if key != "labels"}
+            inputs = {
+                key: value.to(device) if isinstance(value, Tensor) else value
+                for key, value in batch.items()
+                if key != "labels"
+            }
             with without_adapters(model):
                 base = _log_probabilities(model, inputs)
             moved = _log_probabilities(model, inputs)
@@ -224,7 +237,8 @@ def _changed_layers(model: nn.Module) -> Iterator[tuple[str, nn.Module, list[str
     for name, module in model.named_modules():
         peft = hasattr(module, "base_layer") and hasattr(module, "active_adapters")
         if not hasattr(module, "change_factors") and not (
-                peft and hasattr(module, "get_delta_weight")):
+            peft and hasattr(module, "get_delta_weight")
+        ):
             continue
         adapters = None
         if peft:
@@ -250,9 +264,9 @@ def _svdvals(matrix: Tensor) -> Tensor:
 
 
 def _drift(values: Tensor, weight: Tensor) -> Drift:
-    change, spectral, nuclear, base = torch.stack([
-        torch.linalg.vector_norm(values), values[0], values.sum(),
-        _norm(weight).to(values)]).tolist()
+    change, spectral, nuclear, base = torch.stack(
+        [torch.linalg.vector_norm(values), values[0], values.sum(), _norm(weight).to(values)]
+    ).tolist()
     without_base = inf if change else 0.0
     return Drift(change / base if base else without_base, spectral, nuclear)
 
@@ -263,8 +277,11 @@ def _dense_drift(name: str, module: nn.Module, adapters: list[str]) -> Drift:
     from peft.utils.integrations import dequantize_module_weight
 
     delta = reduce(torch.add, (module.get_delta_weight(adapter) for adapter in adapters))
-    weight = dequantize_module_weight(module.base_layer) \
-        if hasattr(module.base_layer, "weight") else None
+    weight = (
+        dequantize_module_weight(module.base_layer)
+        if hasattr(module.base_layer, "weight")
+        else None
+    )
     if weight is None or weight.shape != delta.shape:
         raise fail(name, type(module).__name__, "a PEFT layer over one weight of its own")
     return _drift(_svdvals(delta.double().flatten(1)), weight)
@@ -281,6 +298,7 @@ def _norm(tensor: Tensor) -> Tensor:
 def _count_labels(model: nn.Module, labels: Tensor) -> int:
     if labels.ndim < 2 or labels.is_floating_point():
         return labels.shape[0]
-    whole = (getattr(getattr(model, "config", None), "is_encoder_decoder", False)
-             or getattr(model, "loss_type", None) in ("ForMaskedLM", "ForTokenClassification"))
-    return int((labels[..., 0 if whole else 1:] != IGNORED_LABEL).sum())
+    whole = getattr(getattr(model, "config", None), "is_encoder_decoder", False) or getattr(
+        model, "loss_type", None
+    ) in ("ForMaskedLM", "ForTokenClassification")
+    return int((labels[..., 0 if whole else 1 :] != IGNORED_LABEL).sum())

@@ -12,22 +12,38 @@ LISTS = {
         "MULTIPLE_ACTIVE_ADAPTERS_TEST_CASES": "cases.SEVERAL_ACTIVE",
         "MIXED_ADAPTER_TEST_CASES": "cases.MIXED",
         ("test_multiple_adapters_mixed_modules_to_save", "config_cls"): "cases.SMALL_CLASSES",
-        ("test_multiple_adapters_mixed_modules_to_save_order_switched", "config_cls"):
-            "cases.SMALL_CLASSES",
-        ("test_mixed_adapter_batches_different_target_layers", "test_name, config0, config1"):
-            "cases.MIXED_OTHER_LAYERS",
-        ("test_mixed_adapter_batches_multiple_modules_to_save", "test_name, config0, config1"):
-            "cases.MIXED_MODULES_TO_SAVE",
-        ("test_mixed_adapter_batches_unsupported_layer_raises", "test_name, config0, config1"):
-            "cases.MIXED_GRU",
-        ("test_mixed_adapter_batches_partly_overlapping_target_layers",
-         "test_name, config0, config1"): "cases.MIXED_OVERLAPPING",
-        ("test_mixed_adapter_batches_lora_conv1d_emb", "test_name, config0, config1"):
-            "cases.MIXED_CONV1D",
-        ("test_mixed_adapter_batches_lora_conv1d_emb_multiple_modules_to_save",
-         "test_name, config0, config1"): "cases.MIXED_CONV1D_AND_MODULES_TO_SAVE",
-        ("test_mixed_adapter_batches_lora_wrong_adapter_name_raises", "test_name, config"):
-            "[case[:2] for case in cases.MIXED]",
+        (
+            "test_multiple_adapters_mixed_modules_to_save_order_switched",
+            "config_cls",
+        ): "cases.SMALL_CLASSES",
+        (
+            "test_mixed_adapter_batches_different_target_layers",
+            "test_name, config0, config1",
+        ): "cases.MIXED_OTHER_LAYERS",
+        (
+            "test_mixed_adapter_batches_multiple_modules_to_save",
+            "test_name, config0, config1",
+        ): "cases.MIXED_MODULES_TO_SAVE",
+        (
+            "test_mixed_adapter_batches_unsupported_layer_raises",
+            "test_name, config0, config1",
+        ): "cases.MIXED_GRU",
+        (
+            "test_mixed_adapter_batches_partly_overlapping_target_layers",
+            "test_name, config0, config1",
+        ): "cases.MIXED_OVERLAPPING",
+        (
+            "test_mixed_adapter_batches_lora_conv1d_emb",
+            "test_name, config0, config1",
+        ): "cases.MIXED_CONV1D",
+        (
+            "test_mixed_adapter_batches_lora_conv1d_emb_multiple_modules_to_save",
+            "test_name, config0, config1",
+        ): "cases.MIXED_CONV1D_AND_MODULES_TO_SAVE",
+        (
+            "test_mixed_adapter_batches_lora_wrong_adapter_name_raises",
+            "test_name, config",
+        ): "[case[:2] for case in cases.MIXED]",
     },
     "test_decoder_models.py": {"ALL_CONFIGS": "cases.models('CAUSAL_LM')"},
     "test_encoder_decoder_models.py": {"ALL_CONFIGS": "cases.models('SEQ_2_SEQ_LM')"},
@@ -40,55 +56,51 @@ LISTS = {
     "test_config.py": {"ALL_CONFIG_CLASSES": "cases.CONFIGS"},
     "test_quantization.py": {"TEST_CASES": "cases.QUANTISED"},
     "test_other.py": {
-        ("test_self_targeting_is_ignored", "config_cls, config_kwargs"): "cases.TARGETED_TWICE"},
+        ("test_self_targeting_is_ignored", "config_cls, config_kwargs"): "cases.TARGETED_TWICE"
+    },
 }
 
 # Files that are run once more with our method in LoRA's place: the tests to run.
 AS_LORA = {
-    "test_custom_models.py":
-        r"TestRequiresGrad.*(modules_to_save_|requires_grad_lora|preserves)(?!.*SecuraCase)"
-        r"|test_(add_adapter_rejects|delete_adapter_(with_)?multiple|weight_bias|load_resized"
-        r"|multiple_adapters_(automatic|no_needless)|(non_)?existing_model_card|load_does_not"
-        r"|save_embedding_layers|save_pretrained_targeting_lora|default_target)",
-    "test_low_level_api.py":
-        r"TestInject|TestPeftStateDict|TestGetBaseModelStateDict|TestStateDict",
+    "test_custom_models.py": r"TestRequiresGrad.*(modules_to_save_|requires_grad_lora|preserves)(?!.*SecuraCase)"
+    r"|test_(add_adapter_rejects|delete_adapter_(with_)?multiple|weight_bias|load_resized"
+    r"|multiple_adapters_(automatic|no_needless)|(non_)?existing_model_card|load_does_not"
+    r"|save_embedding_layers|save_pretrained_targeting_lora|default_target)",
+    "test_low_level_api.py": r"TestInject|TestPeftStateDict|TestGetBaseModelStateDict|TestStateDict",
     "test_tuners_utils.py": r"TestModelAndLayerStatus|TestExcluded|TestTargetedModuleNames"
-                            r"|TestBaseTunerWarn",
+    r"|TestBaseTunerWarn",
     "test_other.py": r"TestModulesToSave|TestTargetingAux",
     "test_hub_features.py": r"TestLocalModel|TestModelCard",
 }
 
 # File -> a text -> what takes its place.
 NO_DIFFUSERS = {  # Not installed, and not needed: our method adapts no convolution.
-    "from diffusers import StableDiffusionPipeline": "StableDiffusionPipeline = type(None)"}
+    "from diffusers import StableDiffusionPipeline": "StableDiffusionPipeline = type(None)"
+}
 TEXTS = {
     # Nothing is fetched from the hub.
     "testing_utils.py": {
-        'is_offline = override.get("HF_HUB_OFFLINE", False) == "1"': "is_offline = True"},
-    "testing_common.py": NO_DIFFUSERS | {
+        'is_offline = override.get("HF_HUB_OFFLINE", False) == "1"': "is_offline = True"
+    },
+    "testing_common.py": NO_DIFFUSERS
+    | {
         # PEFT names the methods that can do something: ours can.
         "if config_cls not in (LoraConfig, RoadConfig):": "if False:",
         "if config_cls not in (LoraConfig,):": "if False:",
         "if config_cls not in (IA3Config, LoHaConfig, LoKrConfig, LoraConfig):": "if False:",
         # Our errors say the same in other words.
-        "NaNs detected in the merged weights. The adapter default seems to be broken":
-            "the merged weight is not finite: the adapters .'default'. seem to be broken",
+        "NaNs detected in the merged weights. The adapter default seems to be broken": "the merged weight is not finite: the adapters .'default'. seem to be broken",
     },
     "test_custom_models.py": {
-        "Length of `adapter_names` should be the same as the number of inputs, but got ":
-            "adapter_names='5 names' is not allowed: it must be one for each of the 9 samples",
-        "Cannot pass `adapter_names` when the model is in training mode.":
-            "adapter_names are for inference",
+        "Length of `adapter_names` should be the same as the number of inputs, but got ": "adapter_names='5 names' is not allowed: it must be one for each of the 9 samples",
+        "Cannot pass `adapter_names` when the model is in training mode.": "adapter_names are for inference",
         "Cannot pass `adapter_names` when there are merged adapters, please call "
         "`unmerge_adapter` first.": "adapter_names cannot be used while adapters are merged",
-        "Trying to infer with non-existing adapter(s): does-not-exist, other-does-not-exist":
-            "adapter_names has ['does-not-exist', 'other-does-not-exist']",
-        "Trying to infer with non-existing adapter(s): does-not-exist":
-            "adapter_names has ['does-not-exist']",
+        "Trying to infer with non-existing adapter(s): does-not-exist, other-does-not-exist": "adapter_names has ['does-not-exist', 'other-does-not-exist']",
+        "Trying to infer with non-existing adapter(s): does-not-exist": "adapter_names has ['does-not-exist']",
         # Ours loads a file on the base that it was made for only: each base is the same one.
-        "num_hidden_layers=12, size=10):\n        super().__init__()":
-            "num_hidden_layers=12, size=10):\n        super().__init__()\n"
-            "        torch.manual_seed(0)",
+        "num_hidden_layers=12, size=10):\n        super().__init__()": "num_hidden_layers=12, size=10):\n        super().__init__()\n"
+        "        torch.manual_seed(0)",
     },
     "test_decoder_models.py": {
         "if config_cls != LoraConfig:": "if False:",
@@ -96,7 +108,8 @@ TEXTS = {
         "if isinstance(config_cls, BeftConfig):": "if config_cls is not BeftConfig:",
     },
     "test_low_level_api.py": NO_DIFFUSERS,
-    "test_tuners_utils.py": NO_DIFFUSERS | {
+    "test_tuners_utils.py": NO_DIFFUSERS
+    | {
         "import diffusers\n": "",
         "is_diffusers_ge_v040 = ": "is_diffusers_ge_v040 = True  # ",
         "from parameterized import parameterized": "from peft_suite.cases import parameterized",
@@ -105,8 +118,7 @@ TEXTS = {
 # The same for the tests that run in LoRA's place: a pattern -> what takes its place.
 LORA_TEXTS = {
     # Two tensors of an adapter are LoRA's all; ours has more beside the trained ones.
-    r'del (sd_before)\["(\S+)\.lora_A\.weight"\]':
-        r"\1 = {k: v for k, v in \1.items() if '\2' not in k}",
+    r'del (sd_before)\["(\S+)\.lora_A\.weight"\]': r"\1 = {k: v for k, v in \1.items() if '\2' not in k}",
     r' +del sd_before\["\S+\.lora_B\.weight"\]\n': "",
     r"lora_([AB])\.(\w+)\.weight": r"secura_adapter.\2.\1",
     r'lora_([AB])\["(\w+)"\]\.weight': r'secura_adapter["\2"].\1',
@@ -117,8 +129,7 @@ LORA_TEXTS = {
     r'"LORA"': '"SECURA"',
     r',\s+"lora"(,?\s*\])': r"\1",  # among a model card's tags
     # Layers that our method adapts in the place of others.
-    r"(self\.conv[01]) = nn\.Conv2d\(3, 10, 3\)\n(\s+self\.emb[01]) = nn.Embedding\(10, 10\)":
-        r"\1 = nn.Linear(10, 10)\n\2 = nn.Linear(10, 10)",
+    r"(self\.conv[01]) = nn\.Conv2d\(3, 10, 3\)\n(\s+self\.emb[01]) = nn.Embedding\(10, 10\)": r"\1 = nn.Linear(10, 10)\n\2 = nn.Linear(10, 10)",
     r"self\.lin0 = nn\.Linear\(1, 2\)": "self.lin0 = nn.Linear(3, 2)",
     # The base that a file was made for, as above.
     r"(class (?:DummyModel|ModelEmbWithSibling)\(.*\n(?:.*#.*\n)* +def __init__\(self\):\n"
@@ -137,8 +148,9 @@ def edited(name: str, source: str) -> str:
     lines = source.splitlines(keepends=True)
     for node, new in sorted(places, key=lambda place: -place[0].lineno):
         first, last = node.lineno - 1, node.end_lineno - 1
-        lines[first:last + 1] = [
-            lines[first][:node.col_offset] + new + lines[last][node.end_col_offset:]]
+        lines[first : last + 1] = [
+            lines[first][: node.col_offset] + new + lines[last][node.end_col_offset :]
+        ]
     return _with_lines_after_imports("".join(lines), "from peft_suite import cases, models\n")
 
 
@@ -152,13 +164,19 @@ def as_lora(name: str, source: str) -> str:
 def _place(name: str, tree: ast.Module, what: str | tuple[str, str]) -> ast.expr:
     """The expression that is to be replaced."""
     if isinstance(what, str):
-        found = [node.value for node in tree.body if isinstance(node, ast.Assign)
-                 and ast.unparse(node.targets[0]) == what]
+        found = [
+            node.value
+            for node in tree.body
+            if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == what
+        ]
     else:
-        found = [call.args[1] for node in ast.walk(tree)
-                 if isinstance(node, ast.FunctionDef) and node.name == what[0]
-                 for call in node.decorator_list if isinstance(call, ast.Call)
-                 and ast.unparse(call.args[0]) == repr(what[1])]
+        found = [
+            call.args[1]
+            for node in ast.walk(tree)
+            if isinstance(node, ast.FunctionDef) and node.name == what[0]
+            for call in node.decorator_list
+            if isinstance(call, ast.Call) and ast.unparse(call.args[0]) == repr(what[1])
+        ]
     if len(found) != 1:
         raise ValueError(f"{name} has {what} {len(found)} times, not once: mend {__file__}")
     return found[0]

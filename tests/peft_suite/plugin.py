@@ -13,8 +13,9 @@ REASON = pytest.StashKey[Reason]()
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--whole-suite", action="store_true",
-                     help="every expected failure must be among the tests")
+    parser.addoption(
+        "--whole-suite", action="store_true", help="every expected failure must be among the tests"
+    )
 
 
 def pytest_configure() -> None:
@@ -46,8 +47,9 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         if pattern is not None:
             used.add(pattern)
             item.stash[REASON] = EXPECTED[pattern]
-            item.add_marker(pytest.mark.xfail(reason=EXPECTED[pattern].sentence, strict=True),
-                            append=False)
+            item.add_marker(
+                pytest.mark.xfail(reason=EXPECTED[pattern].sentence, strict=True), append=False
+            )
     unused = sorted(set(EXPECTED) - used)
     if unused and config.option.whole_suite:
         raise pytest.UsageError(f"no test has the name of these expected failures: {unused}")
@@ -80,4 +82,5 @@ def pytest_unconfigure(config: pytest.Config) -> None:
     reporter.write_line(
         f"PEFT's tests on ours: {len(stats.get('passed', []))} passed, "
         f"{len(failed) - surprises} failed, {reasons.total()} expected failures, {surprises} "
-        f"expected failures that passed, {len(stats.get('skipped', []))} skipped")
+        f"expected failures that passed, {len(stats.get('skipped', []))} skipped"
+    )

@@ -24,20 +24,41 @@ def sources(cache: Path) -> Path:
     name = f"peft-{version('peft')}"
     archive, tests = cache / f"{name}.tar.gz", cache / name / "tests"
     if not archive.exists():
-        subprocess.run([sys.executable, "-m", "pip", "download", f"peft=={version('peft')}",
-                        "--no-binary", ":all:", "--no-deps", "--no-build-isolation", "--quiet",
-                        "--dest", str(cache)], check=True)
+        subprocess.run(
+            [
+                sys.executable,
+                "-m",
+                "pip",
+                "download",
+                f"peft=={version('peft')}",
+                "--no-binary",
+                ":all:",
+                "--no-deps",
+                "--no-build-isolation",
+                "--quiet",
+                "--dest",
+                str(cache),
+            ],
+            check=True,
+        )
     if not tests.exists():
         with tarfile.open(archive) as file:
-            file.extractall(cache, [m for m in file.getmembers()
-                                    if m.name.startswith(f"{name}/tests/")], filter="data")
+            file.extractall(
+                cache,
+                [m for m in file.getmembers() if m.name.startswith(f"{name}/tests/")],
+                filter="data",
+            )
     return tests
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--cache", type=Path, default=ROOT / ".peft-suite",
-                        help="where the distribution and the models are kept")
+    parser.add_argument(
+        "--cache",
+        type=Path,
+        default=ROOT / ".peft-suite",
+        help="where the distribution and the models are kept",
+    )
     options, arguments = parser.parse_known_args()
     from peft_suite import edits, models
 
@@ -47,12 +68,24 @@ def main() -> int:
     edits.write(tests, folder / "suite")
     models.write(folder)
     (folder / "pytest.ini").write_text("[pytest]\naddopts = -q --disable-warnings\n")
-    command = [sys.executable, "-m", "pytest", "-p", "peft_suite.plugin", "-p", "no:benchmark",
-               "--rootdir", str(folder), "-c", str(folder / "pytest.ini"),
-               *(arguments or ["--whole-suite"])]
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-p",
+        "peft_suite.plugin",
+        "-p",
+        "no:benchmark",
+        "--rootdir",
+        str(folder),
+        "-c",
+        str(folder / "pytest.ini"),
+        *(arguments or ["--whole-suite"]),
+    ]
     path = os.pathsep.join([str(HERE.parent), str(ROOT), os.environ.get("PYTHONPATH", "")])
-    environment = os.environ | dict(PYTHONPATH=path, HF_HUB_OFFLINE="1", CUDA_VISIBLE_DEVICES="",
-                                    OMP_NUM_THREADS="1")  # one core: the models are tiny
+    environment = os.environ | dict(
+        PYTHONPATH=path, HF_HUB_OFFLINE="1", CUDA_VISIBLE_DEVICES="", OMP_NUM_THREADS="1"
+    )  # one core: the models are tiny
     return subprocess.run(command, cwd=folder, env=environment).returncode
 
 

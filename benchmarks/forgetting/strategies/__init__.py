@@ -28,5 +28,14 @@ from .replay import Replay
 STRATEGIES = {"sequential": Strategy, "replay": Replay, "ewc": EWC, "ilora": ILoRA}
 ON_GENERAL_TEXT = {"base kl": BaseKL, "general replay": GeneralReplay}
 
-__all__ = ["EWC", "ON_GENERAL_TEXT", "STRATEGIES", "BaseKL", "GeneralReplay", "ILoRA", "Replay",
-           "Strategy", "transformers_forward"]
+__all__ = [
+    "EWC",
+    "ON_GENERAL_TEXT",
+    "STRATEGIES",
+    "BaseKL",
+    "GeneralReplay",
+    "ILoRA",
+    "Replay",
+    "Strategy",
+    "transformers_forward",
+]

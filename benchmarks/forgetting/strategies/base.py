@@ -65,8 +65,11 @@ def transformers_forward(model: Callable, batch: Batch) -> tuple[Tensor, Sequenc
     outputs = model(**batch, output_hidden_states=True)
     for name in ("loss", "hidden_states"):
         if getattr(outputs, name, None) is None:
-            raise fail("forward", "transformers_forward",
-                       f"another function for a model and a batch that give no {name}")
+            raise fail(
+                "forward",
+                "transformers_forward",
+                f"another function for a model and a batch that give no {name}",
+            )
     mask = batch.get("attention_mask")
     if mask is None:
         return outputs.loss, outputs.hidden_states
@@ -100,9 +103,12 @@ def matched(model: nn.Module, kept: dict[str, Tensor]) -> list[tuple[str, nn.Par
     shapes = {name: p.shape for name, p in parameters.items()}
     known = {name: tensor.shape for name, tensor in kept.items()}
     if shapes != known:
-        raise fail("model", sorted({name for name, _ in shapes.items() ^ known.items()})[:3],
-                   "the one the strategy was used with: these parameters are trained in only one "
-                   "of the two, or differ in shape")
+        raise fail(
+            "model",
+            sorted({name for name, _ in shapes.items() ^ known.items()})[:3],
+            "the one the strategy was used with: these parameters are trained in only one "
+            "of the two, or differ in shape",
+        )
     for name, p in parameters.items():
         kept[name] = kept[name].to(p.device)
     return [(name, p, kept[name]) for name, p in parameters.items()]

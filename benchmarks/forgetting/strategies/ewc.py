@@ -50,8 +50,10 @@ class EWC(Strategy):
         if not self.fisher:
             return loss
         pairs = zip(matched(model, self.fisher), matched(model, self.optimum), strict=True)
-        penalty = sum((f * (p - optimum).square()).sum().to(loss.device)
-                      for (_, p, f), (_, _, optimum) in pairs)
+        penalty = sum(
+            (f * (p - optimum).square()).sum().to(loss.device)
+            for (_, p, f), (_, _, optimum) in pairs
+        )
         return loss + 0.5 * self.lam * penalty
 
     def after_task(self, model: nn.Module, batches: Iterable[Batch]) -> None:
@@ -73,8 +75,9 @@ class EWC(Strategy):
         self.fisher, self.optimum = loaded
 
 
-def fisher(model: nn.Module, batches: Iterable[Batch], samples: int,
-           forward: Forward) -> dict[str, Tensor]:
+def fisher(
+    model: nn.Module, batches: Iterable[Batch], samples: int, forward: Forward
+) -> dict[str, Tensor]:
     """The empirical Fisher diagonal of the first ``samples`` rows, as the trained parameters, in
     at least float32. Gradients and modes of ``model`` stay as they are.
 
@@ -89,8 +92,11 @@ def fisher(model: nn.Module, batches: Iterable[Batch], samples: int,
             batch = stack([row], next(iter(parameters.values())).device)
             loss, _ = forward(model, batch)
             if not torch.isfinite(loss):
-                raise fail("batches", f"row {count} of loss {loss.item()}",
-                           "rows of finite loss, with at least one label each")
+                raise fail(
+                    "batches",
+                    f"row {count} of loss {loss.item()}",
+                    "rows of finite loss, with at least one label each",
+                )
             gradients = torch.autograd.grad(loss, list(parameters.values()), allow_unused=True)
             for total, gradient in zip(sums.values(), gradients, strict=True):
                 if gradient is not None:

@@ -21,19 +21,21 @@ class BaseKL(Strategy):
             model's probabilities of the next token.
     """
 
-    def __init__(self, ids: Tensor, logs: Tensor, *, weight: float = 1.0, rows: int = 4,
-                 seed: int = 0):
+    def __init__(
+        self, ids: Tensor, logs: Tensor, *, weight: float = 1.0, rows: int = 4, seed: int = 0
+    ):
         self.ids, self.logs = ids, logs
         self.weight = check_number("weight", weight, "a finite number of at least 0", 0)
         self.rows = check_int("rows", rows, 1, len(ids))
         self.generator = torch.Generator().manual_seed(check_int("seed", seed, 0, 2**63 - 1))
 
     def loss(self, model: nn.Module, batch: Batch, loss: Tensor) -> Tensor:
-        at = torch.randperm(len(self.ids), generator=self.generator)[:self.rows]
+        at = torch.randperm(len(self.ids), generator=self.generator)[: self.rows]
         ids, logs = self.ids[at].to(loss.device), self.logs[at].to(loss.device)
         moved = model(input_ids=ids).logits.float().log_softmax(-1)
-        kl = F.kl_div(moved.flatten(0, 1), logs.float().flatten(0, 1), reduction="batchmean",
-                      log_target=True)
+        kl = F.kl_div(
+            moved.flatten(0, 1), logs.float().flatten(0, 1), reduction="batchmean", log_target=True
+        )
         return loss + self.weight * kl
 
     def state_dict(self) -> dict:

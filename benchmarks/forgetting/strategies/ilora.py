@@ -42,8 +42,16 @@ class ILoRA(Strategy):
     calling it.
     """
 
-    def __init__(self, ema: float = 0.25, weight: float = 1.0, *, budget: int = 500,
-                 per_task: bool = False, seed: int = 0, forward: Forward = transformers_forward):
+    def __init__(
+        self,
+        ema: float = 0.25,
+        weight: float = 1.0,
+        *,
+        budget: int = 500,
+        per_task: bool = False,
+        seed: int = 0,
+        forward: Forward = transformers_forward,
+    ):
         self.ema = check_number("ema", ema, "a number from 0 to 1", 0, 1)
         self.weight = check_number("weight", weight, "a finite number of at least 0", 0)
         self.memory = Memory(budget, per_task, seed)
@@ -72,8 +80,9 @@ class ILoRA(Strategy):
         replayed_loss, fast = self.forward(model, replayed)
         if isinstance(fast, Tensor):
             fast, slow = [fast], [slow]
-        consistency = torch.stack([nn.functional.mse_loss(wide(w), wide(l))
-                                   for w, l in zip(fast, slow, strict=True)]).mean()
+        consistency = torch.stack(
+            [nn.functional.mse_loss(wide(w), wide(l)) for w, l in zip(fast, slow, strict=True)]
+        ).mean()
         return (loss + replayed_loss) / 2 + self.weight * consistency
 
     def after_step(self, model: nn.Module) -> None:

@@ -46,11 +46,13 @@ class Memory:
                 seen += 1
                 if place < self.budget:
                     # A copy: a view would keep, and save, the whole batch.
-                    rows[place:place + 1] = [{k: v.detach().cpu().clone() for k, v in row.items()}]
+                    rows[place : place + 1] = [
+                        {k: v.detach().cpu().clone() for k, v in row.items()}
+                    ]
         if seen == before:
             raise fail("batches", "an empty iterable", "the batches of the task that ended")
-        self.kept[0 if not self.per_task else len(self.kept):] = [rows]
-        self.seen[0 if not self.per_task else len(self.seen):] = [seen]
+        self.kept[0 if not self.per_task else len(self.kept) :] = [rows]
+        self.seen[0 if not self.per_task else len(self.seen) :] = [seen]
 
     def draw(self, count: int) -> list[Row]:
         """``count`` rows without replacement, or all where there are fewer."""
@@ -62,8 +64,11 @@ class Memory:
         return int(torch.randint(high, (), generator=self.generator))
 
     def state_dict(self) -> dict:
-        return {"kept": [[copied(row) for row in task] for task in self.kept],
-                "seen": list(self.seen), "generator": self.generator.get_state()}
+        return {
+            "kept": [[copied(row) for row in task] for task in self.kept],
+            "seen": list(self.seen),
+            "generator": self.generator.get_state(),
+        }
 
     def load_state_dict(self, state: Mapping) -> None:
         check_keys(state, "kept", "seen", "generator")
@@ -75,7 +80,8 @@ class Memory:
 def size(batch: Batch) -> int:
     """The number of rows; ValueError unless all are tensors of as many rows."""
     if not isinstance(batch, Mapping) or not all(
-            isinstance(value, Tensor) and value.ndim for value in batch.values()):
+        isinstance(value, Tensor) and value.ndim for value in batch.values()
+    ):
         raise fail("batch", type(batch).__name__, "a mapping from names to tensors (n, ...)")
     sizes = {name: len(value) for name, value in batch.items()}
     if len(set(sizes.values())) != 1:
@@ -97,8 +103,10 @@ def stack(rows: Sequence[Row], device: torch.device) -> dict[str, Tensor]:
     names = rows[0].keys()
     if odd := [sorted(row) for row in rows if row.keys() != names]:
         raise fail("batch", sorted(names), f"one with the names of the replayed rows, {odd[0]}")
-    return {name: _padded([row[name].to(device) for row in rows], -100 if name == "labels" else 0)
-            for name in names}
+    return {
+        name: _padded([row[name].to(device) for row in rows], -100 if name == "labels" else 0)
+        for name in names
+    }
 
 
 def _padded(values: list[Tensor], padding: int) -> Tensor:

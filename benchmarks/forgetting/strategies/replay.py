@@ -21,10 +21,12 @@ class Replay(Strategy):
     task; here a task is kept when it ended.
     """
 
-    def __init__(self, budget: int = 500, ratio: float = 1.0, *, per_task: bool = False,
-                 seed: int = 0):
-        self.ratio = check_number("ratio", ratio, "a number from 0 to 1000, not 0", 0, 1000,
-                                  open_low=True)
+    def __init__(
+        self, budget: int = 500, ratio: float = 1.0, *, per_task: bool = False, seed: int = 0
+    ):
+        self.ratio = check_number(
+            "ratio", ratio, "a number from 0 to 1000, not 0", 0, 1000, open_low=True
+        )
         self.memory = Memory(budget, per_task, seed)
         self.rows = 0  # of the tasks' own, since there was something to replay
 

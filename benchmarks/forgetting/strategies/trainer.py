@@ -34,8 +34,11 @@ class StrategyTrainer(Trainer):
         if self.compute_loss_func is not None:
             raise fail("compute_loss_func", self.compute_loss_func, "None with a strategy")
         if self.args.world_size > 1 or self.args.n_gpu > 1:
-            raise fail("args.world_size", max(self.args.world_size, self.args.n_gpu),
-                       "1 with a strategy: one process, one GPU (CUDA_VISIBLE_DEVICES chooses it)")
+            raise fail(
+                "args.world_size",
+                max(self.args.world_size, self.args.n_gpu),
+                "1 with a strategy: one process, one GPU (CUDA_VISIBLE_DEVICES chooses it)",
+            )
         self.model_accepts_loss_kwargs = False
         self.strategy = strategy
         self.add_callback(StrategyCallback(strategy))

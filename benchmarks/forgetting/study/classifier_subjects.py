@@ -21,9 +21,14 @@ from .methods import Method
 from .protocol import Batch
 from .setup import Setup, digest, title
 
-TASKS = {"tweets": classification.tweets, "newsgroups": classification.newsgroups,
-         "reuters": classification.reuters, "mrpc": hub_tasks.mrpc, "sst2": hub_tasks.sst2,
-         "sentiment140": hub_tasks.sentiment140}
+TASKS = {
+    "tweets": classification.tweets,
+    "newsgroups": classification.newsgroups,
+    "reuters": classification.reuters,
+    "mrpc": hub_tasks.mrpc,
+    "sst2": hub_tasks.sst2,
+    "sentiment140": hub_tasks.sentiment140,
+}
 
 
 class Headed:
@@ -69,9 +74,10 @@ class Headed:
         passes = math.ceil(steps * self.batch_size / len(rows))
         order = torch.cat([torch.randperm(len(rows), generator=generator) for _ in range(passes)])
         number = self.tasks.index(task)
-        return [on_device(encoder.batch_of(self.tokenizer, [rows[i] for i in part.tolist()],
-                                           number))
-                for part in order[:steps * self.batch_size].split(self.batch_size)]
+        return [
+            on_device(encoder.batch_of(self.tokenizer, [rows[i] for i in part.tolist()], number))
+            for part in order[: steps * self.batch_size].split(self.batch_size)
+        ]
 
     def end(self, model: nn.Module, task: str) -> None:
         """The task's head trains no more."""
@@ -80,7 +86,7 @@ class Headed:
     @mixed_precision()
     def learned(self, model: nn.Module, task: str, part: str) -> float:
         """Accuracy."""
-        rows = getattr(self.data[task], part)[:self.rows[part]]
+        rows = getattr(self.data[task], part)[: self.rows[part]]
         return encoder.accuracy(model, self.tokenizer, rows, task)
 
 
@@ -111,8 +117,17 @@ class Encoder(Headed):
         with mixed_precision():
             self.texts = embedding_retention.EmbeddingRetention(texts, self._embed(self.base))
         self.before = self._retention(self.base)
-        self.identity = digest(2, self.head_rate, self.batch_size, self.rows, length, self.parts(),
-                               texts.documents, weights, *setup.choices())
+        self.identity = digest(
+            2,
+            self.head_rate,
+            self.batch_size,
+            self.rows,
+            length,
+            self.parts(),
+            texts.documents,
+            weights,
+            *setup.choices(),
+        )
 
     def _embed(self, model: nn.Module):
         return partial(encoder.embed, model, self.tokenizer)
@@ -144,8 +159,16 @@ class Decoder(Headed):
             self.tokenizer.pad_token = self.tokenizer.eos_token
         self.speech = Speech(self.base, self.tokenizer, setup.general)
         self.shown, self.before = self.speech.shown, self.speech.measure(self.base)
-        self.identity = digest(1, self.head_rate, self.batch_size, self.rows, length, self.parts(),
-                               weights_sha256(self.base), *setup.choices())
+        self.identity = digest(
+            1,
+            self.head_rate,
+            self.batch_size,
+            self.rows,
+            length,
+            self.parts(),
+            weights_sha256(self.base),
+            *setup.choices(),
+        )
 
     def retention(self, model: nn.Module) -> dict[str, float]:
         return self.speech.measure(model.body)

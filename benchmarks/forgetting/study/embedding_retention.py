@@ -30,8 +30,10 @@ WORDS_SHA256 = "4b73ff30af6ddd0d2ddf9473b1eb44603cd79ec14c87d93b75291802b991916c
 # One wheel for every platform: what is taken from it is the same in all.
 WORDS_WHEEL = ("--platform", "manylinux_2_28_x86_64", "--python-version", "3.12")
 WORDS_FOLDER = "gensim/test/test_data"
-WORDS_FILES = {"wordsim353": f"{WORDS_FOLDER}/wordsim353.tsv",
-               "simlex999": f"{WORDS_FOLDER}/simlex999.txt"}
+WORDS_FILES = {
+    "wordsim353": f"{WORDS_FOLDER}/wordsim353.tsv",
+    "simlex999": f"{WORDS_FOLDER}/simlex999.txt",
+}
 
 Pair = tuple[str, str, float]  # two words and how similar people found them
 Embed = Callable[[Sequence[str]], Tensor]  # texts → (texts, hidden), each of length 1
@@ -47,8 +49,9 @@ class RetentionTexts:
 
     def words(self) -> list[str]:
         """Each word of the pairs once."""
-        return sorted({word for pairs in self.pairs.values() for pair in pairs
-                       for word in pair[:2]})
+        return sorted(
+            {word for pairs in self.pairs.values() for pair in pairs for word in pair[:2]}
+        )
 
 
 def retention_texts(of_each_class: int = OF_EACH_CLASS) -> RetentionTexts:
@@ -59,8 +62,10 @@ def retention_texts(of_each_class: int = OF_EACH_CLASS) -> RetentionTexts:
     has fewer articles.
     """
     news = package_files(BBC, BBC_SHA256, BBC_FOLDER) / BBC_FOLDER
-    found = [(path.read_text(encoding="latin-1"), path.parent.name)
-             for path in sorted(news.glob("*/*.txt"))]
+    found = [
+        (path.read_text(encoding="latin-1"), path.parent.name)
+        for path in sorted(news.glob("*/*.txt"))
+    ]
     by_class: dict[str, list[str]] = defaultdict(list)
     for text, name in distinct(found):
         by_class[name].append(" ".join(text.split()))
@@ -73,8 +78,11 @@ def retention_texts(of_each_class: int = OF_EACH_CLASS) -> RetentionTexts:
 
 def word_pairs(path: Path) -> tuple[Pair, ...]:
     """Lines of two words and a score; lines that start with # are comments."""
-    lines = (line.split() for line in path.read_text(encoding="utf-8").splitlines()
-             if line and not line.startswith("#"))
+    lines = (
+        line.split()
+        for line in path.read_text(encoding="utf-8").splitlines()
+        if line and not line.startswith("#")
+    )
     return tuple((one, other, float(score)) for one, other, score in lines)
 
 
@@ -98,9 +106,10 @@ class EmbeddingRetention:
         words = self.texts.words()
         places = {word: place for place, word in enumerate(words)}
         vectors = embed(words)
-        result = {"retrieval": retrieval(found, self.texts.classes),
-                  "drift": max(0.0, float((1 - (found.double() * self.base.double()).sum(1)
-                                           ).mean()))}  # equal ones can be off by rounding
+        result = {
+            "retrieval": retrieval(found, self.texts.classes),
+            "drift": max(0.0, float((1 - (found.double() * self.base.double()).sum(1)).mean())),
+        }  # equal ones can be off by rounding
         for name, pairs in self.texts.pairs.items():
             ones, others = (vectors[[places[pair[side]] for pair in pairs]] for side in (0, 1))
             result[name] = spearman((ones * others).sum(1).numpy(), [pair[2] for pair in pairs])

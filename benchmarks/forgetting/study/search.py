@@ -23,16 +23,22 @@ def grouped(records: Sequence[dict], key: Callable[[dict], object]) -> dict[obje
 
 def grid(rows: Sequence[Row], seeds: int, steps: int, rates: slice = slice(None)) -> list[Run]:
     """Every row at each of its learning rates, the whole of it for a seed before the next one."""
-    return [Run(method, strategy, rate, seed, steps)
-            for seed in range(seeds) for method, strategy in rows
-            for rate in METHODS[method].rates[rates]]
+    return [
+        Run(method, strategy, rate, seed, steps)
+        for seed in range(seeds)
+        for method, strategy in rows
+        for rate in METHODS[method].rates[rates]
+    ]
 
 
 def repeats(searched: Sequence[dict], seeds: Sequence[int]) -> list[Run]:
     """Further seeds of each row in ``searched``, at the rate that is its best there."""
     steps = {row_of(record): record["steps"] for record in searched}
-    return [Run(*row, rate, seed, steps[row])
-            for seed in seeds for row, rate in best_rates(searched).items()]
+    return [
+        Run(*row, rate, seed, steps[row])
+        for seed in seeds
+        for row, rate in best_rates(searched).items()
+    ]
 
 
 def score(record: dict) -> float:

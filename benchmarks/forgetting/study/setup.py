@@ -31,10 +31,15 @@ class Setup:
 
     def choices(self) -> list[tuple[str, object]]:
         """What was chosen that no value of a subject holds."""
-        return [(name, value) for name, value, own in (
-            ("targets", self.targets, None), ("general", self.general, "wikipedia"),
-            ("precision", self.precision, "bfloat16"))
-            if value != own]
+        return [
+            (name, value)
+            for name, value, own in (
+                ("targets", self.targets, None),
+                ("general", self.general, "wikipedia"),
+                ("precision", self.precision, "bfloat16"),
+            )
+            if value != own
+        ]
 
 
 def title(model: str, tasks: Sequence[str]) -> str:

@@ -41,12 +41,20 @@ def sources() -> Path:
     for place in places:
         if (place / "passes.h").is_file():
             return place
-    raise FileNotFoundError("the CUDA sources are missing: neither " +
-                            " nor ".join(map(str, places)) + " holds passes.h")
+    raise FileNotFoundError(
+        "the CUDA sources are missing: neither "
+        + " nor ".join(map(str, places))
+        + " holds passes.h"
+    )
 
 
-def build(arches: Sequence[str] | None = None, *, force: bool = False,
-          source: Path | None = None, progress: bool | None = None) -> Path:
+def build(
+    arches: Sequence[str] | None = None,
+    *,
+    force: bool = False,
+    source: Path | None = None,
+    progress: bool | None = None,
+) -> Path:
     """Compiles the kernels once for this user, and returns the library; later calls find it.
 
     Args:
@@ -62,8 +70,10 @@ def build(arches: Sequence[str] | None = None, *, force: bool = False,
     source = source or sources()
     name = _name(arches)
     if name is None:
-        raise RuntimeError("no NVIDIA GPU from compute capability 7.5 on is visible: name the "
-                           "chips to compile for, such as arches=['80', '90']")
+        raise RuntimeError(
+            "no NVIDIA GPU from compute capability 7.5 on is visible: name the "
+            "chips to compile for, such as arches=['80', '90']"
+        )
     try:
         nvcc, *_, version = tools()
     except RuntimeError:
@@ -77,9 +87,11 @@ def build(arches: Sequence[str] | None = None, *, force: bool = False,
             if force or not library.is_file():
                 stack.enter_context(_locked(library.parent))
         except OSError as error:
-            raise RuntimeError(f"the compiled CUDA kernels cannot be kept in {library.parent}: "
-                               f"{error.strerror}; set XDG_CACHE_HOME to a folder that can be "
-                               "written") from error
+            raise RuntimeError(
+                f"the compiled CUDA kernels cannot be kept in {library.parent}: "
+                f"{error.strerror}; set XDG_CACHE_HOME to a folder that can be "
+                "written"
+            ) from error
         if force or not library.is_file():  # not built by whoever held the lock
             arches = arches or [nearest_chip(nvcc, int(name))]
             compile_library(source, library, arches, progress=progress)
@@ -103,21 +115,29 @@ def _newest(source: Path, name: str) -> Path | None:
     """nvcc is not asked: a machine that has the library may have no nvcc."""
     folder, entry = _cache(), _entry(source, name)
     try:
-        found = [folder / other / LIBRARY for other in os.listdir(folder)
-                 if other.startswith(entry)]
+        found = [
+            folder / other / LIBRARY for other in os.listdir(folder) if other.startswith(entry)
+        ]
         built = [(library.stat().st_mtime_ns, library) for library in found if library.exists()]
     except FileNotFoundError:
         return None
     except OSError as error:
-        raise RuntimeError(f"the compiled CUDA kernels in {folder} cannot be read: "
-                           f"{error.strerror}; set XDG_CACHE_HOME to a folder that can be read, "
-                           "and secura_kernels.backends.cuda.build() compiles "
-                           "them there") from error
+        raise RuntimeError(
+            f"the compiled CUDA kernels in {folder} cannot be read: "
+            f"{error.strerror}; set XDG_CACHE_HOME to a folder that can be read, "
+            "and secura_kernels.backends.cuda.build() compiles "
+            "them there"
+        ) from error
     return max(built)[1] if built else None
 
 
-def compile_library(source: Path, output: Path, arches: Sequence[str] | None,
-                    build_dir: Path | None = None, progress: bool | None = None) -> Path:
+def compile_library(
+    source: Path,
+    output: Path,
+    arches: Sequence[str] | None,
+    build_dir: Path | None = None,
+    progress: bool | None = None,
+) -> Path:
     """Compiles every .cu and .cpp under ``source`` and links them to the library ``output``, which
     appears whole or not at all: by ``torch.utils.cpp_extension.load`` where torch has CUDA, else by
     nvcc alone. MAX_JOBS is the number of compilers at once (default: of CPUs).
@@ -164,9 +184,11 @@ def compile_library(source: Path, output: Path, arches: Sequence[str] | None,
             command = nvcc_command(source, found, arches, build_dir)
         head = f"nvcc {found.version} ({found.nvcc})\n{shlex.join(command)}\n\n"
         if run(command, env, log, head, progress, arches):
-            raise RuntimeError("the CUDA kernels did not compile:\n  " +
-                               "\n  ".join(first_errors(log.read_text())) +
-                               f"\nnvcc's whole output is in {log}")
+            raise RuntimeError(
+                "the CUDA kernels did not compile:\n  "
+                + "\n  ".join(first_errors(log.read_text()))
+                + f"\nnvcc's whole output is in {log}"
+            )
         part = output.with_name(f"{output.name}.{os.getpid()}.part")
         try:
             shutil.copy(build_dir / LIBRARY, part)
@@ -205,9 +227,11 @@ def _cache() -> Path:
     try:
         return Path(folder or Path.home() / ".cache") / "secura_kernels"
     except RuntimeError as error:
-        raise RuntimeError("there is no folder for compiled CUDA kernels: neither XDG_CACHE_HOME "
-                           "nor HOME is set; set XDG_CACHE_HOME to a folder that can be "
-                           "written") from error
+        raise RuntimeError(
+            "there is no folder for compiled CUDA kernels: neither XDG_CACHE_HOME "
+            "nor HOME is set; set XDG_CACHE_HOME to a folder that can be "
+            "written"
+        ) from error
 
 
 def _entry(source: Path, name: str) -> str:
@@ -226,7 +250,10 @@ def _locked(folder: Path) -> Iterator[None]:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            print(f"waiting for another process that compiles in {folder}", file=sys.stderr,
-                  flush=True)
+            print(
+                f"waiting for another process that compiles in {folder}",
+                file=sys.stderr,
+                flush=True,
+            )
             fcntl.flock(file, fcntl.LOCK_EX)
         yield

@@ -21,8 +21,9 @@ from .passes import (
 )
 
 
-def forward(y0: Tensor, t: Tensor, layer: CurOperands, edge: float,
-            save: bool) -> tuple[Tensor, Tensor, Tensor]:
+def forward(
+    y0: Tensor, t: Tensor, layer: CurOperands, edge: float, save: bool
+) -> tuple[Tensor, Tensor, Tensor]:
     """y, what the backward pass needs of the gate, and the count of gates <= ``edge``."""
     saved, moved, change = outputs(t, y0.shape[1], layer, edge, save)
     y = y0.clone(memory_format=torch.contiguous_format)  # the epilogue works in place
@@ -31,22 +32,27 @@ def forward(y0: Tensor, t: Tensor, layer: CurOperands, edge: float,
     return y, saved, moved
 
 
-def outputs(like: Tensor, N: int, layer: CurOperands, edge: float,
-            save: bool) -> tuple[Tensor, Tensor, Finish]:
+def outputs(
+    like: Tensor, N: int, layer: CurOperands, edge: float, save: bool
+) -> tuple[Tensor, Tensor, Finish]:
     """What the backward pass needs of the gate and the count, allocated; and what fills them.
     ``like``: (M, any), in the layer's dtype."""
     norm = layer.norm
     saved, keep, save_base = saved_for_backward(like, N, norm, save)
     moved = like.new_zeros(1 if edge and norm is not None else 0, dtype=torch.int64)
     gate = None if norm is None else GateNumbers.of(norm, like.dtype)
-    return saved, moved, Finish(*_vectors(layer), gate, keep, save_base,
-                                moved if moved.numel() else None, edge)
+    return (
+        saved,
+        moved,
+        Finish(*_vectors(layer), gate, keep, save_base, moved if moved.numel() else None, edge),
+    )
 
 
 def _vectors(layer: CurOperands) -> tuple[Tensor | None, ...]:
     """adapter_bias and decay as the passes take them."""
-    return contiguous(*(None if v is None else v.float()
-                        for v in (layer.adapter_bias, layer.decay)))
+    return contiguous(
+        *(None if v is None else v.float() for v in (layer.adapter_bias, layer.decay))
+    )
 
 
 def apply_change(y: Tensor, h: Tensor, C: Tensor, norm: SMagNorm | None, change: Finish) -> None:
@@ -59,20 +65,31 @@ def apply_change(y: Tensor, h: Tensor, C: Tensor, norm: SMagNorm | None, change:
 
 
 def backward(
-    dy: Tensor, layer: CurOperands, t: Tensor, saved: Tensor,
+    dy: Tensor,
+    layer: CurOperands,
+    t: Tensor,
+    saved: Tensor,
     needs: tuple[bool, bool, bool, bool],
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
     """Gradients of y0, t, core and adapter_bias; None where ``needs`` is False."""
     t = t.contiguous()
     found = gradients(dy, layer, None, t, saved.contiguous(), (needs[0] or needs[1], *needs[2:]))
-    return (found.g if needs[0] else None,
-            found.q[:, :layer.r].contiguous() if needs[1] else None,
-            core_gradient(found.v, t, layer.alpha).to(layer.core.dtype) if needs[2] else None,
-            found.dadapter_bias.to(layer.adapter_bias.dtype) if needs[3] else None)
+    return (
+        found.g if needs[0] else None,
+        found.q[:, : layer.r].contiguous() if needs[1] else None,
+        core_gradient(found.v, t, layer.alpha).to(layer.core.dtype) if needs[2] else None,
+        found.dadapter_bias.to(layer.adapter_bias.dtype) if needs[3] else None,
+    )
 
 
-def gradients(dy: Tensor, layer: CurOperands, rows: Tensor | None, t: Tensor, saved: Tensor,
-              needs: tuple[bool, bool, bool]) -> GateGradients:
+def gradients(
+    dy: Tensor,
+    layer: CurOperands,
+    rows: Tensor | None,
+    t: Tensor,
+    saved: Tensor,
+    needs: tuple[bool, bool, bool],
+) -> GateGradients:
     """From dY and the saved gate everything but dX and dcore; without a gate g is dY itself, and q
     is there whatever ``rows`` is.
 
@@ -90,5 +107,15 @@ def gradients(dy: Tensor, layer: CurOperands, rows: Tensor | None, t: Tensor, sa
     if not norm.detach_gate:
         _, h = project(t, None, core, alpha, q_dtype=dy.dtype)
         more = dict(change=h @ C.T, adapter_bias=adapter_bias, ref_max=norm.ref == "max")
-    return gate_backward(dy, saved, C, rows, core, alpha, GateNumbers.of(norm, dy.dtype),
-                         decay=decay, needs=needs, **more)
+    return gate_backward(
+        dy,
+        saved,
+        C,
+        rows,
+        core,
+        alpha,
+        GateNumbers.of(norm, dy.dtype),
+        decay=decay,
+        needs=needs,
+        **more,
+    )

@@ -16,29 +16,29 @@ SCHEMAS = {
     "probe": "(Tensor like, int stream) -> ()",
     "gather": "(Tensor matrix, Tensor? index, Tensor(a!) side, int stream) -> ()",
     "down": "(Tensor a, Tensor side, Tensor core, float alpha, Tensor(a!) p, Tensor(b!) q, "
-            "int stream) -> ()",
+    "int stream) -> ()",
     "project": "(Tensor a, Tensor? index, Tensor core, float alpha, Tensor(a!) p, Tensor(b!) q, "
-               "int stream) -> ()",
+    "int stream) -> ()",
     "product": "(Tensor a, Tensor b, Tensor h, Tensor side, Tensor? bias, Tensor? adapter_bias, "
-               "Tensor? decay, float[] gate, Tensor(a!) y, Tensor(b!)? saved, bool save_base, "
-               "Tensor(c!)? moved, float edge, int stream) -> ()",
+    "Tensor? decay, float[] gate, Tensor(a!) y, Tensor(b!)? saved, bool save_base, "
+    "Tensor(c!)? moved, float edge, int stream) -> ()",
     "epilogue": "(Tensor(a!) y, Tensor h, Tensor side, Tensor? adapter_bias, Tensor? decay, "
-                "float[] gate, Tensor(b!)? saved, bool save_base, Tensor(c!)? moved, float edge, "
-                "Tensor(d!)? largest, bool find_largest, int stream) -> ()",
+    "float[] gate, Tensor(b!)? saved, bool save_base, Tensor(c!)? moved, float edge, "
+    "Tensor(d!)? largest, bool find_largest, int stream) -> ()",
     "gate_backward": "(Tensor dy, Tensor saved, Tensor? change, Tensor side, Tensor? rows, "
-                     "Tensor core, float alpha, Tensor? adapter_bias, Tensor? decay, "
-                     "float[] gate, Tensor(a!)? largest, bool find_largest, Tensor? through, "
-                     "Tensor(b!)? g, Tensor(c!)? v, Tensor(d!)? q, Tensor(e!)? bias_part, "
-                     "Tensor(f!)? statistics, int stream) -> ()",
+    "Tensor core, float alpha, Tensor? adapter_bias, Tensor? decay, "
+    "float[] gate, Tensor(a!)? largest, bool find_largest, Tensor? through, "
+    "Tensor(b!)? g, Tensor(c!)? v, Tensor(d!)? q, Tensor(e!)? bias_part, "
+    "Tensor(f!)? statistics, int stream) -> ()",
     "core_gradient": "(Tensor v, Tensor t, float alpha, Tensor(a!) part, int stream) -> ()",
     "effective_weight": "(Tensor weight, Tensor P, Tensor side, Tensor? decay, float[] gate, "
-                        "Tensor(a!)? out, Tensor(b!)? moved, float edge, Tensor(c!)? largest, "
-                        "bool find_largest, int stream) -> ()",
+    "Tensor(a!)? out, Tensor(b!)? moved, float edge, Tensor(c!)? largest, "
+    "bool find_largest, int stream) -> ()",
     "decode": "(Tensor x, Tensor weight, Tensor P, Tensor side, Tensor? decay, float[] gate, "
-              "Tensor? largest, Tensor(a!) part, int stream) -> ()",
+    "Tensor? largest, Tensor(a!) part, int stream) -> ()",
     "weight_core_gradient": "(Tensor dy, Tensor x, Tensor weight, Tensor P, Tensor side, "
-                            "Tensor? decay, float[] gate, Tensor? largest, Tensor? through, "
-                            "bool full, Tensor(a!) q, Tensor(b!)? statistics, int stream) -> ()",
+    "Tensor? decay, float[] gate, Tensor? largest, Tensor? through, "
+    "bool full, Tensor(a!) q, Tensor(b!)? statistics, int stream) -> ()",
 }
 
 
@@ -71,7 +71,8 @@ def _why_no_library(device: torch.device) -> str | None:
 
 def _registered_for(key: str) -> bool:
     return _loaded is not None and (
-        torch._C._dispatch_has_kernel_for_dispatch_key("secura_cuda::product", key))
+        torch._C._dispatch_has_kernel_for_dispatch_key("secura_cuda::product", key)
+    )
 
 
 def _dotted(chip: tuple[int, int]) -> str:
@@ -93,8 +94,10 @@ def _load_for(chip: tuple[int, int]) -> None:
         RuntimeError: there is none, or none that can be loaded.
     """
     installed, reasons = compiler.HERE / compiler.LIBRARY, []
-    for found in (lambda: installed if installed.is_file() else None,
-                  lambda: compiler.cached(["{}{}".format(*chip)])):
+    for found in (
+        lambda: installed if installed.is_file() else None,
+        lambda: compiler.cached(["{}{}".format(*chip)]),
+    ):
         try:
             library = found()
             if library is not None:
@@ -102,12 +105,18 @@ def _load_for(chip: tuple[int, int]) -> None:
         except RuntimeError as error:
             reasons.append(str(error))
         except OSError as error:
-            reasons.append(f"the CUDA kernels cannot be loaded: {error}; "
-                           "secura_kernels.backends.cuda.build(force=True) compiles them again")
-    raise RuntimeError("; ".join(reasons) or (
-        f"the CUDA kernels are not built for compute capability {_dotted(chip)}: "
-        "secura_kernels.backends.cuda.build() compiles them once (it needs nvcc), or install with "
-        "SECURA_BUILD_CUDA=1"))
+            reasons.append(
+                f"the CUDA kernels cannot be loaded: {error}; "
+                "secura_kernels.backends.cuda.build(force=True) compiles them again"
+            )
+    raise RuntimeError(
+        "; ".join(reasons)
+        or (
+            f"the CUDA kernels are not built for compute capability {_dotted(chip)}: "
+            "secura_kernels.backends.cuda.build() compiles them once (it needs nvcc), or install with "
+            "SECURA_BUILD_CUDA=1"
+        )
+    )
 
 
 _loaded: Path | None = None  # the library that this process has; it takes one, and keeps it
@@ -122,9 +131,11 @@ def load(library: Path) -> None:
     """
     global _loaded
     _why_no_library.cache_clear()
-    foreign = (f"{library} was built from other sources than this version of secura_kernels; "
-               "secura_kernels.backends.cuda.build() compiles these, or install again with "
-               "SECURA_BUILD_CUDA=1")
+    foreign = (
+        f"{library} was built from other sources than this version of secura_kernels; "
+        "secura_kernels.backends.cuda.build() compiles these, or install again with "
+        "SECURA_BUILD_CUDA=1"
+    )
     if compiler.digest_of(Path(library)) != compiler.digest(compiler.sources()):
         raise RuntimeError(foreign)
     torch.ops.load_library(str(library))
@@ -152,7 +163,8 @@ def _probe(device: torch.device, chip: tuple[int, int]) -> None:
             f"the CUDA kernels of {_loaded} do not run on compute capability {_dotted(chip)} here: "
             f"{why}; update the NVIDIA driver if it is older than the CUDA toolkit that compiled "
             "them, else compile them for every GPU that is here: SECURA_BUILD_CUDA=1 "
-            f"SECURA_CUDA_ARCHES='{chips}' pip install --no-build-isolation .") from error
+            f"SECURA_CUDA_ARCHES='{chips}' pip install --no-build-isolation ."
+        ) from error
 
 
 def call(name: str, like: Tensor, *arguments) -> None:

@@ -9,8 +9,9 @@ from .passes import Finish, columns, core_gradient, down, epilogue, product, pro
 from .plan import one_pass
 
 
-def forward(x: Tensor, layer: CurOperands, edge: float,
-            save: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def forward(
+    x: Tensor, layer: CurOperands, edge: float, save: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """y, t, what the backward pass needs of the gate, and the count of gates <= ``edge``."""
     layer, core = layer.with_contiguous_vectors(), layer.core.float()
     weight, bias, alpha = layer.weight, layer.bias, layer.alpha
@@ -29,19 +30,24 @@ def forward(x: Tensor, layer: CurOperands, edge: float,
 
 
 def backward(
-    dy: Tensor, layer: CurOperands, t: Tensor, saved: Tensor, needs: tuple[bool, bool, bool],
+    dy: Tensor,
+    layer: CurOperands,
+    t: Tensor,
+    saved: Tensor,
+    needs: tuple[bool, bool, bool],
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """Gradients of x, core and adapter_bias; None where ``needs`` is False."""
     layer, t = layer.with_contiguous_vectors(), t.contiguous()
-    found = gradients(dy, layer, layer.rows if layer.R is None else None, t, saved.contiguous(),
-                      needs)
+    found = gradients(
+        dy, layer, layer.rows if layer.R is None else None, t, saved.contiguous(), needs
+    )
     dx = None
     if needs[0] and layer.norm is None:
         dx = _dx_without_gate(dy, layer.weight, rows(layer), found.q)
     elif needs[0]:
         dx = found.g @ layer.weight
         if layer.R is not None:
-            dx.addmm_(found.q[:, :layer.r], layer.R)
+            dx.addmm_(found.q[:, : layer.r], layer.R)
     dcore = core_gradient(found.v, t, layer.alpha).to(layer.core.dtype) if needs[1] else None
     return dx, dcore, found.dadapter_bias.to(layer.adapter_bias.dtype) if needs[2] else None
 

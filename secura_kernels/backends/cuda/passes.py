@@ -32,8 +32,9 @@ def _gather(matrix: Tensor, index: Tensor | None) -> Tensor:
     return side
 
 
-def down(a: Tensor, side: Tensor, core: Tensor, alpha: float, *,
-         p_dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+def down(
+    a: Tensor, side: Tensor, core: Tensor, alpha: float, *, p_dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
     """p = a side (M, r) in ``p_dtype``, and q = alpha p core^T (M, padded r); core: float32."""
     p = a.new_empty(a.shape[0], core.shape[0], dtype=p_dtype)
     q = a.new_empty(a.shape[0], side.shape[1])
@@ -41,8 +42,9 @@ def down(a: Tensor, side: Tensor, core: Tensor, alpha: float, *,
     return p, q
 
 
-def project(a: Tensor, index: Tensor | None, core: Tensor, alpha: float, *,
-            q_dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+def project(
+    a: Tensor, index: Tensor | None, core: Tensor, alpha: float, *, q_dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
     """p = a[:, index] (M, r), and q = alpha p core^T (M, padded r) in ``q_dtype``."""
     M, r = a.shape[0], core.shape[0]
     p, q = a.new_empty(M, r), a.new_empty(M, padded_rank(r), dtype=q_dtype)
@@ -75,16 +77,23 @@ def numbers(gate: GateNumbers | None) -> list[float]:
     return [] if gate is None else list(vars(gate).values())
 
 
-def product(a: Tensor, b: Tensor, h: Tensor, side: Tensor, bias: Tensor | None,
-            finish: Finish) -> Tensor:
+def product(
+    a: Tensor, b: Tensor, h: Tensor, side: Tensor, bias: Tensor | None, finish: Finish
+) -> Tensor:
     """y (M, N) = a b^T + h side^T + biases, gated; a: (M, K), b: (N, K), any strides."""
     y = a.new_empty(a.shape[0], b.shape[0])
     call("product", a, a, b, h, side, bias, *finish.arguments(), y, *finish.outputs())
     return y
 
 
-def epilogue(y: Tensor, h: Tensor, side: Tensor, finish: Finish, largest: Tensor | None = None,
-             find_largest: bool = False) -> None:
+def epilogue(
+    y: Tensor,
+    h: Tensor,
+    side: Tensor,
+    finish: Finish,
+    largest: Tensor | None = None,
+    find_largest: bool = False,
+) -> None:
     """Turns y (M, N), the base output, into the layer's; ``find_largest`` only raises ``largest``,
     (1,) int32, the bits of max(rho)."""
     call("epilogue", y, y, h, side, *finish.arguments(), *finish.outputs(), largest, find_largest)
@@ -101,14 +110,25 @@ class GateGradients:
     dadapter_bias: Tensor | None
 
 
-def gate_backward(dy: Tensor, saved: Tensor, side: Tensor, rows: Tensor | None, core: Tensor,
-                  alpha: float, gate: GateNumbers, *, decay: Tensor | None,
-                  needs: tuple[bool, bool, bool], change: Tensor | None = None,
-                  adapter_bias: Tensor | None = None, ref_max: bool = False) -> GateGradients:
+def gate_backward(
+    dy: Tensor,
+    saved: Tensor,
+    side: Tensor,
+    rows: Tensor | None,
+    core: Tensor,
+    alpha: float,
+    gate: GateNumbers,
+    *,
+    decay: Tensor | None,
+    needs: tuple[bool, bool, bool],
+    change: Tensor | None = None,
+    adapter_bias: Tensor | None = None,
+    ref_max: bool = False,
+) -> GateGradients:
     """Args:
-        dy: (M, N), any strides. saved: (M, N), what the forward pass saved. side: C.
-        rows: (r,) where R is W[rows]; None where it is stored. needs: of x, core, adapter_bias.
-        change: h C^T (M, N) for a full-derivative gate; then adapter_bias and ref_max count too.
+    dy: (M, N), any strides. saved: (M, N), what the forward pass saved. side: C.
+    rows: (r,) where R is W[rows]; None where it is stored. needs: of x, core, adapter_bias.
+    change: h C^T (M, N) for a full-derivative gate; then adapter_bias and ref_max count too.
     """
     (M, N), r = dy.shape, core.shape[0]
     programs = cdiv(M, ROWS_PER_PROGRAM)
@@ -156,8 +176,9 @@ class WeightChange:
         return self.weight, self.P, self.side, self.decay, numbers(self.gate)
 
 
-def effective_weight(change: WeightChange, largest: Tensor | None, moved: Tensor | None = None,
-                     edge: float = 0.0) -> Tensor:
+def effective_weight(
+    change: WeightChange, largest: Tensor | None, moved: Tensor | None = None, edge: float = 0.0
+) -> Tensor:
     """W_eff (N, K), contiguous, in W's dtype."""
     out = torch.empty(change.weight.shape, dtype=change.weight.dtype, device=change.weight.device)
     call("effective_weight", out, *change.arguments(), out, moved, edge, largest, False)
@@ -185,8 +206,9 @@ def decode(x: Tensor, change: WeightChange, largest: Tensor | None) -> Tensor:
     return part.sum(0)
 
 
-def weight_core_gradient(dy: Tensor, x: Tensor, change: WeightChange, largest: Tensor | None,
-                         full: bool) -> Tensor:
+def weight_core_gradient(
+    dy: Tensor, x: Tensor, change: WeightChange, largest: Tensor | None, full: bool
+) -> Tensor:
     """Q (N, r'), so that d_core = alpha C^T Q; ``full``: with the gate's own derivative."""
     N, K = dy.shape[1], x.shape[1]
     rows_of_w = 64 if full or dy.dtype == torch.float32 else 128
@@ -195,8 +217,18 @@ def weight_core_gradient(dy: Tensor, x: Tensor, change: WeightChange, largest: T
     through = None
 
     def run(q, statistics=None):
-        call("weight_core_gradient", dy, dy, x, *change.arguments(), largest, through, full, q,
-             statistics)
+        call(
+            "weight_core_gradient",
+            dy,
+            dy,
+            x,
+            *change.arguments(),
+            largest,
+            through,
+            full,
+            q,
+            statistics,
+        )
 
     q = dy.new_zeros(groups, *change.P.shape, dtype=torch.float32)
     if full and largest is not None:

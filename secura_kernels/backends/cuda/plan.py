@@ -46,5 +46,8 @@ def one_pass(a: Tensor, b: Tensor, norm: SMagNorm | None) -> bool:
 
 def _in_chunks(matrix: Tensor) -> bool:
     """Rows contiguous, and on 16-byte boundaries."""
-    return (matrix.stride(1) == 1 and matrix.data_ptr() % 16 == 0
-            and matrix.stride(0) * matrix.element_size() % 16 == 0)
+    return (
+        matrix.stride(1) == 1
+        and matrix.data_ptr() % 16 == 0
+        and matrix.stride(0) * matrix.element_size() % 16 == 0
+    )

@@ -40,8 +40,7 @@ def tools() -> Tools:
     homes = [os.environ.get("CUDA_HOME"), os.environ.get("CUDA_PATH")]
     folders = [str(Path(home, "bin")) for home in homes if home]
     path = os.environ.get("PATH", "")
-    nvcc = shutil.which("nvcc", path=os.pathsep.join(
-        [*folders, path, str(DEFAULT_CUDA / "bin")]))
+    nvcc = shutil.which("nvcc", path=os.pathsep.join([*folders, path, str(DEFAULT_CUDA / "bin")]))
     # The scripts of a virtual environment that runs without having been activated.
     ninja = shutil.which("ninja", path=os.pathsep.join([sysconfig.get_path("scripts"), path]))
     found = importlib.util.find_spec("torch")
@@ -51,19 +50,24 @@ def tools() -> Tools:
     if sys.platform != "linux":
         missing.append("Linux: the CUDA kernels are built there only")
     if nvcc is None:
-        missing.append("nvcc: install the CUDA toolkit (developer.nvidia.com/cuda-downloads) and "
-                       "set CUDA_HOME to its folder; looked in $CUDA_HOME/bin, $CUDA_PATH/bin, "
-                       f"$PATH and {DEFAULT_CUDA}/bin")
+        missing.append(
+            "nvcc: install the CUDA toolkit (developer.nvidia.com/cuda-downloads) and "
+            "set CUDA_HOME to its folder; looked in $CUDA_HOME/bin, $CUDA_PATH/bin, "
+            f"$PATH and {DEFAULT_CUDA}/bin"
+        )
     if host is None:
         missing.append(why_not)
     if ninja is None:
         missing.append("ninja: pip install ninja")
     if torch is None or not (torch / "include/torch/csrc/stable/library.h").is_file():
-        missing.append("torch's headers: pip install 'torch>=2.11', and let pip's build see it: "
-                       "SECURA_BUILD_CUDA=1 pip install --no-build-isolation .")
+        missing.append(
+            "torch's headers: pip install 'torch>=2.11', and let pip's build see it: "
+            "SECURA_BUILD_CUDA=1 pip install --no-build-isolation ."
+        )
     if missing:
-        raise RuntimeError("the CUDA kernels cannot be compiled here; missing:\n- " +
-                           "\n- ".join(missing))
+        raise RuntimeError(
+            "the CUDA kernels cannot be compiled here; missing:\n- " + "\n- ".join(missing)
+        )
     version = nvcc_version(nvcc)
     _check_version(nvcc, version)
     return Tools(nvcc, ninja, torch, host, os.environ.get("NVCC_CCBIN") or host, version)
@@ -96,23 +100,27 @@ def nvcc_version(nvcc: str) -> str:
     """
     found = re.search(r"\bV(\d+\.\d+[.\d]*)", _ask(nvcc, "--version"))
     if found is None:
-        raise RuntimeError(f"{nvcc} --version names no version; set CUDA_HOME to the folder of a "
-                           "CUDA toolkit")
+        raise RuntimeError(
+            f"{nvcc} --version names no version; set CUDA_HOME to the folder of a CUDA toolkit"
+        )
     return found[1]
 
 
 def known_chips(nvcc: str) -> list[int]:
     """The chips that nvcc compiles for, in rising order."""
-    return sorted({int(chip) for chip in re.findall(r"\bcompute_(\d+)",
-                                                    _ask(nvcc, "--list-gpu-arch"))})
+    return sorted(
+        {int(chip) for chip in re.findall(r"\bcompute_(\d+)", _ask(nvcc, "--list-gpu-arch"))}
+    )
 
 
 def _ask(nvcc: str, question: str) -> str:
     try:
         done = subprocess.run([nvcc, question], capture_output=True, text=True)
     except OSError as error:
-        raise RuntimeError(f"{nvcc} does not run: {error}; set CUDA_HOME to the folder of a CUDA "
-                           "toolkit for this machine") from error
+        raise RuntimeError(
+            f"{nvcc} does not run: {error}; set CUDA_HOME to the folder of a CUDA "
+            "toolkit for this machine"
+        ) from error
     return done.stdout
 
 
@@ -124,7 +132,8 @@ def _check_version(nvcc: str, version: str) -> None:
         raise RuntimeError(
             f"the CUDA kernels cannot be compiled here: {nvcc} is of CUDA {version}, torch of CUDA "
             f"{wanted}, and the first numbers must be equal; set CUDA_HOME to the folder of a CUDA "
-            f"{major} toolkit, or install a torch for CUDA {version.partition('.')[0]}")
+            f"{major} toolkit, or install a torch for CUDA {version.partition('.')[0]}"
+        )
 
 
 def toolkit(nvcc: str) -> Path:
@@ -144,9 +153,11 @@ def chips_for(nvcc: str, arches: Sequence[str] | None) -> list[str]:
     good = [arch for arch in arches or CHIPS if int(arch.rstrip("af")) in known]
     unknown = sorted(set(arches or CHIPS) - set(good), key=lambda arch: (len(arch), arch))
     if unknown and (arches or not good):
-        raise RuntimeError(f"{nvcc} does not know the chips {', '.join(unknown)}, only "
-                           f"{', '.join(map(str, known)) or 'none'}; install a newer CUDA toolkit "
-                           "and set CUDA_HOME to its folder, or name other chips")
+        raise RuntimeError(
+            f"{nvcc} does not know the chips {', '.join(unknown)}, only "
+            f"{', '.join(map(str, known)) or 'none'}; install a newer CUDA toolkit "
+            "and set CUDA_HOME to its folder, or name other chips"
+        )
     return good
 
 
@@ -172,11 +183,19 @@ def check_arches(argument: str, value: object) -> list[str]:
         ValueError: not a list of chips, named as ``argument`` (the form of errors of checks.py,
         which this file cannot import).
     """
-    good = isinstance(value, Sequence) and not isinstance(value, str) and value and all(
-        isinstance(arch, str) and re.fullmatch(r"(7[5-9]|8\d|(9|[1-9]\d)\d[af]?)", arch)
-        for arch in value)
+    good = (
+        isinstance(value, Sequence)
+        and not isinstance(value, str)
+        and value
+        and all(
+            isinstance(arch, str) and re.fullmatch(r"(7[5-9]|8\d|(9|[1-9]\d)\d[af]?)", arch)
+            for arch in value
+        )
+    )
     if not good:
-        raise ValueError(f"{argument}={value!r} is not allowed: it must be a list of one or more "
-                         "chips as nvcc names them, without sm_, such as ['80', '90', '120'], "
-                         "from '75' on, and with the letter only from '90' on")
+        raise ValueError(
+            f"{argument}={value!r} is not allowed: it must be a list of one or more "
+            "chips as nvcc names them, without sm_, such as ['80', '90', '120'], "
+            "from '75' on, and with the letter only from '90' on"
+        )
     return sorted(set(value), key=lambda arch: (int(arch.rstrip("af")), arch))

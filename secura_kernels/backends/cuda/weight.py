@@ -48,7 +48,10 @@ def forward(x: Tensor, layer: CurOperands, edge: float) -> tuple[Tensor, Tensor]
 
 
 def backward(
-    dy: Tensor, x: Tensor, layer: CurOperands, needs: tuple[bool, bool, bool],
+    dy: Tensor,
+    x: Tensor,
+    layer: CurOperands,
+    needs: tuple[bool, bool, bool],
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """Gradients of x, core and adapter_bias; None where ``needs`` is False."""
     dx = dcore = dbias = None
@@ -59,7 +62,7 @@ def backward(
     if needs[1]:
         Q = weight_core_gradient(dy, x, change, largest, full=not layer.norm.detach_gate)
         # The pass takes its float32 matrix first, so what it gives is (alpha C^T Q)^T.
-        dcore = core_gradient(Q[:, :layer.r], C, layer.alpha).T.contiguous()
+        dcore = core_gradient(Q[:, : layer.r], C, layer.alpha).T.contiguous()
         dcore = dcore.to(layer.core.dtype)
     if needs[2]:
         dbias = dy.sum(0, dtype=torch.float32).to(layer.adapter_bias.dtype)

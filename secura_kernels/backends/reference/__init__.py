@@ -7,10 +7,10 @@
 from .eager import cabr_core, cabr_core_backward, cur_epilogue, cur_linear, delta_weight, smagnorm
 
 __all__ = [
-           "cabr_core",
-           "cabr_core_backward",
-           "cur_epilogue",
-           "cur_linear",
-           "delta_weight",
-           "smagnorm",
+    "cabr_core",
+    "cabr_core_backward",
+    "cur_epilogue",
+    "cur_linear",
+    "delta_weight",
+    "smagnorm",
 ]

@@ -49,8 +49,9 @@ def forward(
     blocks = list(row_blocks(B * S, N))
     largest = None
     if norm is not None and norm.ref == "max":
-        of_rows = [relative_magnitude(*base_and_change(block), norm.eps).amax(1)
-                   for block in blocks]
+        of_rows = [
+            relative_magnitude(*base_and_change(block), norm.eps).amax(1) for block in blocks
+        ]
         largest = torch.cat(of_rows).view(B, S).amax(1)[sample, None]
     parts = []
     for block in blocks:

@@ -63,8 +63,16 @@ def cur_linear(
         channel = None if decay is None else decay[:, None]
         effective = smagnorm(weight.to(wide), change, norm, channel).to(weight.dtype)
         return add(F.linear(x, effective, bias), adapter_bias)
-    return cur_epilogue(F.linear(x, weight, bias), x @ R.T, core, C, alpha=alpha, norm=norm,
-                      adapter_bias=adapter_bias, decay=decay)
+    return cur_epilogue(
+        F.linear(x, weight, bias),
+        x @ R.T,
+        core,
+        C,
+        alpha=alpha,
+        norm=norm,
+        adapter_bias=adapter_bias,
+        decay=decay,
+    )
 
 
 def cur_epilogue(

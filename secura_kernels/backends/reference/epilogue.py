@@ -21,15 +21,17 @@ from .gate import (
 )
 
 
-def forward(y0: Tensor, t: Tensor, layer: CurOperands, edge: float,
-            save: bool) -> tuple[Tensor, Tensor, Tensor]:
+def forward(
+    y0: Tensor, t: Tensor, layer: CurOperands, edge: float, save: bool
+) -> tuple[Tensor, Tensor, Tensor]:
     """y0 (M, N) is left as it is; otherwise ``apply_change``."""
     y = y0.clone(memory_format=torch.contiguous_format)
     return apply_change(y, t, layer, edge, save)
 
 
-def apply_change(y: Tensor, t: Tensor, layer: CurOperands, edge: float,
-                 save: bool) -> tuple[Tensor, Tensor, Tensor]:
+def apply_change(
+    y: Tensor, t: Tensor, layer: CurOperands, edge: float, save: bool
+) -> tuple[Tensor, Tensor, Tensor]:
     """Turns a base output into the layer's.
 
     Args:
@@ -87,7 +89,10 @@ def _put(whole: Tensor, block: slice, part: Tensor) -> Tensor:
 
 
 def backward(
-    dy: Tensor, layer: CurOperands, t: Tensor, saved: Tensor,
+    dy: Tensor,
+    layer: CurOperands,
+    t: Tensor,
+    saved: Tensor,
     needs: tuple[bool, bool, bool, bool],
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
     """Gradients of y0 (M, N), t (M, r), core (r, r) and adapter_bias (N,); None where ``needs`` is
@@ -114,8 +119,9 @@ def backward(
     return db if needs[0] else None, dt, dcore, dbias
 
 
-def _gradients_of_base_and_change(dy: Tensor, layer: CurOperands, t: Tensor,
-                                  saved: Tensor) -> tuple[Tensor, Tensor, float]:
+def _gradients_of_base_and_change(
+    dy: Tensor, layer: CurOperands, t: Tensor, saved: Tensor
+) -> tuple[Tensor, Tensor, float]:
     """(M, N) gradients of b and d of out = (beta b + d) / g in dy's dtype; d's is to be multiplied
     by the number returned third. Without decay the two are proportional, and one matrix serves:
     b's, beta s dy, which is dy itself where nothing moved."""

@@ -59,8 +59,9 @@ def apply_gate(b: Tensor, d: Tensor, s: Tensor, norm: SMagNorm, decay: Tensor | 
     return torch.where(d.bool(), out, unmoved, out=out)
 
 
-def split_gradient(grad: Tensor, s: Tensor, norm: SMagNorm,
-                   decay: Tensor | None) -> tuple[Tensor, Tensor]:
+def split_gradient(
+    grad: Tensor, s: Tensor, norm: SMagNorm, decay: Tensor | None
+) -> tuple[Tensor, Tensor]:
     """Gradients of b and of d with the gate a constant: (beta - 1 + c) s grad and c s grad."""
     scaled = grad * s
     if decay is None:
@@ -68,8 +69,15 @@ def split_gradient(grad: Tensor, s: Tensor, norm: SMagNorm,
     return (norm.base_weight - 1 + decay) * scaled, decay * scaled
 
 
-def gate_gradient(grad: Tensor, b: Tensor, d: Tensor, s: Tensor, norm: SMagNorm,
-                  decay: Tensor | None, largest: Tensor | None) -> tuple[Tensor, Tensor]:
+def gate_gradient(
+    grad: Tensor,
+    b: Tensor,
+    d: Tensor,
+    s: Tensor,
+    norm: SMagNorm,
+    decay: Tensor | None,
+    largest: Tensor | None,
+) -> tuple[Tensor, Tensor]:
     """What the gate's own derivative adds to the gradients of b and d (``detach_gate=False``).
 
     From s = 1 / (2 - sigmoid(z)):  ds/dz = s^2 sigmoid(z) sigmoid(-z), and

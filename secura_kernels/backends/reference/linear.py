@@ -13,8 +13,9 @@ from ..operands import CurOperands
 from . import epilogue
 
 
-def forward(x: Tensor, layer: CurOperands, edge: float,
-            save: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def forward(
+    x: Tensor, layer: CurOperands, edge: float, save: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """One layer.
 
     Args:
@@ -36,7 +37,11 @@ def forward(x: Tensor, layer: CurOperands, edge: float,
 
 
 def backward(
-    dy: Tensor, layer: CurOperands, t: Tensor, saved: Tensor, needs: tuple[bool, bool, bool],
+    dy: Tensor,
+    layer: CurOperands,
+    t: Tensor,
+    saved: Tensor,
+    needs: tuple[bool, bool, bool],
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """Gradients of x (M, K), core (r, r) and adapter_bias (N,); None where ``needs`` is False.
 

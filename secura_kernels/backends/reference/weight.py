@@ -24,8 +24,10 @@ class _Blocks:
         self.slices = list(row_blocks(*self.weight.shape))
         self.largest = None
         if self.norm.ref == "max":
-            tops = [relative_magnitude(*self.base_and_change(i), self.norm.eps).amax()
-                    for i in self.slices]
+            tops = [
+                relative_magnitude(*self.base_and_change(i), self.norm.eps).amax()
+                for i in self.slices
+            ]
             self.largest = torch.stack(tops).amax()
 
     def base_and_change(self, block: slice) -> tuple[Tensor, Tensor]:
@@ -61,7 +63,10 @@ def forward(x: Tensor, layer: CurOperands, edge: float) -> tuple[Tensor, Tensor]
 
 
 def backward(
-    dy: Tensor, x: Tensor, layer: CurOperands, needs: tuple[bool, bool, bool],
+    dy: Tensor,
+    x: Tensor,
+    layer: CurOperands,
+    needs: tuple[bool, bool, bool],
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """Gradients of x (M, K), core (r, r) and adapter_bias (N,); None where ``needs`` is False.
 

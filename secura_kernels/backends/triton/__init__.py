@@ -18,8 +18,10 @@ def why_unavailable(device: torch.device, dtype: torch.dtype, r: int) -> str | N
     if device.type not in ("cuda", "cpu") or torch.version.hip is not None:
         return f"the Triton kernels are for NVIDIA GPUs, not {device.type} devices"
     if device.type == "cpu" and not INTERPRETED:
-        return ("the tensors are on the CPU; the Triton kernels need an NVIDIA GPU (or "
-                "TRITON_INTERPRET=1 in the environment, to try them in Triton's interpreter)")
+        return (
+            "the tensors are on the CPU; the Triton kernels need an NVIDIA GPU (or "
+            "TRITON_INTERPRET=1 in the environment, to try them in Triton's interpreter)"
+        )
     if device.type == "cuda" and INTERPRETED:
         return "TRITON_INTERPRET is set, so the Triton kernels run on CPU tensors only"
     if chips.chip_of(device) is None:

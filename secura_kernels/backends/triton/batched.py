@@ -23,11 +23,39 @@ from .tiles import tile_for
 
 @triton.jit(do_not_specialize=["S"])
 def _batched_kernel(
-    y0_ptr, t_ptr, cores_ptr, adapter_ptr, factor_ptr, adapter_bias_ptr, y_ptr, largest_ptr,
-    S, N, R, A, stride_yb, stride_ys, stride_yn, stride_ca, stride_cj, stride_ck, stride_fl,
-    stride_fr, slope, offset, eps, beta, alpha,
-    GATE: tl.constexpr, FIND_LARGEST: tl.constexpr, RANK: tl.constexpr, BLOCK_R: tl.constexpr,
-    STEP: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr,
+    y0_ptr,
+    t_ptr,
+    cores_ptr,
+    adapter_ptr,
+    factor_ptr,
+    adapter_bias_ptr,
+    y_ptr,
+    largest_ptr,
+    S,
+    N,
+    R,
+    A,
+    stride_yb,
+    stride_ys,
+    stride_yn,
+    stride_ca,
+    stride_cj,
+    stride_ck,
+    stride_fl,
+    stride_fr,
+    slope,
+    offset,
+    eps,
+    beta,
+    alpha,
+    GATE: tl.constexpr,
+    FIND_LARGEST: tl.constexpr,
+    RANK: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    STEP: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    PRECISION: tl.constexpr,
     WIDE: tl.constexpr,
 ):
     rows, columns = tl.cdiv(S, BLOCK_M), tl.cdiv(N, BLOCK_N)
@@ -50,10 +78,12 @@ def _batched_kernel(
         d = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
         for r0 in tl.range(0, RANK, BLOCK_R, num_stages=1):
             r = r0 + tl.arange(0, BLOCK_R)
-            h = _times_core(t_ptr, core_ptr, stride_cj, stride_ck, m, M, r, R, alpha, BLOCK_R,
-                            STEP, WIDE)  # [BLOCK_M, BLOCK_R]
-            factor = _factor_tile(factor_ptr, None, stride_fl, stride_fr, n0,
-                                  tl.arange(0, BLOCK_N), N, r, R)
+            h = _times_core(
+                t_ptr, core_ptr, stride_cj, stride_ck, m, M, r, R, alpha, BLOCK_R, STEP, WIDE
+            )  # [BLOCK_M, BLOCK_R]
+            factor = _factor_tile(
+                factor_ptr, None, stride_fl, stride_fr, n0, tl.arange(0, BLOCK_N), N, r, R
+            )
             d = tl.dot(h.to(factor.dtype), tl.trans(factor), d, input_precision=PRECISION)
         if adapter_bias_ptr is not None:
             d += _vector(_at_row(adapter_bias_ptr, adapter, N), n, N, 0.0)[None, :]
@@ -69,8 +99,16 @@ def _batched_kernel(
             _store(b + d, m, M, n, N, y_ptr)
 
 
-def forward(y0: Tensor, t: Tensor, cores: Tensor, adapter: Tensor, C: Tensor,
-            adapter_bias: Tensor | None, alpha: float, norm: SMagNorm | None) -> Tensor:
+def forward(
+    y0: Tensor,
+    t: Tensor,
+    cores: Tensor,
+    adapter: Tensor,
+    C: Tensor,
+    adapter_bias: Tensor | None,
+    alpha: float,
+    norm: SMagNorm | None,
+) -> Tensor:
     """y (B, S, N); arguments as of ``reference.batched.forward``."""
     y0, cores, C = addressable(y0), addressable(cores), addressable(C)
     t, adapter, adapter_bias = contiguous(t, adapter, adapter_bias)
@@ -87,18 +125,59 @@ def forward(y0: Tensor, t: Tensor, cores: Tensor, adapter: Tensor, C: Tensor,
 
 @launched(_batched_kernel)
 def _launch_batched(
-    y0: Tensor, t: Tensor, cores: Tensor, adapter: Tensor, C: Tensor, adapter_bias: Tensor | None,
-    y: Tensor, alpha: float, gated: bool, gate: GateNumbers, largest: Tensor | None, *,
+    y0: Tensor,
+    t: Tensor,
+    cores: Tensor,
+    adapter: Tensor,
+    C: Tensor,
+    adapter_bias: Tensor | None,
+    y: Tensor,
+    alpha: float,
+    gated: bool,
+    gate: GateNumbers,
+    largest: Tensor | None,
+    *,
     find_largest: bool,
 ) -> Launch:
     (B, S, N), (A, r, _) = y0.shape, cores.shape
     tile, rank = tile_for("batched", y0, S, N, r), rank_block(r)
-    return Launch(B * cdiv(S, tile.m) * cdiv(N, tile.n), tile, dict(
-        y0_ptr=y0, t_ptr=t, cores_ptr=cores, adapter_ptr=adapter, factor_ptr=C,
-        adapter_bias_ptr=adapter_bias, y_ptr=y, largest_ptr=largest, S=S, N=N, R=r, A=A,
-        stride_yb=y0.stride(0), stride_ys=y0.stride(1), stride_yn=y0.stride(2),
-        stride_ca=cores.stride(0), stride_cj=cores.stride(1), stride_ck=cores.stride(2),
-        stride_fl=C.stride(0), stride_fr=C.stride(1), slope=gate.slope, offset=gate.offset,
-        eps=gate.eps, beta=gate.beta, alpha=alpha, GATE=gated, FIND_LARGEST=find_largest,
-        RANK=rank, BLOCK_R=min(rank, 64), STEP=min(rank, WIDE_STEP), BLOCK_M=tile.m,
-        BLOCK_N=tile.n, PRECISION=dot_precision(y0.dtype), WIDE=wide_precision(y0.dtype)))
+    return Launch(
+        B * cdiv(S, tile.m) * cdiv(N, tile.n),
+        tile,
+        dict(
+            y0_ptr=y0,
+            t_ptr=t,
+            cores_ptr=cores,
+            adapter_ptr=adapter,
+            factor_ptr=C,
+            adapter_bias_ptr=adapter_bias,
+            y_ptr=y,
+            largest_ptr=largest,
+            S=S,
+            N=N,
+            R=r,
+            A=A,
+            stride_yb=y0.stride(0),
+            stride_ys=y0.stride(1),
+            stride_yn=y0.stride(2),
+            stride_ca=cores.stride(0),
+            stride_cj=cores.stride(1),
+            stride_ck=cores.stride(2),
+            stride_fl=C.stride(0),
+            stride_fr=C.stride(1),
+            slope=gate.slope,
+            offset=gate.offset,
+            eps=gate.eps,
+            beta=gate.beta,
+            alpha=alpha,
+            GATE=gated,
+            FIND_LARGEST=find_largest,
+            RANK=rank,
+            BLOCK_R=min(rank, 64),
+            STEP=min(rank, WIDE_STEP),
+            BLOCK_M=tile.m,
+            BLOCK_N=tile.n,
+            PRECISION=dot_precision(y0.dtype),
+            WIDE=wide_precision(y0.dtype),
+        ),
+    )

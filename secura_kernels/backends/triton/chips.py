@@ -72,15 +72,19 @@ def _chip_of_gpu(device: torch.device) -> int | None:
     capability = _LIKE.get(capability, capability)
     lower = [chip for chip in CHIPS if chip <= capability and chip != INTERPRETER]
     if lower and capability not in CHIPS:
-        warnings.warn(f"the GPU has compute capability {major}.{minor}, for which no tiles are "
-                      f"shipped: those of {max(lower) / 10} are used", stacklevel=2)
+        warnings.warn(
+            f"the GPU has compute capability {major}.{minor}, for which no tiles are "
+            f"shipped: those of {max(lower) / 10} are used",
+            stacklevel=2,
+        )
     return max(lower, default=None)
 
 
 def processors(device: torch.device) -> int:
     """Streaming multiprocessors."""
-    return _processors_of_gpu(device) if device.type == "cuda" \
-        else CHIPS[chip_of(device)].processors
+    return (
+        _processors_of_gpu(device) if device.type == "cuda" else CHIPS[chip_of(device)].processors
+    )
 
 
 @functools.cache

@@ -31,9 +31,19 @@ class Plan:
         return self.tile is not None
 
 
-def plan(M: int, N: int, K: int, r: int, dtype: torch.dtype, device: torch.device,
-         norm: SMagNorm | None, *, input_gradient: bool = False, needs_down: bool = False,
-         operands: tuple[Tensor, Tensor] | None = None) -> Plan:
+def plan(
+    M: int,
+    N: int,
+    K: int,
+    r: int,
+    dtype: torch.dtype,
+    device: torch.device,
+    norm: SMagNorm | None,
+    *,
+    input_gradient: bool = False,
+    needs_down: bool = False,
+    operands: tuple[Tensor, Tensor] | None = None,
+) -> Plan:
     """The form of ``(M, K) x (K, N)``, the base product of a layer (or of dX without a gate): what
     was faster when tuned, else what is predicted to be.
 
@@ -43,18 +53,41 @@ def plan(M: int, N: int, K: int, r: int, dtype: torch.dtype, device: torch.devic
         operands: what will be multiplied, to see whether rows lie on 16-byte boundaries.
     """
     if norm is not None and norm.ref == "max":
-        return Plan(None, "library product: ref='max' needs the largest ratio of the whole matrix "
-                          "before any output")
-    found = _plan(M, N, K, r, dtype, device, chips.chip_of(device), norm is not None,
-                  input_gradient, needs_down)
+        return Plan(
+            None,
+            "library product: ref='max' needs the largest ratio of the whole matrix "
+            "before any output",
+        )
+    found = _plan(
+        M,
+        N,
+        K,
+        r,
+        dtype,
+        device,
+        chips.chip_of(device),
+        norm is not None,
+        input_gradient,
+        needs_down,
+    )
     if found.one_pass and operands is not None and not has_descriptor(*operands):
         return Plan(None, "library product: rows are not on 16-byte boundaries")
     return found
 
 
 @tune_cache.remembered
-def _plan(M: int, N: int, K: int, r: int, dtype: torch.dtype, device: torch.device, chip: int,
-          gate: bool, input_gradient: bool, needs_down: bool) -> Plan:
+def _plan(
+    M: int,
+    N: int,
+    K: int,
+    r: int,
+    dtype: torch.dtype,
+    device: torch.device,
+    chip: int,
+    gate: bool,
+    input_gradient: bool,
+    needs_down: bool,
+) -> Plan:
     if dtype == torch.float32:
         return Plan(None, "library product: float32 has no tensor-core form of ours")
     name = "product_gate" if gate else "product"
@@ -72,17 +105,25 @@ def _plan(M: int, N: int, K: int, r: int, dtype: torch.dtype, device: torch.devi
     filling = [tile for tile in candidates if programs(name, tile, M, N) >= enough]
     if not filling:
         return Plan(None, f"library product: fewer tiles than the {enough} processors")
-    ours, library = predict(M, N, K, r, chips.CHIPS[chip], gate=gate,
-                            low_rank_too=not (input_gradient or needs_down))
+    ours, library = predict(
+        M, N, K, r, chips.CHIPS[chip], gate=gate, low_rank_too=not (input_gradient or needs_down)
+    )
     if library <= ours:
-        return Plan(None, f"library product: {1e6 * library:.0f} us against {1e6 * ours:.0f} in "
-                          "one pass (predicted)")
-    return Plan(filling[0], f"one pass: {1e6 * ours:.0f} us against {1e6 * library:.0f} by the "
-                            "library's product and an epilogue (predicted)")
+        return Plan(
+            None,
+            f"library product: {1e6 * library:.0f} us against {1e6 * ours:.0f} in "
+            "one pass (predicted)",
+        )
+    return Plan(
+        filling[0],
+        f"one pass: {1e6 * ours:.0f} us against {1e6 * library:.0f} by the "
+        "library's product and an epilogue (predicted)",
+    )
 
 
-def predict(M: int, N: int, K: int, r: int, chip: chips.Chip, *, gate: bool,
-            low_rank_too: bool) -> tuple[float, float]:
+def predict(
+    M: int, N: int, K: int, r: int, chip: chips.Chip, *, gate: bool, low_rank_too: bool
+) -> tuple[float, float]:
     """Seconds in one pass, and by the library's product and the epilogue over it, in 16 bits.
 
     One pass writes and reads y0 no more, 4 M N bytes, but multiplies slower and has the gate's

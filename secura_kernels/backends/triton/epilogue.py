@@ -21,8 +21,9 @@ from .passes.gate_backward import gate_backward
 from .tiles import tile_for
 
 
-def forward(y0: Tensor, t: Tensor, layer: CurOperands, edge: float,
-            save: bool) -> tuple[Tensor, Tensor, Tensor]:
+def forward(
+    y0: Tensor, t: Tensor, layer: CurOperands, edge: float, save: bool
+) -> tuple[Tensor, Tensor, Tensor]:
     """y, what the backward pass needs of the gate, and the count of gates <= ``edge``."""
     t, layer = t.contiguous(), layer.with_contiguous_vectors()
     saved, moved, change = outputs(t, y0.shape[1], layer, edge, save)
@@ -32,19 +33,30 @@ def forward(y0: Tensor, t: Tensor, layer: CurOperands, edge: float,
     return y, saved, moved
 
 
-def outputs(like: Tensor, N: int, layer: CurOperands, edge: float,
-            save: bool) -> tuple[Tensor, Tensor, dict]:
+def outputs(
+    like: Tensor, N: int, layer: CurOperands, edge: float, save: bool
+) -> tuple[Tensor, Tensor, dict]:
     """What the backward pass needs of the gate and the count, allocated; and the arguments by which
     a pass fills them. ``like``: (M, any), in the layer's dtype."""
     norm = layer.norm
     saved, keep, save_base = saved_for_backward(like, N, norm, save)
     counting = bool(edge) and norm is not None
-    moved = like.new_zeros(1, dtype=torch.int64) if counting \
-        else like.new_empty(0, dtype=torch.int64)
-    return saved, moved, dict(
-        adapter_bias=layer.adapter_bias, decay=layer.decay,
-        gate=None if norm is None else GateNumbers.of(norm, like.dtype), saved=keep,
-        save_base=save_base, moved=moved if counting else None, edge=edge)
+    moved = (
+        like.new_zeros(1, dtype=torch.int64) if counting else like.new_empty(0, dtype=torch.int64)
+    )
+    return (
+        saved,
+        moved,
+        dict(
+            adapter_bias=layer.adapter_bias,
+            decay=layer.decay,
+            gate=None if norm is None else GateNumbers.of(norm, like.dtype),
+            saved=keep,
+            save_base=save_base,
+            moved=moved if counting else None,
+            edge=edge,
+        ),
+    )
 
 
 def apply_change(y: Tensor, h: Tensor, layer: CurOperands, change: dict) -> None:
@@ -59,22 +71,37 @@ def apply_change(y: Tensor, h: Tensor, layer: CurOperands, change: dict) -> None
 def _largest(b: Tensor, h: Tensor, C: Factor, layer: CurOperands, gate: GateNumbers) -> Tensor:
     """(1,) int32: the bits of max(rho)."""
     largest = b.new_zeros(1, dtype=torch.int32)
-    epilogue(b, h, C, layer.r, adapter_bias=layer.adapter_bias, gate=gate, largest=largest,
-             find_largest=True)
+    epilogue(
+        b,
+        h,
+        C,
+        layer.r,
+        adapter_bias=layer.adapter_bias,
+        gate=gate,
+        largest=largest,
+        find_largest=True,
+    )
     return largest
 
 
 def backward(
-    dy: Tensor, layer: CurOperands, t: Tensor, saved: Tensor,
+    dy: Tensor,
+    layer: CurOperands,
+    t: Tensor,
+    saved: Tensor,
     needs: tuple[bool, bool, bool, bool],
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
     """Gradients of y0, t, core and adapter_bias; None where ``needs`` is False."""
     dy, layer = addressable(dy), layer.with_contiguous_vectors()
-    found = gradients(dy, layer, None, t.contiguous(), saved.contiguous(),
-                      (needs[0] or needs[1], *needs[2:]))
-    return (found.g if needs[0] else None,
-            found.q[:, :layer.r].contiguous() if needs[1] else None, found.dcore,
-            found.dadapter_bias)
+    found = gradients(
+        dy, layer, None, t.contiguous(), saved.contiguous(), (needs[0] or needs[1], *needs[2:])
+    )
+    return (
+        found.g if needs[0] else None,
+        found.q[:, : layer.r].contiguous() if needs[1] else None,
+        found.dcore,
+        found.dadapter_bias,
+    )
 
 
 class Gradients(NamedTuple):
@@ -87,23 +114,33 @@ class Gradients(NamedTuple):
     dadapter_bias: Tensor | None
 
 
-def gradients(dy: Tensor, layer: CurOperands, rows: Tensor | None, t: Tensor, saved: Tensor,
-              needs: tuple[bool, bool, bool]) -> Gradients:
+def gradients(
+    dy: Tensor,
+    layer: CurOperands,
+    rows: Tensor | None,
+    t: Tensor,
+    saved: Tensor,
+    needs: tuple[bool, bool, bool],
+) -> Gradients:
     """From dY and the saved gate everything but dX; without a gate g is dY itself, and q is there
     whatever ``rows`` is.
 
     Args:
         rows: (r,) where R is W[rows]; None where it is stored. needs: of x, core, adapter_bias.
     """
-    found = _gated(dy, layer, layer.norm, rows, t, saved, needs) if layer.norm is not None \
+    found = (
+        _gated(dy, layer, layer.norm, rows, t, saved, needs)
+        if layer.norm is not None
         else _ungated(dy, layer, t, needs)
+    )
     if not needs[2]:
         return found._replace(dadapter_bias=None)
     return found._replace(dadapter_bias=found.dadapter_bias.to(layer.adapter_bias.dtype))
 
 
-def _ungated(dy: Tensor, layer: CurOperands, t: Tensor,
-             needs: tuple[bool, bool, bool]) -> Gradients:
+def _ungated(
+    dy: Tensor, layer: CurOperands, t: Tensor, needs: tuple[bool, bool, bool]
+) -> Gradients:
     (M, N), core = dy.shape, layer.core
     dT = dcore = None
     if needs[0] or needs[1]:
@@ -113,8 +150,15 @@ def _ungated(dy: Tensor, layer: CurOperands, t: Tensor,
     return Gradients(dy, dT, dcore, dy.sum(0, dtype=torch.float32) if needs[2] else None)
 
 
-def _gated(dy: Tensor, layer: CurOperands, norm: SMagNorm, rows: Tensor | None, t: Tensor,
-           saved: Tensor, needs: tuple[bool, bool, bool]) -> Gradients:
+def _gated(
+    dy: Tensor,
+    layer: CurOperands,
+    norm: SMagNorm,
+    rows: Tensor | None,
+    t: Tensor,
+    saved: Tensor,
+    needs: tuple[bool, bool, bool],
+) -> Gradients:
     (M, N), r, core = dy.shape, layer.r, layer.core
     gate = GateNumbers.of(norm, dy.dtype)
     more = {}
@@ -126,12 +170,27 @@ def _gated(dy: Tensor, layer: CurOperands, norm: SMagNorm, rows: Tensor | None, 
             more["largest"] = _largest(saved, h, C, layer, gate)
     tile = tile_for("gate_backward" if norm.detach_gate else "gate_backward_full", dy, M, N, r)
     g, v, dadapter_bias = gate_backward(
-        dy, saved, factors.columns(layer, reads=cdiv(M, tile.m)), r, gate, decay=layer.decay,
-        needs=needs, **more)
+        dy,
+        saved,
+        factors.columns(layer, reads=cdiv(M, tile.m)),
+        r,
+        gate,
+        decay=layer.decay,
+        needs=needs,
+        **more,
+    )
     q = dcore = None
     if v is not None:
         if g is not None and rows is None:
             q = dy.new_empty(M, padded_rank(r))
-        dcore = core_gradient(v, t if needs[1] else None, core, layer.alpha, dy,
-                              g=g if rows is not None else None, rows=rows, q=q)
+        dcore = core_gradient(
+            v,
+            t if needs[1] else None,
+            core,
+            layer.alpha,
+            dy,
+            g=g if rows is not None else None,
+            rows=rows,
+            q=q,
+        )
     return Gradients(g, q, dcore, dadapter_bias)

@@ -26,8 +26,9 @@ def _to_bfloat16(values: np.ndarray) -> np.ndarray:
 
 class _Repaired(interpreter.InterpreterBuilder):
     def create_dot(self, a, b, d, input_precision, max_num_imprecise_acc):
-        return super().create_dot(_widened(a), _widened(b), d, input_precision,
-                                  max_num_imprecise_acc)
+        return super().create_dot(
+            _widened(a), _widened(b), d, input_precision, max_num_imprecise_acc
+        )
 
     def cast_impl(self, src, dst_type):
         target = dst_type.scalar

@@ -79,8 +79,18 @@ def launched(kernel):
                     values[place] = tensors[number]
                 active = driver.active
                 stream = active.get_current_stream(active.get_current_device())
-                compiled.run(found.programs, 1, 1, stream, compiled.function,
-                             compiled.packed_metadata, None, None, None, *values)
+                compiled.run(
+                    found.programs,
+                    1,
+                    1,
+                    stream,
+                    compiled.function,
+                    compiled.packed_metadata,
+                    None,
+                    None,
+                    None,
+                    *values,
+                )
 
         return run
 
@@ -112,8 +122,11 @@ def _prepare(kernel, launch: Launch, tensors: list[Tensor]) -> _Prepared | None:
     numbers = {id(tensor): number for number, tensor in enumerate(tensors)}
     if len(numbers) < len(tensors) or any(isinstance(v, TensorDescriptor) for v in values):
         return None  # the same tensor twice, or one that is handed over in a form of its own
-    places = [(place, numbers[id(value)]) for place, value in enumerate(values)
-              if isinstance(value, Tensor)]
+    places = [
+        (place, numbers[id(value)])
+        for place, value in enumerate(values)
+        if isinstance(value, Tensor)
+    ]
     for place, _ in places:
         values[place] = None  # not to be kept alive
     return _Prepared(launch.programs, compiled, values, places)

@@ -42,65 +42,89 @@ class Tile:
 # Bandwidth-bound passes and the small ones: the same rows serve every chip.
 _COMMON = {
     "gather": (Tile(16, warps=4),),
-    "down": (Tile(32, k=64, warps=4, stages=5, max_rank=64),
-             Tile(16, k=128, warps=4, stages=3, max_rank=64),
-             Tile(64, k=32, warps=8, stages=3),
-             Tile(32, k=32, warps=8, stages=3),
-             Tile(16, k=64, warps=4, stages=2)),
-    "project": (Tile(32, warps=4, max_rank=64), Tile(16, warps=4, max_rank=64),
-                Tile(32, warps=8)),
-    "epilogue": (Tile(64, 64, warps=4, max_rank=64), Tile(32, 64, warps=4, max_rank=64),
-                 Tile(64, 64, warps=8), Tile(16, 64, warps=4)),
-    "gate_backward": (Tile(64, 64, warps=4, stages=3, max_rank=64),
-                      Tile(32, 64, warps=4, stages=3, max_rank=64),
-                      Tile(32, 64, warps=8, stages=2), Tile(16, 64, warps=8, stages=2)),
-    "gate_backward_full": (Tile(64, 32, warps=4, stages=1, max_rank=16),
-                           Tile(16, 64, warps=4, stages=1, max_rank=64),
-                           Tile(16, 64, warps=4, stages=1)),
+    "down": (
+        Tile(32, k=64, warps=4, stages=5, max_rank=64),
+        Tile(16, k=128, warps=4, stages=3, max_rank=64),
+        Tile(64, k=32, warps=8, stages=3),
+        Tile(32, k=32, warps=8, stages=3),
+        Tile(16, k=64, warps=4, stages=2),
+    ),
+    "project": (Tile(32, warps=4, max_rank=64), Tile(16, warps=4, max_rank=64), Tile(32, warps=8)),
+    "epilogue": (
+        Tile(64, 64, warps=4, max_rank=64),
+        Tile(32, 64, warps=4, max_rank=64),
+        Tile(64, 64, warps=8),
+        Tile(16, 64, warps=4),
+    ),
+    "gate_backward": (
+        Tile(64, 64, warps=4, stages=3, max_rank=64),
+        Tile(32, 64, warps=4, stages=3, max_rank=64),
+        Tile(32, 64, warps=8, stages=2),
+        Tile(16, 64, warps=8, stages=2),
+    ),
+    "gate_backward_full": (
+        Tile(64, 32, warps=4, stages=1, max_rank=16),
+        Tile(16, 64, warps=4, stages=1, max_rank=64),
+        Tile(16, 64, warps=4, stages=1),
+    ),
     "core_gradient": (Tile(16, warps=8, max_rank=64), Tile(16, warps=4)),
     "effective_weight": (Tile(64, 64, warps=4),),
     "weight_core_gradient": (Tile(64, 32, warps=4, max_rank=64), Tile(32, 32, warps=8)),
     "weight_core_gradient_full": (Tile(64, 32, warps=4, max_rank=64), Tile(32, 32, warps=8)),
     "decode": (Tile(64, k=64, warps=8, stages=2), Tile(32, k=64, warps=4, stages=2)),
-    "batched": (Tile(64, 128, warps=8, max_rank=64), Tile(16, 128, warps=4, max_rank=64),
-              Tile(64, 64, warps=8), Tile(16, 128, warps=8)),
+    "batched": (
+        Tile(64, 128, warps=8, max_rank=64),
+        Tile(16, 128, warps=4, max_rank=64),
+        Tile(64, 64, warps=8),
+        Tile(16, 128, warps=8),
+    ),
 }
 _AMPERE = _COMMON | {
     "gate_backward": _COMMON["gate_backward"][1:],
     "weight_core_gradient_full": _COMMON["weight_core_gradient_full"][1:],
     "batched": (*_COMMON["batched"][:2], Tile(16, 128, warps=8)),
-    "product": (Tile(128, 128, 32, warps=8, stages=4),
-                Tile(64, 64, 32, warps=4, stages=4)),
-    "product_gate": (Tile(128, 128, 32, warps=8, stages=4, parts=4),
-                     Tile(64, 64, 32, warps=4, stages=4, parts=2)),
+    "product": (Tile(128, 128, 32, warps=8, stages=4), Tile(64, 64, 32, warps=4, stages=4)),
+    "product_gate": (
+        Tile(128, 128, 32, warps=8, stages=4, parts=4),
+        Tile(64, 64, 32, warps=4, stages=4, parts=2),
+    ),
 }
 _HOPPER = _COMMON | {
     "epilogue": (Tile(64, 64, warps=4), Tile(32, 64, warps=4)),
     "gate_backward": (*_COMMON["gate_backward"][:2], Tile(64, 32, warps=4, stages=3)),
     "down": (*_COMMON["down"][:2], Tile(64, k=64, warps=4, stages=4), *_COMMON["down"][3:]),
     "core_gradient": (Tile(32, warps=8),),
-    "product": (Tile(128, 256, 64, warps=8, stages=3, max_rank=64, tma=True, persistent=True),
-                Tile(128, 256, 64, warps=8, stages=3, max_rank=64, tma=True),
-                Tile(128, 128, 64, warps=8, stages=4, max_rank=64, tma=True),
-                Tile(64, 128, 64, warps=4, stages=4, max_rank=64, tma=True),
-                Tile(128, 128, 64, warps=8, stages=3, tma=True, persistent=True),
-                Tile(128, 128, 64, warps=8, stages=3, tma=True),
-                Tile(64, 128, 64, warps=4, stages=4, tma=True)),
-    "product_gate": (Tile(128, 256, 64, warps=8, stages=3, parts=8, max_rank=64, tma=True,
-                          persistent=True),
-                     Tile(128, 256, 64, warps=8, stages=3, parts=8, max_rank=64, tma=True),
-                     Tile(128, 128, 64, warps=8, stages=4, parts=4, max_rank=64, tma=True),
-                     Tile(64, 128, 64, warps=4, stages=4, parts=8, max_rank=64, tma=True),
-                     Tile(128, 128, 64, warps=8, stages=4, parts=4, tma=True, persistent=True),
-                     Tile(128, 128, 64, warps=8, stages=4, parts=4, tma=True),
-                     Tile(64, 128, 64, warps=4, stages=4, parts=8, tma=True)),
+    "product": (
+        Tile(128, 256, 64, warps=8, stages=3, max_rank=64, tma=True, persistent=True),
+        Tile(128, 256, 64, warps=8, stages=3, max_rank=64, tma=True),
+        Tile(128, 128, 64, warps=8, stages=4, max_rank=64, tma=True),
+        Tile(64, 128, 64, warps=4, stages=4, max_rank=64, tma=True),
+        Tile(128, 128, 64, warps=8, stages=3, tma=True, persistent=True),
+        Tile(128, 128, 64, warps=8, stages=3, tma=True),
+        Tile(64, 128, 64, warps=4, stages=4, tma=True),
+    ),
+    "product_gate": (
+        Tile(128, 256, 64, warps=8, stages=3, parts=8, max_rank=64, tma=True, persistent=True),
+        Tile(128, 256, 64, warps=8, stages=3, parts=8, max_rank=64, tma=True),
+        Tile(128, 128, 64, warps=8, stages=4, parts=4, max_rank=64, tma=True),
+        Tile(64, 128, 64, warps=4, stages=4, parts=8, max_rank=64, tma=True),
+        Tile(128, 128, 64, warps=8, stages=4, parts=4, tma=True, persistent=True),
+        Tile(128, 128, 64, warps=8, stages=4, parts=4, tma=True),
+        Tile(64, 128, 64, warps=4, stages=4, parts=8, tma=True),
+    ),
 }
 _BLACKWELL = _HOPPER | {"down": _COMMON["down"]}
 # Blocks of which small matrices have several, and not too many: each operation is a numpy call.
 _INTERPRETER = {name: (Tile(64, 64, 64, parts=2, group=2),) for name in _HOPPER}
 _SMALL_BLACKWELL = _AMPERE | {"gate_backward": _COMMON["gate_backward"][2:]}
-TABLES = {80: _AMPERE, 89: _AMPERE, 90: _HOPPER, 100: _BLACKWELL, 120: _SMALL_BLACKWELL,
-          chips.INTERPRETER: _INTERPRETER}
+TABLES = {
+    80: _AMPERE,
+    89: _AMPERE,
+    90: _HOPPER,
+    100: _BLACKWELL,
+    120: _SMALL_BLACKWELL,
+    chips.INTERPRETER: _INTERPRETER,
+}
 # float32 layers: twice the bytes a tile, and products in float32 units. Their base products are the
 # library's (``dispatch``), so the one-pass kernel has no row here.
 _FLOAT32 = {
@@ -164,8 +188,9 @@ def is_forced() -> bool:
     return _used is not None
 
 
-def tile_for(name: str, like: Tensor, rows: int, columns: int, r: int,
-             dtype: torch.dtype | None = None) -> Tile:
+def tile_for(
+    name: str, like: Tensor, rows: int, columns: int, r: int, dtype: torch.dtype | None = None
+) -> Tile:
     """The configuration of a pass over a (rows, columns) matrix of a layer in ``dtype``, by default
     that of ``like``.
 
@@ -174,13 +199,27 @@ def tile_for(name: str, like: Tensor, rows: int, columns: int, r: int,
     """
     if _used is not None:
         return _used
-    return _tile_for(name, like.device, chips.chip_of(like.device), dtype or like.dtype, rows,
-                     columns, chips.rank_block(r))
+    return _tile_for(
+        name,
+        like.device,
+        chips.chip_of(like.device),
+        dtype or like.dtype,
+        rows,
+        columns,
+        chips.rank_block(r),
+    )
 
 
 @tune_cache.remembered
-def _tile_for(name: str, device: torch.device, chip: int, dtype: torch.dtype, rows: int,
-              columns: int, rank: int) -> Tile:
+def _tile_for(
+    name: str,
+    device: torch.device,
+    chip: int,
+    dtype: torch.dtype,
+    rows: int,
+    columns: int,
+    rank: int,
+) -> Tile:
     candidates = rows_of(name, chip, dtype, rank)
     best = tune_cache.choice(device, name, dtype, rows, columns, rank)
     for tile in candidates:

@@ -59,8 +59,11 @@ def load(file: Path) -> dict[str, dict | str]:
         warnings.warn(f"tuned tiles {file} cannot be read and are not used: {error}", stacklevel=2)
         return {}
     entries = content.get("entries") if isinstance(content, dict) else None
-    good = (isinstance(entries, dict) and content.get("format") == FORMAT
-            and all(isinstance(v, dict) or v == LIBRARY for v in entries.values()))
+    good = (
+        isinstance(entries, dict)
+        and content.get("format") == FORMAT
+        and all(isinstance(v, dict) or v == LIBRARY for v in entries.values())
+    )
     if not good:
         warnings.warn(f"tuned tiles {file} have another format and are not used", stacklevel=2)
         return {}
@@ -76,8 +79,9 @@ def save(file: Path, entries: dict[str, dict | str], about: dict) -> None:
     forget()
 
 
-def choice(device: torch.device, name: str, dtype: torch.dtype, rows: int, columns: int,
-           rank: int) -> dict | str | None:
+def choice(
+    device: torch.device, name: str, dtype: torch.dtype, rows: int, columns: int, rank: int
+) -> dict | str | None:
     """Fields of the tuned tile, or LIBRARY, or None where this was not tuned."""
     if device.type != "cuda":
         return None

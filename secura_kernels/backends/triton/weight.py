@@ -25,8 +25,9 @@ class _Change:
     def __init__(self, layer: CurOperands) -> None:
         self.weight, self.r, norm = layer.weight, layer.r, layer.norm
         source = (layer.weight, layer.cols) if layer.C is None else (layer.C, None)
-        self.C, self.P = project(*source, layer.core, layer.alpha, q_dtype=torch.float32,
-                                 transpose_core=True)
+        self.C, self.P = project(
+            *source, layer.core, layer.alpha, q_dtype=torch.float32, transpose_core=True
+        )
         self.R = factors.rows(layer)
         self.gate = GateNumbers.of(norm, self.weight.dtype)
         self.largest = None
@@ -46,14 +47,18 @@ def forward(x: Tensor, layer: CurOperands, edge: float) -> tuple[Tensor, Tensor]
     if x.shape[0] <= MOST_TOKENS and not edge:
         y = decode(x, *change.arguments(), bias=bias, adapter_bias=adapter_bias, decay=layer.decay)
         return y, moved
-    effective = effective_weight(*change.arguments(), decay=layer.decay, edge=edge,
-                                 moved=moved if edge else None)
+    effective = effective_weight(
+        *change.arguments(), decay=layer.decay, edge=edge, moved=moved if edge else None
+    )
     y = F.linear(x, effective, bias)
     return (y if adapter_bias is None else y.add_(adapter_bias)), moved
 
 
 def backward(
-    dy: Tensor, x: Tensor, layer: CurOperands, needs: tuple[bool, bool, bool],
+    dy: Tensor,
+    x: Tensor,
+    layer: CurOperands,
+    needs: tuple[bool, bool, bool],
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """Gradients of x, core and adapter_bias; None where ``needs`` is False."""
     dy, x, layer = addressable(dy), addressable(x), layer.with_contiguous_vectors()
@@ -63,8 +68,9 @@ def backward(
     if needs[0]:
         dx = dy @ effective_weight(*change.arguments(), decay=layer.decay)
     if needs[1]:
-        Q = weight_core_gradient(dy.T @ x, *change.arguments(), decay=layer.decay,
-                                 full=not layer.norm.detach_gate)
+        Q = weight_core_gradient(
+            dy.T @ x, *change.arguments(), decay=layer.decay, full=not layer.norm.detach_gate
+        )
         dcore = core_gradient(change.C, Q, layer.core, layer.alpha, dy)
     if needs[2]:
         dbias = dy.sum(0, dtype=torch.float32).to(layer.adapter_bias.dtype)

@@ -132,45 +132,66 @@ def calibrate(
             if value is not None:
                 raise fail(argument, type(value).__name__, "None: no layer has basis='natural'")
     elif selection is not None:
-        raise fail("selection", selection, "None with basis='natural', which takes no columns and "
-                                           "rows of W")
+        raise fail(
+            "selection",
+            selection,
+            "None with basis='natural', which takes no columns and rows of W",
+        )
     else:
         task = _listed(task)
     if selection == "quiet" and keep is not None:
-        raise fail("keep", type(keep).__name__, "None with selection='quiet', which changes what "
-                                                "is measured")
+        raise fail(
+            "keep",
+            type(keep).__name__,
+            "None with selection='quiet', which changes what is measured",
+        )
     damping = DAMPING[basis] if damping is None else damping
     device = next(iter(layers.values()))[1].cols.device
 
     def over_general(collectors: dict) -> None:
         assert general is not None
-        measure(model, layers, collectors, general, own_loss(model, seed, device), "general",
-                progress)
+        measure(
+            model, layers, collectors, general, own_loss(model, seed, device), "general", progress
+        )
 
     def over_task(collectors: dict) -> None:
         assert task is not None
-        measure(model, {name: layers[name] for name in collectors}, collectors, task,
-                task_loss(model, loss), "task", progress, labels=True)
+        measure(
+            model,
+            {name: layers[name] for name in collectors},
+            collectors,
+            task,
+            task_loss(model, loss),
+            "task",
+            progress,
+            labels=True,
+        )
 
     with _from_the_start(layers) if restart else nullcontext():
         if general is None and keep is None:
             with without_adapters(model):  # what the base would say, and sooner
-                general = list(own_text(model, tokens, tokenizer=tokenizer, seed=seed,
-                                        progress=progress))
+                general = list(
+                    own_text(model, tokens, tokenizer=tokenizer, seed=seed, progress=progress)
+                )
         chosen = {}
         if selection == "quiet":
             assert general is not None  # keep is None here
             general = list(general)
             energies = {name: quiet.Energies(*layer) for name, layer in layers.items()}
             over_general(energies)
-            chosen = {name: energies[name].quietest(adapter.r, name)
-                      for name, (_, adapter) in layers.items()}
+            chosen = {
+                name: energies[name].quietest(adapter.r, name)
+                for name, (_, adapter) in layers.items()
+            }
         moments: dict[str, Any] = {}
         tests: dict[tuple[int, int], Tensor] = {}
         if general is not None:
-            moments = {name: whitened.Moments(*layer, chosen.get(name)) if basis == "whitened"
-                       else natural.Moments(layer[1], rank, seed, tests)
-                       for name, layer in layers.items()}
+            moments = {
+                name: whitened.Moments(*layer, chosen.get(name))
+                if basis == "whitened"
+                else natural.Moments(layer[1], rank, seed, tests)
+                for name, layer in layers.items()
+            }
             over_general(moments)
             _check_finite(moments)
         seen = {name: int(each.tokens) for name, each in moments.items()}
@@ -186,8 +207,11 @@ def calibrate(
             found = {name: sides for name, sides in found.items() if sides is not None}
         whole, unit = _in_one_unit(found)
         for name in few:
-            orthonormal = moments[name].folds_without_metric() if basis == "whitened" \
+            orthonormal = (
+                moments[name].folds_without_metric()
+                if basis == "whitened"
                 else natural.sides_without_metric(*layers[name])
+            )
             whole[name] = (*orthonormal, math.nan)
         learned = any(_has_learned(adapter) for _, adapter in layers.values())
     for name, (module, adapter) in layers.items():
@@ -204,8 +228,14 @@ def calibrate(
 @contextmanager
 def _from_the_start(layers: Layers) -> Iterator[None]:
     """Nothing has been learned; after an error all of it comes back."""
-    before = [(adapter, [p.detach().clone() for p in adapter.learned_parameters()],
-               dict(adapter._buffers)) for _, adapter in layers.values()]
+    before = [
+        (
+            adapter,
+            [p.detach().clone() for p in adapter.learned_parameters()],
+            dict(adapter._buffers),
+        )
+        for _, adapter in layers.values()
+    ]
     for module, adapter in layers.values():
         adapter.begin_anew()
         _refresh(module)
@@ -225,8 +255,9 @@ def _refresh(module: nn.Module) -> None:
         module.refresh()
 
 
-def _layers(model: nn.Module, adapter_name: str | None) -> Iterator[
-        tuple[str, tuple[nn.Module, Adapter]]]:
+def _layers(
+    model: nn.Module, adapter_name: str | None
+) -> Iterator[tuple[str, tuple[nn.Module, Adapter]]]:
     """Each layer whose basis is to be calibrated, by name, and its adapter, which a plain layer is
     itself."""
     for name, module in model.named_modules():
@@ -263,12 +294,14 @@ def _check_start(layers: Layers, restart: bool) -> None:
         if adapter.basis == "whitened":
             raise RuntimeError(
                 f"layer {name!r} has been trained: calibrate before training, or after a stage "
-                "(stage_m1, stage_m2), or pass restart=True, which sets the cores to zero")
+                "(stage_m1, stage_m2), or pass restart=True, which sets the cores to zero"
+            )
         if adapter.norm is not None:
             raise RuntimeError(
                 f"layer {name!r} has been trained with a gate (norm), which leaves nothing that a "
                 "later task could start from: use norm=None, or pass restart=True, which sets the "
-                "cores to zero")
+                "cores to zero"
+            )
 
 
 def _has_learned(adapter: Adapter) -> bool:
@@ -277,8 +310,12 @@ def _has_learned(adapter: Adapter) -> bool:
 
 def _listed(task: Iterable | None) -> list:
     if task is None:
-        raise fail("task", None, "some batches of the task with basis='natural', whose gradient "
-                                 "gives the directions to learn in")
+        raise fail(
+            "task",
+            None,
+            "some batches of the task with basis='natural', whose gradient "
+            "gives the directions to learn in",
+        )
     task = list(task)
     if not task:
         raise fail("task", task, "at least one batch")
@@ -288,12 +325,15 @@ def _listed(task: Iterable | None) -> list:
 def _check_finite(moments: dict[str, Moments]) -> None:
     for name, sums in moments.items():
         if not sums.finite():
-            raise ValueError(f"layer {name!r}: its inputs or gradients on general text are not "
-                             "finite; the model gives NaN there, or float16 overflows")
+            raise ValueError(
+                f"layer {name!r}: its inputs or gradients on general text are not "
+                "finite; the model gives NaN there, or float16 overflows"
+            )
 
 
-def _joined(keep: Calibration, moments: dict[str, Any], weight: float,
-            layers: Layers) -> dict[str, Any]:
+def _joined(
+    keep: Calibration, moments: dict[str, Any], weight: float, layers: Layers
+) -> dict[str, Any]:
     """The statistics of an earlier call with those measured now."""
     if not isinstance(keep, Calibration):
         raise fail("keep", type(keep).__name__, "None or what an earlier calibrate() returned")
@@ -301,11 +341,17 @@ def _joined(keep: Calibration, moments: dict[str, Any], weight: float,
         kept, new = keep.moments.get(name), moments.get(name)
         sums = [part.shape for part in kept.sums] if kept is not None else None
         if sums is None or (new is not None and sums != [part.shape for part in new.sums]):
-            raise fail("keep", f"statistics of {len(keep.moments)} layers", "of an earlier "
-                       f"calibrate() of this model, with the same basis and ranks: {name!r} "
-                       "has none in it, or others")
-    return {name: keep.moments[name].joined(moments[name], weight) if moments
-            else keep.moments[name] for name in layers}
+            raise fail(
+                "keep",
+                f"statistics of {len(keep.moments)} layers",
+                "of an earlier "
+                f"calibrate() of this model, with the same basis and ranks: {name!r} "
+                "has none in it, or others",
+            )
+    return {
+        name: keep.moments[name].joined(moments[name], weight) if moments else keep.moments[name]
+        for name in layers
+    }
 
 
 def _in_one_unit(found: dict[str, tuple]) -> tuple[dict[str, tuple], float]:
@@ -313,12 +359,15 @@ def _in_one_unit(found: dict[str, tuple]) -> tuple[dict[str, tuple], float]:
     length costs the same in each; and so large that a core changes W by about as much as one
     between orthonormal bases does, which leaves learning rates what they are."""
     unit = math.exp(sum(math.log(size) for *_, size in found.values()) / len(found))
-    return {name: (unit**0.5 * left, unit**0.5 * right, unit)
-            for name, (left, right, _) in found.items()}, unit
+    return {
+        name: (unit**0.5 * left, unit**0.5 * right, unit)
+        for name, (left, right, _) in found.items()
+    }, unit
 
 
-def _too_few(layers: Layers, moments: dict[str, Moments], seen: dict[str, int],
-             too_few: str) -> list[str]:
+def _too_few(
+    layers: Layers, moments: dict[str, Moments], seen: dict[str, int], too_few: str
+) -> list[str]:
     """The layers that general text says too little of."""
     found = []
     for name, (_, adapter) in layers.items():
@@ -329,7 +378,8 @@ def _too_few(layers: Layers, moments: dict[str, Moments], seen: dict[str, int],
             raise ValueError(
                 f"layer {name!r} saw {count} tokens of general text, fewer than its "
                 f"rank {adapter.r}, or they do not reach the predictions: bring more text, or pass "
-                "too_few='orthonormal'")
+                "too_few='orthonormal'"
+            )
         found.append(name)
     if len(found) == len(layers):
         raise ValueError("no layer saw enough general text: bring more")
@@ -340,8 +390,10 @@ def _unreached(found: dict[str, Any], too_few: str) -> list[str]:
     """The layers that the task never reaches."""
     names = [name for name, sides in found.items() if sides is None]
     if names and too_few == "error":
-        raise ValueError(f"the task's batches do not reach layer {names[0]!r}: bring others, or "
-                         "pass too_few='orthonormal'")
+        raise ValueError(
+            f"the task's batches do not reach layer {names[0]!r}: bring others, or "
+            "pass too_few='orthonormal'"
+        )
     if names and len(names) == len(found):
         raise ValueError("the task's batches reach no layer")
     return names

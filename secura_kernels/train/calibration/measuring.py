@@ -51,8 +51,16 @@ class _Probe(torch.autograd.Function):
         return g, None, None, None, None
 
 
-def measure(model: nn.Module, layers: Layers, collectors: dict[str, Collector],
-            batches: Iterable, loss: Loss, name: str, progress: bool, labels: bool = False) -> None:
+def measure(
+    model: nn.Module,
+    layers: Layers,
+    collectors: dict[str, Collector],
+    batches: Iterable,
+    loss: Loss,
+    name: str,
+    progress: bool,
+    labels: bool = False,
+) -> None:
     """Runs all batches; adds what the collectors sum up over all ranks.
 
     Args:
@@ -81,8 +89,10 @@ def measure(model: nn.Module, layers: Layers, collectors: dict[str, Collector],
         def hook(_, args, kwargs, y):
             x = args[0] if args else next(iter(kwargs.values()))
             if (y.shape[-1], x.shape[-1]) != (adapter.out_features, adapter.in_features):
-                raise RuntimeError(f"layer {layer_name!r} is sharded by tensor parallelism, which "
-                                   "calibrate() does not know: calibrate one whole model")
+                raise RuntimeError(
+                    f"layer {layer_name!r} is sharded by tensor parallelism, which "
+                    "calibrate() does not know: calibrate one whole model"
+                )
             with torch.autocast(device.type, enabled=False):
                 kept = collector.keep(x.detach())
             return _Probe.apply(y, *kept, anchor, add)
@@ -94,8 +104,15 @@ def measure(model: nn.Module, layers: Layers, collectors: dict[str, Collector],
         for layer_name in layers:
             stack.callback(probe(layer_name).remove)
         stack.enter_context(torch.enable_grad())
-        for i, batch in enumerate(tqdm(batches, desc=f"calibrate: {name}", unit="batch",
-                                       disable=not progress, file=sys.stderr)):
+        for i, batch in enumerate(
+            tqdm(
+                batches,
+                desc=f"calibrate: {name}",
+                unit="batch",
+                disable=not progress,
+                file=sys.stderr,
+            )
+        ):
             inputs = _inputs(batch, device, f"{name}[{i}]", labels)
             found = inputs.get("attention_mask")
             mask[0] = None if found is None or found.ndim != 2 else found.bool()
@@ -129,8 +146,11 @@ def _inputs(batch: object, device: torch.device, argument: str, labels: bool) ->
         batch = {"": batch}
     if not isinstance(batch, dict) and not hasattr(batch, "keys"):
         raise fail(argument, type(batch).__name__, "a dict or a tensor")
-    return {k: batch[k].to(device) if isinstance(batch[k], Tensor) else batch[k]
-            for k in batch if labels or k != "labels"}
+    return {
+        k: batch[k].to(device) if isinstance(batch[k], Tensor) else batch[k]
+        for k in batch
+        if labels or k != "labels"
+    }
 
 
 def own_loss(model: nn.Module, seed: int, device: torch.device) -> Loss:
@@ -167,6 +187,7 @@ def _logits(model: nn.Module, inputs: Batch) -> Tensor:
 
 def task_loss(model: nn.Module, given: Callable[[nn.Module, Batch], Tensor] | None) -> Loss:
     """The task's own loss: what ``given`` says of the model and a batch, or the model's."""
+
     def loss(inputs: Batch, mask: Tensor | None) -> Tensor:
         if given is None and "labels" not in inputs:
             raise fail("task", sorted(inputs), "batches with labels, or loss=... beside them")

@@ -52,8 +52,9 @@ class Moment:
 
     def inverse_root(self, damping: float) -> "InverseRoot":
         """A with A A^T = (moment + lambda I)^-1; lambda is ``damping`` of the mean diagonal."""
-        diagonal, product, test = (part.double() for part in (self.diagonal, self.product,
-                                                              self.test))
+        diagonal, product, test = (
+            part.double() for part in (self.diagonal, self.product, self.test)
+        )
         diagonal, product = diagonal / self.tokens, product / self.tokens
         values, vectors = torch.linalg.eigh((test.T @ product + product.T @ test) / 2)
         known = values > NOISE * values.amax() if len(values) else values > 0
@@ -65,8 +66,9 @@ class Moment:
         values, vectors = torch.linalg.eigh(low_rank.T @ low_rank)
         known = values > torch.finfo(values.dtype).eps * len(scale)
         values, vectors = values[known], vectors[:, known]
-        return InverseRoot(scale, (low_rank @ (vectors * values.rsqrt())).float(),
-                           (1 + values).rsqrt() - 1)
+        return InverseRoot(
+            scale, (low_rank @ (vectors * values.rsqrt())).float(), (1 + values).rsqrt() - 1
+        )
 
 
 @dataclass(frozen=True)

@@ -22,13 +22,16 @@ OVERSAMPLING = 32  # directions more than r that the range finder takes
 class Moments:
     """Sigma = E[x x^T] and Gamma = E[g g^T] of one layer."""
 
-    def __init__(self, adapter: Adapter, rank: int, seed: int,
-                 tests: dict[tuple[int, int], Tensor]) -> None:
+    def __init__(
+        self, adapter: Adapter, rank: int, seed: int, tests: dict[tuple[int, int], Tensor]
+    ) -> None:
         """tests: of all layers, which share those of a size."""
+
         def moment(size: int, side: int) -> Moment:
             if (size, side) not in tests:
-                tests[size, side] = random_test_matrix(size, rank, adapter.cols.device,
-                                                       2 * seed + side)
+                tests[size, side] = random_test_matrix(
+                    size, rank, adapter.cols.device, 2 * seed + side
+                )
             return Moment(tests[size, side])
 
         self.x, self.g = moment(adapter.in_features, 0), moment(adapter.out_features, 1)
@@ -100,8 +103,13 @@ Sides = tuple[Tensor, Tensor, float]
 Run = Callable[[dict[str, object]], None]
 
 
-def natural_sides(layers: dict[str, tuple[nn.Module, Adapter]], moments: dict[str, Moments],
-                  damping: float, run: Run, seed: int) -> dict[str, Sides | None]:
+def natural_sides(
+    layers: dict[str, tuple[nn.Module, Adapter]],
+    moments: dict[str, Moments],
+    damping: float,
+    run: Run,
+    seed: int,
+) -> dict[str, Sides | None]:
     """C (N, r), R (r, K) of each layer, float64, and what to multiply their product with so that a
     core changes W by as much as between orthonormal bases. None for a layer that the task does not
     reach. ValueError where the task's gradients are not finite.
@@ -109,8 +117,10 @@ def natural_sides(layers: dict[str, tuple[nn.Module, Adapter]], moments: dict[st
     Args:
         run: a pass of the task's batches, which fills the collectors that it is given.
     """
-    roots = {name: tuple(m.inverse_root(damping) for m in (moments[name].x, moments[name].g))
-             for name in layers}
+    roots = {
+        name: tuple(m.inverse_root(damping) for m in (moments[name].x, moments[name].g))
+        for name in layers
+    }
     times = {}
     for name, (_, adapter) in layers.items():
         q = min(adapter.r + OVERSAMPLING, adapter.in_features, adapter.out_features)
@@ -118,14 +128,19 @@ def natural_sides(layers: dict[str, tuple[nn.Module, Adapter]], moments: dict[st
         times[name] = GradientTimes(roots[name][0] @ wide, adapter.out_features)
     run(times)
     _check_finite(times)
-    tall = {name: torch.linalg.qr(roots[name][1].transposed(times[name].product)).Q
-            for name in layers}
-    found = {name: TimesGradient(roots[name][1] @ tall[name], adapter.in_features)
-             for name, (_, adapter) in layers.items()}
+    tall = {
+        name: torch.linalg.qr(roots[name][1].transposed(times[name].product)).Q for name in layers
+    }
+    found = {
+        name: TimesGradient(roots[name][1] @ tall[name], adapter.in_features)
+        for name, (_, adapter) in layers.items()
+    }
     run(found)
     _check_finite(found)
-    return {name: _sides(adapter.r, *roots[name], tall[name], found[name].product)
-            for name, (_, adapter) in layers.items()}
+    return {
+        name: _sides(adapter.r, *roots[name], tall[name], found[name].product)
+        for name, (_, adapter) in layers.items()
+    }
 
 
 def sides_without_metric(module: nn.Module, adapter: Adapter) -> tuple[Tensor, Tensor]:
@@ -138,12 +153,14 @@ def sides_without_metric(module: nn.Module, adapter: Adapter) -> tuple[Tensor, T
 def _check_finite(products: dict[str, GradientTimes | TimesGradient]) -> None:
     for name, each in products.items():
         if not each.product.isfinite().all():
-            raise ValueError(f"layer {name!r}: its inputs or gradients on the task's batches are "
-                             "not finite")
+            raise ValueError(
+                f"layer {name!r}: its inputs or gradients on the task's batches are not finite"
+            )
 
 
-def _sides(r: int, root_x: InverseRoot, root_g: InverseRoot, tall: Tensor,
-           product: Tensor) -> Sides | None:
+def _sides(
+    r: int, root_x: InverseRoot, root_g: InverseRoot, tall: Tensor, product: Tensor
+) -> Sides | None:
     """Of Q = ``tall`` (N, q), orthonormal, and ``product`` (q, K) = (A_g Q)^T G."""
     if not product.any():
         return None

@@ -14,8 +14,10 @@ class Energies:
 
     def __init__(self, module: nn.Module, adapter: Adapter) -> None:
         self.module = module
-        self.rows, self.cols = (torch.zeros(size, dtype=torch.float64, device=adapter.cols.device)
-                                for size in (adapter.out_features, adapter.in_features))
+        self.rows, self.cols = (
+            torch.zeros(size, dtype=torch.float64, device=adapter.cols.device)
+            for size in (adapter.out_features, adapter.in_features)
+        )
 
     @property
     def sums(self) -> list[Tensor]:
@@ -34,12 +36,17 @@ class Energies:
         out = []
         for what, energies in (("columns", self.cols), ("rows", self.rows)):
             if not energies.isfinite().all():
-                raise ValueError(f"layer {name!r}: its inputs or gradients on general text are not "
-                                 "finite")
+                raise ValueError(
+                    f"layer {name!r}: its inputs or gradients on general text are not finite"
+                )
             answering = int((energies > 0).sum())
             if answering < r:
-                raise fail("selection", "quiet", f"None for layer {name!r}: {answering} {what} "
-                                                 f"answer general text at all, and r is {r}")
+                raise fail(
+                    "selection",
+                    "quiet",
+                    f"None for layer {name!r}: {answering} {what} "
+                    f"answer general text at all, and r is {r}",
+                )
             energies = torch.where(energies > 0, energies, torch.inf)
             out.append(energies.argsort(stable=True)[:r])
         return tuple(out)

@@ -11,8 +11,9 @@ from ...nn.adapter import Adapter
 class Moments:
     """Sums of t^T t and v^T v (r, r), float64, over tokens."""
 
-    def __init__(self, module: nn.Module, adapter: Adapter,
-                 chosen: tuple[Tensor, Tensor] | None = None) -> None:
+    def __init__(
+        self, module: nn.Module, adapter: Adapter, chosen: tuple[Tensor, Tensor] | None = None
+    ) -> None:
         """chosen: cols and rows, in the place of the adapter's own."""
         self.module, self.adapter, self.chosen = module, adapter, chosen
         shape = dict(dtype=torch.float64, device=adapter.cols.device)
@@ -71,5 +72,7 @@ class Moments:
 
 
 def sides(module: nn.Module, adapter: Adapter) -> tuple[Tensor, Tensor]:
-    return tuple(side.detach() for side in adapter.C_and_R(
-        None if adapter.C is not None else module.base_matrix()))
+    return tuple(
+        side.detach()
+        for side in adapter.C_and_R(None if adapter.C is not None else module.base_matrix())
+    )

@@ -1,7 +1,7 @@
 """*core gradient*: what follows from v = dd C, which *gate backward* leaves in parts.
 
-    d_core = alpha v^T t (r, r) in float32, split over M and added in a fixed order
-    dT = alpha v core    added to columns I of G' (identity 3), or stored where R is stored
+d_core = alpha v^T t (r, r) in float32, split over M and added in a fixed order
+dT = alpha v core    added to columns I of G' (identity 3), or stored where R is stored
 """
 
 import torch
@@ -24,8 +24,7 @@ def _whole(v_ptr, stride_vp, parts, offsets, mask):
     """Elements of v, the sum of its parts, in float32."""
     v = tl.load(v_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
     for part in tl.range(1, parts, loop_unroll_factor=4):  # several loads wait at a time
-        v += tl.load(_at_row(v_ptr, part, stride_vp) + offsets, mask=mask,
-                     other=0.0).to(tl.float32)
+        v += tl.load(_at_row(v_ptr, part, stride_vp) + offsets, mask=mask, other=0.0).to(tl.float32)
     return v
 
 
@@ -52,16 +51,40 @@ def _add_to_columns(dt, j, at, turn, turns, m, M, N, R, g_ptr):
 
 @triton.jit
 def _core_tile(core_ptr, stride_cj, stride_ck, j, k, R):
-    return tl.load(core_ptr + j[None, :] * stride_cj + k[:, None] * stride_ck,
-                   mask=(j < R)[None, :] & (k < R)[:, None], other=0.0).to(tl.float32)
+    return tl.load(
+        core_ptr + j[None, :] * stride_cj + k[:, None] * stride_ck,
+        mask=(j < R)[None, :] & (k < R)[:, None],
+        other=0.0,
+    ).to(tl.float32)
 
 
 @triton.jit(do_not_specialize=["M", "parts"])
 def _core_gradient_kernel(
-    v_ptr, t_ptr, out_ptr, core_ptr, rows_ptr, g_ptr, q_ptr, M, N, R, parts, rows_per_program,
-    stride_vp, stride_vm, stride_tm, stride_cj, stride_ck, stride_qm, alpha,
-    CORE: tl.constexpr, SPREAD: tl.constexpr, ONE_BLOCK: tl.constexpr, BLOCK_M: tl.constexpr,
-    BLOCK_R: tl.constexpr, WIDE: tl.constexpr,
+    v_ptr,
+    t_ptr,
+    out_ptr,
+    core_ptr,
+    rows_ptr,
+    g_ptr,
+    q_ptr,
+    M,
+    N,
+    R,
+    parts,
+    rows_per_program,
+    stride_vp,
+    stride_vm,
+    stride_tm,
+    stride_cj,
+    stride_ck,
+    stride_qm,
+    alpha,
+    CORE: tl.constexpr,
+    SPREAD: tl.constexpr,
+    ONE_BLOCK: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    WIDE: tl.constexpr,
 ):
     # A block of rows has a program for each block of d_core, and one for dT. Where d_core is a
     # single block, one program makes both of v as it is read once.
@@ -100,25 +123,41 @@ def _core_gradient_kernel(
                 if g_ptr is not None:
                     _add_to_columns(dt, k, at, turn, turns, m, M, N, R, g_ptr)
                 else:
-                    tl.store(q_ptr + m[:, None] * stride_qm + k[None, :],
-                             dt.to(q_ptr.dtype.element_ty),
-                             mask=(m < M)[:, None] & (k < stride_qm)[None, :])
+                    tl.store(
+                        q_ptr + m[:, None] * stride_qm + k[None, :],
+                        dt.to(q_ptr.dtype.element_ty),
+                        mask=(m < M)[:, None] & (k < stride_qm)[None, :],
+                    )
         if CORE:
-            tl.store(out_ptr + k[:, None] * R + k[None, :], alpha * acc,
-                     mask=(k < R)[:, None] & (k < R)[None, :])
+            tl.store(
+                out_ptr + k[:, None] * R + k[None, :],
+                alpha * acc,
+                mask=(k < R)[:, None] & (k < R)[None, :],
+            )
     elif CORE and task < blocks * blocks:
         i = (task // blocks) * BLOCK_R + k
         j = (task % blocks) * BLOCK_R + k
         acc = tl.zeros((BLOCK_R, BLOCK_R), tl.float32)
         for first in tl.range(0, rows_per_program, BLOCK_M, num_stages=1):
             m = first + tl.arange(0, BLOCK_M)
-            v = _whole(v_ptr, stride_vp, parts, m[:, None] * stride_vm + i[None, :],
-                       (m < M)[:, None] & (i < R)[None, :])
-            t = tl.load(t_ptr + m[:, None] * stride_tm + j[None, :],
-                        mask=(m < M)[:, None] & (j < R)[None, :], other=0.0)
+            v = _whole(
+                v_ptr,
+                stride_vp,
+                parts,
+                m[:, None] * stride_vm + i[None, :],
+                (m < M)[:, None] & (i < R)[None, :],
+            )
+            t = tl.load(
+                t_ptr + m[:, None] * stride_tm + j[None, :],
+                mask=(m < M)[:, None] & (j < R)[None, :],
+                other=0.0,
+            )
             acc = tl.dot(tl.trans(v), t.to(tl.float32), acc, input_precision=WIDE)
-        tl.store(out_ptr + i[:, None] * R + j[None, :], alpha * acc,
-                 mask=(i < R)[:, None] & (j < R)[None, :])
+        tl.store(
+            out_ptr + i[:, None] * R + j[None, :],
+            alpha * acc,
+            mask=(i < R)[:, None] & (j < R)[None, :],
+        )
     elif SPREAD:
         for first in tl.range(0, rows_per_program, BLOCK_M, num_stages=1):
             m = first + tl.arange(0, BLOCK_M)
@@ -126,17 +165,24 @@ def _core_gradient_kernel(
                 j = j0 + k
                 dt = tl.zeros((BLOCK_M, BLOCK_R), tl.float32)
                 for k0 in tl.range(0, R, BLOCK_R, num_stages=1):
-                    v = _whole(v_ptr, stride_vp, parts, m[:, None] * stride_vm + (k0 + k)[None, :],
-                               (m < M)[:, None] & (k0 + k < R)[None, :])
+                    v = _whole(
+                        v_ptr,
+                        stride_vp,
+                        parts,
+                        m[:, None] * stride_vm + (k0 + k)[None, :],
+                        (m < M)[:, None] & (k0 + k < R)[None, :],
+                    )
                     core = _core_tile(core_ptr, stride_cj, stride_ck, j, k0 + k, R)
                     dt = tl.dot(v, core, dt, input_precision=WIDE)
                 if g_ptr is not None:
                     at, turn, turns = _turns(rows_ptr, j, R)
                     _add_to_columns(alpha * dt, j, at, turn, turns, m, M, N, R, g_ptr)
                 else:
-                    tl.store(q_ptr + m[:, None] * stride_qm + j[None, :],
-                             (alpha * dt).to(q_ptr.dtype.element_ty),
-                             mask=(m < M)[:, None] & (j < stride_qm)[None, :])
+                    tl.store(
+                        q_ptr + m[:, None] * stride_qm + j[None, :],
+                        (alpha * dt).to(q_ptr.dtype.element_ty),
+                        mask=(m < M)[:, None] & (j < stride_qm)[None, :],
+                    )
 
 
 def programs_over_rows(M: int) -> int:
@@ -147,9 +193,17 @@ def _rows_per_program(M: int) -> int:
     return max(FEWEST_ROWS, cdiv(cdiv(M, MOST_PARTS), FEWEST_ROWS) * FEWEST_ROWS)
 
 
-def core_gradient(v: Tensor, t: Tensor | None, core: Tensor, alpha: float, layer: Tensor, *,
-                  g: Tensor | None = None, rows: Tensor | None = None,
-                  q: Tensor | None = None) -> Tensor | None:
+def core_gradient(
+    v: Tensor,
+    t: Tensor | None,
+    core: Tensor,
+    alpha: float,
+    layer: Tensor,
+    *,
+    g: Tensor | None = None,
+    rows: Tensor | None = None,
+    q: Tensor | None = None,
+) -> Tensor | None:
     """alpha v^T t (r, r) in core's dtype; None where ``t`` is.
 
     Args:
@@ -159,25 +213,60 @@ def core_gradient(v: Tensor, t: Tensor | None, core: Tensor, alpha: float, layer
             dT. At most one of them.
     """
     v = v if v.dim() == 3 else v[None]
-    out = None if t is None else core.new_empty(
-        programs_over_rows(v.shape[1]), *core.shape, dtype=torch.float32)
+    out = (
+        None
+        if t is None
+        else core.new_empty(programs_over_rows(v.shape[1]), *core.shape, dtype=torch.float32)
+    )
     _launch_core_gradient(v, t, core, out, g, rows, q, alpha, layer.dtype)
     return None if out is None else out.sum(0).to(core.dtype)
 
 
 @launched(_core_gradient_kernel)
-def _launch_core_gradient(v: Tensor, t: Tensor | None, core: Tensor, out: Tensor | None,
-                          g: Tensor | None, rows: Tensor | None, q: Tensor | None, alpha: float,
-                          dtype: torch.dtype) -> Launch:
+def _launch_core_gradient(
+    v: Tensor,
+    t: Tensor | None,
+    core: Tensor,
+    out: Tensor | None,
+    g: Tensor | None,
+    rows: Tensor | None,
+    q: Tensor | None,
+    alpha: float,
+    dtype: torch.dtype,
+) -> Launch:
     (parts, M, r), block = v.shape, min(rank_block(v.shape[2]), 64)
     tile = tile_for("core_gradient", v, M, r, r, dtype=dtype)
     programs, spread, one_block = programs_over_rows(M), g is not None or q is not None, r <= block
-    tasks = 1 if one_block else cdiv(r, block)**2 * (t is not None) + spread
+    tasks = 1 if one_block else cdiv(r, block) ** 2 * (t is not None) + spread
     stride_cj, stride_ck = strides(core.T)
-    return Launch(programs * tasks, tile, dict(
-        v_ptr=v, t_ptr=t, out_ptr=out, core_ptr=core, rows_ptr=rows, g_ptr=g, q_ptr=q, M=M,
-        N=0 if g is None else g.shape[1], R=r, parts=parts,
-        rows_per_program=_rows_per_program(M), stride_vp=v.stride(0), stride_vm=v.stride(1),
-        stride_tm=0 if t is None else t.stride(0), stride_cj=stride_cj, stride_ck=stride_ck,
-        stride_qm=padded_rank(r), alpha=alpha, CORE=t is not None, SPREAD=spread,
-        ONE_BLOCK=one_block, BLOCK_M=tile.m, BLOCK_R=block, WIDE=wide_precision(dtype)))
+    return Launch(
+        programs * tasks,
+        tile,
+        dict(
+            v_ptr=v,
+            t_ptr=t,
+            out_ptr=out,
+            core_ptr=core,
+            rows_ptr=rows,
+            g_ptr=g,
+            q_ptr=q,
+            M=M,
+            N=0 if g is None else g.shape[1],
+            R=r,
+            parts=parts,
+            rows_per_program=_rows_per_program(M),
+            stride_vp=v.stride(0),
+            stride_vm=v.stride(1),
+            stride_tm=0 if t is None else t.stride(0),
+            stride_cj=stride_cj,
+            stride_ck=stride_ck,
+            stride_qm=padded_rank(r),
+            alpha=alpha,
+            CORE=t is not None,
+            SPREAD=spread,
+            ONE_BLOCK=one_block,
+            BLOCK_M=tile.m,
+            BLOCK_R=block,
+            WIDE=wide_precision(dtype),
+        ),
+    )

@@ -21,12 +21,40 @@ MOST_TOKENS = 64
 
 @triton.jit(do_not_specialize=["M"])
 def _decode_kernel(
-    x_ptr, w_ptr, p_ptr, factor_ptr, index_ptr, bias_ptr, adapter_bias_ptr, decay_ptr, largest_ptr,
-    y_ptr, M, N, K, FR,
-    stride_xm, stride_xk, stride_wn, stride_wk, stride_pn, stride_fl, stride_fr,
-    slope, offset, eps, beta, top, code_steps,
-    RANK: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr, PRECISION: tl.constexpr, WIDE: tl.constexpr,
+    x_ptr,
+    w_ptr,
+    p_ptr,
+    factor_ptr,
+    index_ptr,
+    bias_ptr,
+    adapter_bias_ptr,
+    decay_ptr,
+    largest_ptr,
+    y_ptr,
+    M,
+    N,
+    K,
+    FR,
+    stride_xm,
+    stride_xk,
+    stride_wn,
+    stride_wk,
+    stride_pn,
+    stride_fl,
+    stride_fr,
+    slope,
+    offset,
+    eps,
+    beta,
+    top,
+    code_steps,
+    RANK: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    PRECISION: tl.constexpr,
+    WIDE: tl.constexpr,
 ):
     m, n, k = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_K)
     n0 = tl.program_id(0) * BLOCK_N
@@ -38,8 +66,24 @@ def _decode_kernel(
         x = tl.load(x_tile, mask=(m < M)[:, None] & (k0 + k < K)[None, :], other=0.0)
         x_tile += BLOCK_K * stride_xk
         b = _weight_tile(w_ptr, stride_wn, stride_wk, n0, n, N, k0, k, K)
-        d = _delta_weight_tile(p_ptr, stride_pn, factor_ptr, index_ptr, stride_fl, stride_fr, n0, n,
-                               N, k0, k, K, FR, RANK, BLOCK_R, WIDE)
+        d = _delta_weight_tile(
+            p_ptr,
+            stride_pn,
+            factor_ptr,
+            index_ptr,
+            stride_fl,
+            stride_fr,
+            n0,
+            n,
+            N,
+            k0,
+            k,
+            K,
+            FR,
+            RANK,
+            BLOCK_R,
+            WIDE,
+        )
         s = _gate(b, d, slope, offset, eps, beta)[1]
         effective = _apply_gate(b, d, s, beta, c).to(x.dtype)  # [BLOCK_N, BLOCK_K]
         acc = tl.dot(x, tl.trans(effective), acc, input_precision=PRECISION)
@@ -48,9 +92,19 @@ def _decode_kernel(
     _store(acc, m, M, n, N, y_ptr)
 
 
-def decode(x: Tensor, weight: Tensor, P: Tensor, factor: Factor, r: int, gate: GateNumbers,
-           largest: Tensor | None, *, bias: Tensor | None, adapter_bias: Tensor | None,
-           decay: Tensor | None) -> Tensor:
+def decode(
+    x: Tensor,
+    weight: Tensor,
+    P: Tensor,
+    factor: Factor,
+    r: int,
+    gate: GateNumbers,
+    largest: Tensor | None,
+    *,
+    bias: Tensor | None,
+    adapter_bias: Tensor | None,
+    decay: Tensor | None,
+) -> Tensor:
     """y (M, N) of x (M, K), M <= MOST_TOKENS; other arguments as in ``effective_weight``."""
     y = x.new_empty(x.shape[0], weight.shape[0])
     _launch_decode(x, weight, P, factor, bias, adapter_bias, decay, largest, y, r, gate)
@@ -59,17 +113,48 @@ def decode(x: Tensor, weight: Tensor, P: Tensor, factor: Factor, r: int, gate: G
 
 @launched(_decode_kernel)
 def _launch_decode(
-    x: Tensor, weight: Tensor, P: Tensor, factor: Factor, bias: Tensor | None,
-    adapter_bias: Tensor | None, decay: Tensor | None, largest: Tensor | None, y: Tensor, r: int,
+    x: Tensor,
+    weight: Tensor,
+    P: Tensor,
+    factor: Factor,
+    bias: Tensor | None,
+    adapter_bias: Tensor | None,
+    decay: Tensor | None,
+    largest: Tensor | None,
+    y: Tensor,
+    r: int,
     gate: GateNumbers,
 ) -> Launch:
     (M, K), N, rank = x.shape, weight.shape[0], rank_block(r)
     tile = tile_for("decode", x, N, K, r)
-    return Launch(cdiv(N, tile.m) if M else 0, tile, dict(
-        x_ptr=x, w_ptr=weight, p_ptr=P, **factor.arguments(), bias_ptr=bias,
-        adapter_bias_ptr=adapter_bias, decay_ptr=decay, largest_ptr=largest, y_ptr=y, M=M, N=N,
-        K=K, stride_xm=x.stride(0), stride_xk=x.stride(1), stride_wn=weight.stride(0),
-        stride_wk=weight.stride(1), stride_pn=P.stride(0), **gate.arguments(), RANK=rank,
-        BLOCK_R=min(rank, WIDE_STEP), BLOCK_M=max(16, triton.next_power_of_2(M)),
-        BLOCK_N=tile.m, BLOCK_K=tile.k, PRECISION=dot_precision(x.dtype),
-        WIDE=wide_precision(x.dtype)))
+    return Launch(
+        cdiv(N, tile.m) if M else 0,
+        tile,
+        dict(
+            x_ptr=x,
+            w_ptr=weight,
+            p_ptr=P,
+            **factor.arguments(),
+            bias_ptr=bias,
+            adapter_bias_ptr=adapter_bias,
+            decay_ptr=decay,
+            largest_ptr=largest,
+            y_ptr=y,
+            M=M,
+            N=N,
+            K=K,
+            stride_xm=x.stride(0),
+            stride_xk=x.stride(1),
+            stride_wn=weight.stride(0),
+            stride_wk=weight.stride(1),
+            stride_pn=P.stride(0),
+            **gate.arguments(),
+            RANK=rank,
+            BLOCK_R=min(rank, WIDE_STEP),
+            BLOCK_M=max(16, triton.next_power_of_2(M)),
+            BLOCK_N=tile.m,
+            BLOCK_K=tile.k,
+            PRECISION=dot_precision(x.dtype),
+            WIDE=wide_precision(x.dtype),
+        ),
+    )

@@ -21,20 +21,42 @@ from .tile_ops import _at_row, _divided_by_largest, _gate_and_store, _raise_larg
 def _weight_tile(w_ptr, stride_wn, stride_wk, n0, n, N, k0, k, K):
     """W at rows ``n0 + n``, columns ``k0 + k`` in float32."""
     w_ptr += tl.cast(n0, tl.int64) * stride_wn + tl.cast(k0, tl.int64) * stride_wk
-    return tl.load(w_ptr + (n * stride_wn)[:, None] + (k * stride_wk)[None, :],
-                   mask=(n0 + n < N)[:, None] & (k0 + k < K)[None, :], other=0.0).to(tl.float32)
+    return tl.load(
+        w_ptr + (n * stride_wn)[:, None] + (k * stride_wk)[None, :],
+        mask=(n0 + n < N)[:, None] & (k0 + k < K)[None, :],
+        other=0.0,
+    ).to(tl.float32)
 
 
 @triton.jit
-def _delta_weight_tile(p_ptr, stride_pn, factor_ptr, index_ptr, stride_fl, stride_fr, n0, n, N,
-                       k0, k, K, FR, RANK: tl.constexpr, BLOCK_R: tl.constexpr, WIDE: tl.constexpr):
+def _delta_weight_tile(
+    p_ptr,
+    stride_pn,
+    factor_ptr,
+    index_ptr,
+    stride_fl,
+    stride_fr,
+    n0,
+    n,
+    N,
+    k0,
+    k,
+    K,
+    FR,
+    RANK: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    WIDE: tl.constexpr,
+):
     """delta_W = P R at rows ``n0 + n``, columns ``k0 + k``: [BLOCK_N, BLOCK_K] float32."""
     p_ptr = _at_row(p_ptr, n0, stride_pn)
     delta = tl.zeros((n.shape[0], k.shape[0]), tl.float32)
     for r0 in tl.range(0, RANK, BLOCK_R, num_stages=1):
         r = r0 + tl.arange(0, BLOCK_R)
-        p = tl.load(p_ptr + n[:, None] * stride_pn + r[None, :],
-                    mask=(n0 + n < N)[:, None] & (r < stride_pn)[None, :], other=0.0)
+        p = tl.load(
+            p_ptr + n[:, None] * stride_pn + r[None, :],
+            mask=(n0 + n < N)[:, None] & (r < stride_pn)[None, :],
+            other=0.0,
+        )
         factor = _factor_tile(factor_ptr, index_ptr, stride_fl, stride_fr, k0, k, K, r, FR)
         factor = factor.to(tl.float32)
         delta = tl.dot(p, tl.trans(factor), delta, input_precision=WIDE)
@@ -43,32 +65,98 @@ def _delta_weight_tile(p_ptr, stride_pn, factor_ptr, index_ptr, stride_fl, strid
 
 @triton.jit
 def _effective_weight_kernel(
-    w_ptr, p_ptr, factor_ptr, index_ptr, decay_ptr, out_ptr, moved_ptr, largest_ptr, N, K, FR,
-    stride_wn, stride_wk, stride_pn, stride_fl, stride_fr,
-    slope, offset, eps, beta, top, code_steps, edge,
-    FIND_LARGEST: tl.constexpr, RANK: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr, WIDE: tl.constexpr,
+    w_ptr,
+    p_ptr,
+    factor_ptr,
+    index_ptr,
+    decay_ptr,
+    out_ptr,
+    moved_ptr,
+    largest_ptr,
+    N,
+    K,
+    FR,
+    stride_wn,
+    stride_wk,
+    stride_pn,
+    stride_fl,
+    stride_fr,
+    slope,
+    offset,
+    eps,
+    beta,
+    top,
+    code_steps,
+    edge,
+    FIND_LARGEST: tl.constexpr,
+    RANK: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    WIDE: tl.constexpr,
 ):
     columns = tl.cdiv(K, BLOCK_K)
     n0, k0 = (tl.program_id(0) // columns) * BLOCK_N, (tl.program_id(0) % columns) * BLOCK_K
     n, k = tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_K)
     b = _weight_tile(w_ptr, stride_wn, stride_wk, n0, n, N, k0, k, K)
-    d = _delta_weight_tile(p_ptr, stride_pn, factor_ptr, index_ptr, stride_fl, stride_fr, n0, n, N,
-                           k0, k, K, FR, RANK, BLOCK_R, WIDE)
+    d = _delta_weight_tile(
+        p_ptr,
+        stride_pn,
+        factor_ptr,
+        index_ptr,
+        stride_fl,
+        stride_fr,
+        n0,
+        n,
+        N,
+        k0,
+        k,
+        K,
+        FR,
+        RANK,
+        BLOCK_R,
+        WIDE,
+    )
     k += k0
     if FIND_LARGEST:
         _raise_largest(_relative_magnitude(b, d, eps), n, N - n0, k, K, largest_ptr)
     else:
         slope = _divided_by_largest(slope, largest_ptr)
-        _gate_and_store(b, d, _vector(decay_ptr, n0 + n, N, 1.0)[:, None], n, N - n0, k, K,
-                _at_row(out_ptr, n0, K), None, moved_ptr, slope, offset, eps, beta, top, code_steps,
-                edge, False)
+        _gate_and_store(
+            b,
+            d,
+            _vector(decay_ptr, n0 + n, N, 1.0)[:, None],
+            n,
+            N - n0,
+            k,
+            K,
+            _at_row(out_ptr, n0, K),
+            None,
+            moved_ptr,
+            slope,
+            offset,
+            eps,
+            beta,
+            top,
+            code_steps,
+            edge,
+            False,
+        )
 
 
-def effective_weight(weight: Tensor, P: Tensor, factor: Factor, r: int, gate: GateNumbers,
-                     largest: Tensor | None, *, decay: Tensor | None = None,
-                     moved: Tensor | None = None, edge: float = 0.0,
-                     find_largest: bool = False) -> Tensor | None:
+def effective_weight(
+    weight: Tensor,
+    P: Tensor,
+    factor: Factor,
+    r: int,
+    gate: GateNumbers,
+    largest: Tensor | None,
+    *,
+    decay: Tensor | None = None,
+    moved: Tensor | None = None,
+    edge: float = 0.0,
+    find_largest: bool = False,
+) -> Tensor | None:
     """W_eff (N, K), contiguous, in W's dtype; ``find_largest`` only raises ``largest``.
 
     Args:
@@ -84,14 +172,42 @@ def effective_weight(weight: Tensor, P: Tensor, factor: Factor, r: int, gate: Ga
 
 @launched(_effective_weight_kernel)
 def _launch_effective_weight(
-    weight: Tensor, P: Tensor, factor: Factor, decay: Tensor | None, out: Tensor | None,
-    moved: Tensor | None, largest: Tensor | None, r: int, gate: GateNumbers, edge: float,
+    weight: Tensor,
+    P: Tensor,
+    factor: Factor,
+    decay: Tensor | None,
+    out: Tensor | None,
+    moved: Tensor | None,
+    largest: Tensor | None,
+    r: int,
+    gate: GateNumbers,
+    edge: float,
 ) -> Launch:
     (N, K), rank = weight.shape, rank_block(r)
     tile = tile_for("effective_weight", weight, N, K, r)
-    return Launch(cdiv(N, tile.m) * cdiv(K, tile.n), tile, dict(
-        w_ptr=weight, p_ptr=P, **factor.arguments(), decay_ptr=decay, out_ptr=out, moved_ptr=moved,
-        largest_ptr=largest, N=N, K=K, stride_wn=weight.stride(0),
-        stride_wk=weight.stride(1), stride_pn=P.stride(0), **gate.arguments(), edge=edge,
-        FIND_LARGEST=out is None, RANK=rank, BLOCK_R=min(rank, WIDE_STEP), BLOCK_N=tile.m,
-        BLOCK_K=tile.n, WIDE=wide_precision(weight.dtype)))
+    return Launch(
+        cdiv(N, tile.m) * cdiv(K, tile.n),
+        tile,
+        dict(
+            w_ptr=weight,
+            p_ptr=P,
+            **factor.arguments(),
+            decay_ptr=decay,
+            out_ptr=out,
+            moved_ptr=moved,
+            largest_ptr=largest,
+            N=N,
+            K=K,
+            stride_wn=weight.stride(0),
+            stride_wk=weight.stride(1),
+            stride_pn=P.stride(0),
+            **gate.arguments(),
+            edge=edge,
+            FIND_LARGEST=out is None,
+            RANK=rank,
+            BLOCK_R=min(rank, WIDE_STEP),
+            BLOCK_N=tile.m,
+            BLOCK_K=tile.n,
+            WIDE=wide_precision(weight.dtype),
+        ),
+    )

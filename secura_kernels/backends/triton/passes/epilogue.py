@@ -26,11 +26,36 @@ from .tile_ops import (
 
 @triton.jit(do_not_specialize=["M"])
 def _epilogue_kernel(
-    y_ptr, h_ptr, factor_ptr, index_ptr, adapter_bias_ptr, decay_ptr, saved_ptr, moved_ptr,
-    largest_ptr, M, N, FR, stride_hm, stride_fl, stride_fr,
-    slope, offset, eps, beta, top, code_steps, edge,
-    GATE: tl.constexpr, SAVE_BASE: tl.constexpr, FIND_LARGEST: tl.constexpr, RANK: tl.constexpr,
-    BLOCK_R: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr,
+    y_ptr,
+    h_ptr,
+    factor_ptr,
+    index_ptr,
+    adapter_bias_ptr,
+    decay_ptr,
+    saved_ptr,
+    moved_ptr,
+    largest_ptr,
+    M,
+    N,
+    FR,
+    stride_hm,
+    stride_fl,
+    stride_fr,
+    slope,
+    offset,
+    eps,
+    beta,
+    top,
+    code_steps,
+    edge,
+    GATE: tl.constexpr,
+    SAVE_BASE: tl.constexpr,
+    FIND_LARGEST: tl.constexpr,
+    RANK: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):
     columns = tl.cdiv(N, BLOCK_N)
     # The last rows first: the product before this pass has left them in the L2.
@@ -40,30 +65,76 @@ def _epilogue_kernel(
     n = n0 + tl.arange(0, BLOCK_N)
     y_ptr = _at_row(y_ptr, m0, N)
     # Before the change, whose products then hide the wait.
-    b = tl.load(y_ptr + m[:, None] * N + n[None, :], mask=(m < M)[:, None] & (n < N)[None, :],
-                other=0.0)
+    b = tl.load(
+        y_ptr + m[:, None] * N + n[None, :], mask=(m < M)[:, None] & (n < N)[None, :], other=0.0
+    )
     if saved_ptr is not None:
         saved_ptr = _at_row(saved_ptr, m0, N)
-    d = _change(_at_row(h_ptr, m0, stride_hm), stride_hm, factor_ptr, index_ptr, stride_fl,
-                stride_fr, m, M, n0, tl.arange(0, BLOCK_N), N, FR,
-                tl.zeros((BLOCK_M, BLOCK_N), tl.float32), BLOCK_R, RANK, PRECISION)
+    d = _change(
+        _at_row(h_ptr, m0, stride_hm),
+        stride_hm,
+        factor_ptr,
+        index_ptr,
+        stride_fl,
+        stride_fr,
+        m,
+        M,
+        n0,
+        tl.arange(0, BLOCK_N),
+        N,
+        FR,
+        tl.zeros((BLOCK_M, BLOCK_N), tl.float32),
+        BLOCK_R,
+        RANK,
+        PRECISION,
+    )
     b = b.to(tl.float32)
     d += _vector(adapter_bias_ptr, n, N, 0.0)[None, :]
     if FIND_LARGEST:
         _raise_largest(_relative_magnitude(b, d, eps), m, M, n, N, largest_ptr)
     elif GATE:
         slope = _divided_by_largest(slope, largest_ptr)
-        _gate_and_store(b, d, _vector(decay_ptr, n, N, 1.0)[None, :], m, M, n, N, y_ptr, saved_ptr,
-                moved_ptr, slope, offset, eps, beta, top, code_steps, edge, SAVE_BASE)
+        _gate_and_store(
+            b,
+            d,
+            _vector(decay_ptr, n, N, 1.0)[None, :],
+            m,
+            M,
+            n,
+            N,
+            y_ptr,
+            saved_ptr,
+            moved_ptr,
+            slope,
+            offset,
+            eps,
+            beta,
+            top,
+            code_steps,
+            edge,
+            SAVE_BASE,
+        )
     else:
         _store(b + d, m, M, n, N, y_ptr)
 
 
 @launched(_epilogue_kernel)
-def epilogue(y: Tensor, h: Tensor, factor: Factor, r: int, *, adapter_bias: Tensor | None = None,
-             decay: Tensor | None = None, gate: GateNumbers | None = None,
-             largest: Tensor | None = None, saved: Tensor | None = None, save_base: bool = False,
-             moved: Tensor | None = None, edge: float = 0.0, find_largest: bool = False) -> Launch:
+def epilogue(
+    y: Tensor,
+    h: Tensor,
+    factor: Factor,
+    r: int,
+    *,
+    adapter_bias: Tensor | None = None,
+    decay: Tensor | None = None,
+    gate: GateNumbers | None = None,
+    largest: Tensor | None = None,
+    saved: Tensor | None = None,
+    save_base: bool = False,
+    moved: Tensor | None = None,
+    edge: float = 0.0,
+    find_largest: bool = False,
+) -> Launch:
     """Turns y (M, N), the base output, into the layer's; ``find_largest`` only raises ``largest``.
 
     Args:
@@ -73,9 +144,30 @@ def epilogue(y: Tensor, h: Tensor, factor: Factor, r: int, *, adapter_bias: Tens
     M, N = y.shape
     tile = tile_for("epilogue", y, M, N, r)
     rank = rank_block(r)
-    return Launch(cdiv(M, tile.m) * cdiv(N, tile.n), tile, dict(
-        y_ptr=y, h_ptr=h, **factor.arguments(), adapter_bias_ptr=adapter_bias, decay_ptr=decay,
-        saved_ptr=saved, moved_ptr=moved, largest_ptr=largest, M=M, N=N, stride_hm=h.stride(0),
-        **(gate or NO_GATE).arguments(), edge=edge, GATE=gate is not None, SAVE_BASE=save_base,
-        FIND_LARGEST=find_largest, RANK=rank, BLOCK_R=min(rank, 64), BLOCK_M=tile.m,
-        BLOCK_N=tile.n, PRECISION=dot_precision(y.dtype)))
+    return Launch(
+        cdiv(M, tile.m) * cdiv(N, tile.n),
+        tile,
+        dict(
+            y_ptr=y,
+            h_ptr=h,
+            **factor.arguments(),
+            adapter_bias_ptr=adapter_bias,
+            decay_ptr=decay,
+            saved_ptr=saved,
+            moved_ptr=moved,
+            largest_ptr=largest,
+            M=M,
+            N=N,
+            stride_hm=h.stride(0),
+            **(gate or NO_GATE).arguments(),
+            edge=edge,
+            GATE=gate is not None,
+            SAVE_BASE=save_base,
+            FIND_LARGEST=find_largest,
+            RANK=rank,
+            BLOCK_R=min(rank, 64),
+            BLOCK_M=tile.m,
+            BLOCK_N=tile.n,
+            PRECISION=dot_precision(y.dtype),
+        ),
+    )

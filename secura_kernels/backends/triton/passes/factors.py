@@ -26,8 +26,13 @@ class Factor(NamedTuple):
     ranks: int
 
     def arguments(self) -> dict:
-        return dict(factor_ptr=self.matrix, index_ptr=self.index, FR=self.ranks,
-                    stride_fl=self.stride_long, stride_fr=self.stride_rank)
+        return dict(
+            factor_ptr=self.matrix,
+            index_ptr=self.index,
+            FR=self.ranks,
+            stride_fl=self.stride_long,
+            stride_fr=self.stride_rank,
+        )
 
 
 # Re-reading columns of W costs a 32-byte sector an element; above this many blocks of rows that
@@ -36,17 +41,33 @@ READS_BEFORE_COPY = 2
 
 
 @triton.jit
-def _gather_kernel(w_ptr, cols_ptr, out_ptr, N, R, stride_wn, stride_wk, stride_on,
-                   BLOCK_N: tl.constexpr, RANK: tl.constexpr):
+def _gather_kernel(
+    w_ptr,
+    cols_ptr,
+    out_ptr,
+    N,
+    R,
+    stride_wn,
+    stride_wk,
+    stride_on,
+    BLOCK_N: tl.constexpr,
+    RANK: tl.constexpr,
+):
     n0 = tl.program_id(0) * BLOCK_N
     n, k = tl.arange(0, BLOCK_N), tl.arange(0, RANK)
     col = tl.load(cols_ptr + k, mask=k < R, other=0)
     w_ptr += tl.cast(n0, tl.int64) * stride_wn
     out_ptr += tl.cast(n0, tl.int64) * stride_on
-    value = tl.load((w_ptr + col * stride_wk)[None, :] + (n * stride_wn)[:, None],
-                    mask=(n0 + n < N)[:, None] & (k < R)[None, :], other=0.0)
-    tl.store(out_ptr + n[:, None] * stride_on + k[None, :], value,
-             mask=(n0 + n < N)[:, None] & (k < stride_on)[None, :])
+    value = tl.load(
+        (w_ptr + col * stride_wk)[None, :] + (n * stride_wn)[:, None],
+        mask=(n0 + n < N)[:, None] & (k < R)[None, :],
+        other=0.0,
+    )
+    tl.store(
+        out_ptr + n[:, None] * stride_on + k[None, :],
+        value,
+        mask=(n0 + n < N)[:, None] & (k < stride_on)[None, :],
+    )
 
 
 def _gather(weight: Tensor, cols: Tensor) -> Tensor:
@@ -61,9 +82,22 @@ def _gather(weight: Tensor, cols: Tensor) -> Tensor:
 def _launch_gather(weight: Tensor, cols: Tensor, out: Tensor) -> Launch:
     N, r = weight.shape[0], cols.shape[0]
     tile = tile_for("gather", weight, N, r, r)
-    return Launch(cdiv(N, tile.m), tile, dict(
-        w_ptr=weight, cols_ptr=cols, out_ptr=out, N=N, R=r, stride_wn=weight.stride(0),
-        stride_wk=weight.stride(1), stride_on=out.stride(0), BLOCK_N=tile.m, RANK=rank_block(r)))
+    return Launch(
+        cdiv(N, tile.m),
+        tile,
+        dict(
+            w_ptr=weight,
+            cols_ptr=cols,
+            out_ptr=out,
+            N=N,
+            R=r,
+            stride_wn=weight.stride(0),
+            stride_wk=weight.stride(1),
+            stride_on=out.stride(0),
+            BLOCK_N=tile.m,
+            RANK=rank_block(r),
+        ),
+    )
 
 
 def columns(layer: CurOperands, reads: int) -> Factor:

@@ -69,8 +69,11 @@ def _by_relative_magnitude(grad, b, d, decay, rho, slope, offset, beta):
     ds/dz = s^2 sigmoid(z) sigmoid(-z) = e / (2 + e)^2. Zero where d == 0, by rule.
     """
     # (2 + e)^2 must not overflow.
-    e = _exp2(tl.minimum(rho * (slope * 1.4426950408889634) - offset, 60.0,
-                         propagate_nan=tl.PropagateNan.ALL))
+    e = _exp2(
+        tl.minimum(
+            rho * (slope * 1.4426950408889634) - offset, 60.0, propagate_nan=tl.PropagateNan.ALL
+        )
+    )
     # Exactly 0 where e is at its limit: a zero base divides what is left by eps.
     by_z = tl.where(e < 1152921504606846976.0, e * _reciprocal((2 + e) * (2 + e)), 0.0)  # 2^60
     numerator = (beta - 1 + decay) * b + decay * d

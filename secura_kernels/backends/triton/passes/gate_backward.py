@@ -26,8 +26,9 @@ from .tile_ops import _at_row, _change, _divided_by_largest, _store, _vector
 
 
 @triton.jit
-def _full_gradients(dy, b, d, c, slope, offset, eps, beta, slope_z, through, largest,
-                    MAX: tl.constexpr):
+def _full_gradients(
+    dy, b, d, c, slope, offset, eps, beta, slope_z, through, largest, MAX: tl.constexpr
+):
     """db, dd with the gate's own derivative [``reference.gate.gate_gradient``]."""
     s = _gate(b, d, slope, offset, eps, beta)[1]
     rho = _relative_magnitude(b, d, eps)
@@ -41,12 +42,43 @@ def _full_gradients(dy, b, d, c, slope, offset, eps, beta, slope_z, through, lar
 
 @triton.jit(do_not_specialize=["M"])
 def _gate_backward_kernel(
-    dy_ptr, saved_ptr, h_ptr, factor_ptr, index_ptr, adapter_bias_ptr, decay_ptr, largest_ptr,
-    through_ptr, g_ptr, v_ptr, bias_part_ptr, statistics_ptr, M, N, R, FR, columns,
-    stride_dm, stride_dn, stride_vp, stride_hm, stride_fl, stride_fr,
-    slope, offset, eps, beta, top, code_steps,
-    FULL: tl.constexpr, STATISTICS: tl.constexpr, RANK: tl.constexpr, BLOCK_R: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr,
+    dy_ptr,
+    saved_ptr,
+    h_ptr,
+    factor_ptr,
+    index_ptr,
+    adapter_bias_ptr,
+    decay_ptr,
+    largest_ptr,
+    through_ptr,
+    g_ptr,
+    v_ptr,
+    bias_part_ptr,
+    statistics_ptr,
+    M,
+    N,
+    R,
+    FR,
+    columns,
+    stride_dm,
+    stride_dn,
+    stride_vp,
+    stride_hm,
+    stride_fl,
+    stride_fr,
+    slope,
+    offset,
+    eps,
+    beta,
+    top,
+    code_steps,
+    FULL: tl.constexpr,
+    STATISTICS: tl.constexpr,
+    RANK: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):
     parts = tl.cdiv(N, columns)
     block, part = tl.program_id(0) // parts, tl.program_id(0) % parts
@@ -66,7 +98,8 @@ def _gate_backward_kernel(
     # Without decay and with a constant gate dd is db / beta: one matrix serves for both.
     PROPORTIONAL: tl.constexpr = (decay_ptr is None) and (not FULL)
     dy_tile = _at_row(dy_ptr, first, stride_dn) + (
-        (m * stride_dm)[:, None] + (tl.arange(0, BLOCK_N) * stride_dn)[None, :])
+        (m * stride_dm)[:, None] + (tl.arange(0, BLOCK_N) * stride_dn)[None, :]
+    )
     slope = _divided_by_largest(slope, largest_ptr)
     largest = 0.0
     through = 0.0
@@ -83,14 +116,30 @@ def _gate_backward_kernel(
         dy = tl.load(dy_tile, mask=inside, other=0.0).to(tl.float32)
         dy_tile += BLOCK_N * stride_dn
         # Eight columns a thread, as of dY: else each element is decoded in two layouts.
-        saved = tl.load(saved_ptr + tl.max_contiguous(m[:, None] * N + n[None, :], (1, 8)),
-                        mask=inside, other=0)
+        saved = tl.load(
+            saved_ptr + tl.max_contiguous(m[:, None] * N + n[None, :], (1, 8)), mask=inside, other=0
+        )
         c = _vector(decay_ptr, n, N, 1.0)[None, :]
         if FULL:
             b = saved.to(tl.float32)
-            d = _change(h_ptr, stride_hm, factor_ptr, index_ptr, stride_fl, stride_fr, m, M, n0,
-                        tl.arange(0, BLOCK_N), N, FR, tl.zeros((BLOCK_M, BLOCK_N), tl.float32),
-                        BLOCK_R, RANK, PRECISION)
+            d = _change(
+                h_ptr,
+                stride_hm,
+                factor_ptr,
+                index_ptr,
+                stride_fl,
+                stride_fr,
+                m,
+                M,
+                n0,
+                tl.arange(0, BLOCK_N),
+                N,
+                FR,
+                tl.zeros((BLOCK_M, BLOCK_N), tl.float32),
+                BLOCK_R,
+                RANK,
+                PRECISION,
+            )
             # Rows outside must not count as the largest change of a zero base.
             d = tl.where(inside, d + _vector(adapter_bias_ptr, n, N, 0.0)[None, :], 0.0)
             slope_z = slope * 0.6931471805599453
@@ -100,8 +149,20 @@ def _gate_backward_kernel(
                 total += tl.sum(by_rho * rho, 1)
                 maxima += tl.sum(tl.where(inside, _at_largest(rho, largest), 0.0), 1)
             else:
-                db, dd = _full_gradients(dy, b, d, c, slope, offset, eps, beta, slope_z, through,
-                                         largest, largest_ptr is not None)
+                db, dd = _full_gradients(
+                    dy,
+                    b,
+                    d,
+                    c,
+                    slope,
+                    offset,
+                    eps,
+                    beta,
+                    slope_z,
+                    through,
+                    largest,
+                    largest_ptr is not None,
+                )
         else:
             g = _decode(saved, top, code_steps) * dy
             db, dd = (beta - 1 + c) * g, c * g
@@ -111,8 +172,9 @@ def _gate_backward_kernel(
             if bias_part_ptr is not None:
                 tl.store(bias_part_ptr + n, tl.sum(dd, 0), mask=n < N)
             if v_ptr is not None:
-                factor = _factor_tile(factor_ptr, index_ptr, stride_fl, stride_fr, n0,
-                                  tl.arange(0, BLOCK_N), N, k, FR)
+                factor = _factor_tile(
+                    factor_ptr, index_ptr, stride_fl, stride_fr, n0, tl.arange(0, BLOCK_N), N, k, FR
+                )
                 scaled = db if PROPORTIONAL else dd  # rounded once, as stored
                 v = tl.dot(scaled.to(factor.dtype), factor, v, input_precision=PRECISION)
     if STATISTICS:
@@ -124,10 +186,19 @@ def _gate_backward_kernel(
         tl.store(v_ptr + m[:, None] * R + k[None, :], v, mask=(m < M)[:, None] & (k < R)[None, :])
 
 
-def gate_backward(dy: Tensor, saved: Tensor, factor: Factor, r: int, gate: GateNumbers, *,
-                  decay: Tensor | None, needs: tuple[bool, bool, bool], h: Tensor | None = None,
-                  adapter_bias: Tensor | None = None, largest: Tensor | None = None,
-                  ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+def gate_backward(
+    dy: Tensor,
+    saved: Tensor,
+    factor: Factor,
+    r: int,
+    gate: GateNumbers,
+    *,
+    decay: Tensor | None,
+    needs: tuple[bool, bool, bool],
+    h: Tensor | None = None,
+    adapter_bias: Tensor | None = None,
+    largest: Tensor | None = None,
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """db (M, N), v (parts, M, r) float32 and dadapter_bias (N,) float32; None for what was not
     asked for.
 
@@ -165,19 +236,56 @@ def _split(dy: Tensor, full: bool, r: int) -> tuple[int, int, int]:
 
 @launched(_gate_backward_kernel)
 def _launch_gate_backward(
-    dy: Tensor, saved: Tensor, h: Tensor | None, factor: Factor, adapter_bias: Tensor | None,
-    decay: Tensor | None, largest: Tensor | None, r: int, gate: GateNumbers, *,
-    statistics: Tensor | None = None, through: Tensor | None = None, g: Tensor | None = None,
-    v: Tensor | None = None, sums: Tensor | None = None,
+    dy: Tensor,
+    saved: Tensor,
+    h: Tensor | None,
+    factor: Factor,
+    adapter_bias: Tensor | None,
+    decay: Tensor | None,
+    largest: Tensor | None,
+    r: int,
+    gate: GateNumbers,
+    *,
+    statistics: Tensor | None = None,
+    through: Tensor | None = None,
+    g: Tensor | None = None,
+    v: Tensor | None = None,
+    sums: Tensor | None = None,
 ) -> Launch:
     (M, N), full, rank = dy.shape, h is not None, rank_block(r)
     tile = _tile(dy, full, r)
     blocks, columns, parts = _split(dy, full, r)
-    return Launch(blocks * parts, tile, dict(
-        dy_ptr=dy, saved_ptr=saved, h_ptr=h, **factor.arguments(), adapter_bias_ptr=adapter_bias,
-        decay_ptr=decay, largest_ptr=largest, through_ptr=through, g_ptr=g, v_ptr=v,
-        bias_part_ptr=sums, statistics_ptr=statistics, M=M, N=N, R=r, columns=columns,
-        stride_dm=dy.stride(0), stride_dn=dy.stride(1), stride_vp=M * r,
-        stride_hm=h.stride(0) if full else 0, **gate.arguments(), FULL=full, RANK=rank,
-        BLOCK_R=min(rank, 64), BLOCK_M=tile.m, BLOCK_N=tile.n,
-        PRECISION=dot_precision(dy.dtype), STATISTICS=statistics is not None))
+    return Launch(
+        blocks * parts,
+        tile,
+        dict(
+            dy_ptr=dy,
+            saved_ptr=saved,
+            h_ptr=h,
+            **factor.arguments(),
+            adapter_bias_ptr=adapter_bias,
+            decay_ptr=decay,
+            largest_ptr=largest,
+            through_ptr=through,
+            g_ptr=g,
+            v_ptr=v,
+            bias_part_ptr=sums,
+            statistics_ptr=statistics,
+            M=M,
+            N=N,
+            R=r,
+            columns=columns,
+            stride_dm=dy.stride(0),
+            stride_dn=dy.stride(1),
+            stride_vp=M * r,
+            stride_hm=h.stride(0) if full else 0,
+            **gate.arguments(),
+            FULL=full,
+            RANK=rank,
+            BLOCK_R=min(rank, 64),
+            BLOCK_M=tile.m,
+            BLOCK_N=tile.n,
+            PRECISION=dot_precision(dy.dtype),
+            STATISTICS=statistics is not None,
+        ),
+    )

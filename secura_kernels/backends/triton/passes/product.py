@@ -29,9 +29,26 @@ def _tile_position(tile, rows, columns, GROUP: tl.constexpr):
 
 
 @triton.jit
-def _product_tile(a_ptr, b_ptr, stride_am, stride_ak, stride_bn, stride_bk, m0, M, n0, N, K, acc,
-                  BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
-                  TMA: tl.constexpr, K_MAJOR: tl.constexpr, PRECISION: tl.constexpr):
+def _product_tile(
+    a_ptr,
+    b_ptr,
+    stride_am,
+    stride_ak,
+    stride_bn,
+    stride_bk,
+    m0,
+    M,
+    n0,
+    N,
+    K,
+    acc,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    TMA: tl.constexpr,
+    K_MAJOR: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
     """acc + a[m0:, :] b[n0:, :]^T, with descriptors (TMA) or pointers for a and b."""
     if TMA:
         for k0 in range(0, K, BLOCK_K):
@@ -63,18 +80,52 @@ def _parts(acc, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PARTS: tl.constexp
     else:
         HALF: tl.constexpr = BLOCK_N // 2
         left, right = tl.split(tl.permute(tl.reshape(acc, (BLOCK_M, 2, HALF)), (0, 2, 1)))
-        return (_parts(left, BLOCK_M, HALF, PARTS // 2) + _parts(right, BLOCK_M, HALF, PARTS // 2))
+        return _parts(left, BLOCK_M, HALF, PARTS // 2) + _parts(right, BLOCK_M, HALF, PARTS // 2)
 
 
 @triton.jit(do_not_specialize=["M"])
 def _product_kernel(
-    a_ptr, b_ptr, h_ptr, factor_ptr, index_ptr, bias_ptr, adapter_bias_ptr, decay_ptr,
-    y_ptr, saved_ptr, moved_ptr, M, N, K, FR,
-    stride_am, stride_ak, stride_bn, stride_bk, stride_hm, stride_fl, stride_fr,
-    slope, offset, eps, beta, top, code_steps, edge,
-    GATE: tl.constexpr, SAVE_BASE: tl.constexpr, RANK: tl.constexpr, BLOCK_R: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP: tl.constexpr,
-    PARTS: tl.constexpr, TMA: tl.constexpr, K_MAJOR: tl.constexpr, PRECISION: tl.constexpr,
+    a_ptr,
+    b_ptr,
+    h_ptr,
+    factor_ptr,
+    index_ptr,
+    bias_ptr,
+    adapter_bias_ptr,
+    decay_ptr,
+    y_ptr,
+    saved_ptr,
+    moved_ptr,
+    M,
+    N,
+    K,
+    FR,
+    stride_am,
+    stride_ak,
+    stride_bn,
+    stride_bk,
+    stride_hm,
+    stride_fl,
+    stride_fr,
+    slope,
+    offset,
+    eps,
+    beta,
+    top,
+    code_steps,
+    edge,
+    GATE: tl.constexpr,
+    SAVE_BASE: tl.constexpr,
+    RANK: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    GROUP: tl.constexpr,
+    PARTS: tl.constexpr,
+    TMA: tl.constexpr,
+    K_MAJOR: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):
     rows, columns = tl.cdiv(M, BLOCK_M), tl.cdiv(N, BLOCK_N)
     for tile in range(tl.program_id(0), rows * columns, tl.num_programs(0)):
@@ -89,10 +140,44 @@ def _product_kernel(
             saved_rows = _at_row(saved_ptr, m0, N)
         acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
         if not GATE:
-            acc = _change(h_rows, stride_hm, factor_ptr, index_ptr, stride_fl, stride_fr, m, M - m0,
-                          n0, n, N, FR, acc, BLOCK_R, RANK, PRECISION)
-        acc = _product_tile(a_ptr, b_ptr, stride_am, stride_ak, stride_bn, stride_bk, m0, M, n0, N,
-                            K, acc, BLOCK_M, BLOCK_N, BLOCK_K, TMA, K_MAJOR, PRECISION)
+            acc = _change(
+                h_rows,
+                stride_hm,
+                factor_ptr,
+                index_ptr,
+                stride_fl,
+                stride_fr,
+                m,
+                M - m0,
+                n0,
+                n,
+                N,
+                FR,
+                acc,
+                BLOCK_R,
+                RANK,
+                PRECISION,
+            )
+        acc = _product_tile(
+            a_ptr,
+            b_ptr,
+            stride_am,
+            stride_ak,
+            stride_bn,
+            stride_bk,
+            m0,
+            M,
+            n0,
+            N,
+            K,
+            acc,
+            BLOCK_M,
+            BLOCK_N,
+            BLOCK_K,
+            TMA,
+            K_MAJOR,
+            PRECISION,
+        )
         if not GATE:
             n += n0
             acc += (_vector(bias_ptr, n, N, 0.0) + _vector(adapter_bias_ptr, n, N, 0.0))[None, :]
@@ -103,23 +188,68 @@ def _product_kernel(
             parts = _parts(acc, BLOCK_M, BLOCK_N, PARTS)
             for part in tl.static_range(PARTS):
                 n = tl.arange(0, WIDTH)
-                d = _change(h_rows, stride_hm, factor_ptr, index_ptr, stride_fl, stride_fr, m,
-                            M - m0, n0 + part * WIDTH, n, N, FR,
-                            tl.zeros((BLOCK_M, WIDTH), tl.float32), BLOCK_R, RANK, PRECISION)
+                d = _change(
+                    h_rows,
+                    stride_hm,
+                    factor_ptr,
+                    index_ptr,
+                    stride_fl,
+                    stride_fr,
+                    m,
+                    M - m0,
+                    n0 + part * WIDTH,
+                    n,
+                    N,
+                    FR,
+                    tl.zeros((BLOCK_M, WIDTH), tl.float32),
+                    BLOCK_R,
+                    RANK,
+                    PRECISION,
+                )
                 n += n0 + part * WIDTH
                 d += _vector(adapter_bias_ptr, n, N, 0.0)[None, :]
                 b = parts[part] + _vector(bias_ptr, n, N, 0.0)[None, :]
-                _gate_and_store(b, d, _vector(decay_ptr, n, N, 1.0)[None, :], m, M - m0, n, N,
-                                y_rows, saved_rows, moved_ptr, slope, offset, eps, beta, top,
-                                code_steps, edge, SAVE_BASE)
+                _gate_and_store(
+                    b,
+                    d,
+                    _vector(decay_ptr, n, N, 1.0)[None, :],
+                    m,
+                    M - m0,
+                    n,
+                    N,
+                    y_rows,
+                    saved_rows,
+                    moved_ptr,
+                    slope,
+                    offset,
+                    eps,
+                    beta,
+                    top,
+                    code_steps,
+                    edge,
+                    SAVE_BASE,
+                )
 
 
 @launched(_product_kernel)
-def product(a: Tensor, b: Tensor, h: Tensor, factor: Factor, r: int, y: Tensor, tile: Tile, *,
-            bias: Tensor | None = None, adapter_bias: Tensor | None = None,
-            decay: Tensor | None = None, gate: GateNumbers | None = None,
-            saved: Tensor | None = None, save_base: bool = False, moved: Tensor | None = None,
-            edge: float = 0.0) -> Launch:
+def product(
+    a: Tensor,
+    b: Tensor,
+    h: Tensor,
+    factor: Factor,
+    r: int,
+    y: Tensor,
+    tile: Tile,
+    *,
+    bias: Tensor | None = None,
+    adapter_bias: Tensor | None = None,
+    decay: Tensor | None = None,
+    gate: GateNumbers | None = None,
+    saved: Tensor | None = None,
+    save_base: bool = False,
+    moved: Tensor | None = None,
+    edge: float = 0.0,
+) -> Launch:
     """Writes y (M, N) = a b^T + h factor^T + biases, gated where ``gate`` is given.
 
     Args:
@@ -134,19 +264,50 @@ def product(a: Tensor, b: Tensor, h: Tensor, factor: Factor, r: int, y: Tensor, 
     if tma:
         operands = dict(
             a_ptr=TensorDescriptor.from_tensor(a, [tile.m, tile.k]),
-            b_ptr=TensorDescriptor.from_tensor(b, [tile.n, tile.k]) if k_major
-            else TensorDescriptor.from_tensor(b.T, [tile.k, tile.n]))
+            b_ptr=TensorDescriptor.from_tensor(b, [tile.n, tile.k])
+            if k_major
+            else TensorDescriptor.from_tensor(b.T, [tile.k, tile.n]),
+        )
     tiles = cdiv(M, tile.m) * cdiv(N, tile.n)
     programs = min(tiles, processors(a.device)) if tile.persistent else tiles
     rank = max(64, rank_block(r))  # with narrower blocks more tiles spill (sm_90, sm_100)
-    return Launch(programs, tile, dict(
-        **operands, h_ptr=h, **factor.arguments(), bias_ptr=bias, adapter_bias_ptr=adapter_bias,
-        decay_ptr=decay, y_ptr=y, saved_ptr=saved, moved_ptr=moved, M=M, N=N, K=K,
-        stride_am=a.stride(0), stride_ak=a.stride(1), stride_bn=b.stride(0),
-        stride_bk=b.stride(1), stride_hm=h.stride(0), **(gate or NO_GATE).arguments(), edge=edge,
-        GATE=gate is not None, SAVE_BASE=save_base, RANK=rank, BLOCK_R=min(rank, 64),
-        BLOCK_M=tile.m, BLOCK_N=tile.n, BLOCK_K=tile.k, GROUP=tile.group, PARTS=tile.parts,
-        TMA=tma, K_MAJOR=k_major, PRECISION=dot_precision(a.dtype)))
+    return Launch(
+        programs,
+        tile,
+        dict(
+            **operands,
+            h_ptr=h,
+            **factor.arguments(),
+            bias_ptr=bias,
+            adapter_bias_ptr=adapter_bias,
+            decay_ptr=decay,
+            y_ptr=y,
+            saved_ptr=saved,
+            moved_ptr=moved,
+            M=M,
+            N=N,
+            K=K,
+            stride_am=a.stride(0),
+            stride_ak=a.stride(1),
+            stride_bn=b.stride(0),
+            stride_bk=b.stride(1),
+            stride_hm=h.stride(0),
+            **(gate or NO_GATE).arguments(),
+            edge=edge,
+            GATE=gate is not None,
+            SAVE_BASE=save_base,
+            RANK=rank,
+            BLOCK_R=min(rank, 64),
+            BLOCK_M=tile.m,
+            BLOCK_N=tile.n,
+            BLOCK_K=tile.k,
+            GROUP=tile.group,
+            PARTS=tile.parts,
+            TMA=tma,
+            K_MAJOR=k_major,
+            PRECISION=dot_precision(a.dtype),
+        ),
+    )
 
 
 def has_descriptor(a: Tensor, b: Tensor) -> bool:
@@ -156,6 +317,9 @@ def has_descriptor(a: Tensor, b: Tensor) -> bool:
 
 def _has_aligned_rows(matrix: Tensor) -> bool:
     """Rows contiguous, apart, and on 16-byte boundaries."""
-    return (matrix.stride(1) == 1 and matrix.stride(0) >= matrix.shape[1]
-            and matrix.data_ptr() % 16 == 0
-            and matrix.stride(0) * matrix.element_size() % 16 == 0)
+    return (
+        matrix.stride(1) == 1
+        and matrix.stride(0) >= matrix.shape[1]
+        and matrix.data_ptr() % 16 == 0
+        and matrix.stride(0) * matrix.element_size() % 16 == 0
+    )

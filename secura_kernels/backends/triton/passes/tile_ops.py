@@ -18,16 +18,35 @@ def _at_row(ptr, row, stride):
 
 
 @triton.jit
-def _change(h_ptr, stride_hm, factor_ptr, index_ptr, stride_fl, stride_fr, m, M, n0, n, N,
-            FR, change, BLOCK_R: tl.constexpr, RANK: tl.constexpr, PRECISION: tl.constexpr):
+def _change(
+    h_ptr,
+    stride_hm,
+    factor_ptr,
+    index_ptr,
+    stride_fl,
+    stride_fr,
+    m,
+    M,
+    n0,
+    n,
+    N,
+    FR,
+    change,
+    BLOCK_R: tl.constexpr,
+    RANK: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
     """``change`` + h C^T at rows ``m`` and columns ``n0 + n``: [BLOCK_M, BLOCK_N] float32.
 
     h is (M, stride_hm) with zeros beyond its R columns.
     """
     for r0 in tl.range(0, RANK, BLOCK_R, num_stages=1):
         r = r0 + tl.arange(0, BLOCK_R)
-        h = tl.load(h_ptr + m[:, None] * stride_hm + r[None, :],
-                    mask=(m < M)[:, None] & (r < stride_hm)[None, :], other=0.0)
+        h = tl.load(
+            h_ptr + m[:, None] * stride_hm + r[None, :],
+            mask=(m < M)[:, None] & (r < stride_hm)[None, :],
+            other=0.0,
+        )
         factor = _factor_tile(factor_ptr, index_ptr, stride_fl, stride_fr, n0, n, N, r, FR)
         change = tl.dot(h, tl.trans(factor.to(h.dtype)), change, input_precision=PRECISION)
     return change
@@ -44,13 +63,34 @@ def _vector(ptr, n, N, missing):
 
 @triton.jit
 def _store(out, m, M, n, N, y_ptr):
-    tl.store(y_ptr + m[:, None] * N + n[None, :], out.to(y_ptr.dtype.element_ty),
-             mask=(m < M)[:, None] & (n < N)[None, :])
+    tl.store(
+        y_ptr + m[:, None] * N + n[None, :],
+        out.to(y_ptr.dtype.element_ty),
+        mask=(m < M)[:, None] & (n < N)[None, :],
+    )
 
 
 @triton.jit
-def _gate_and_store(b, d, decay, m, M, n, N, y_ptr, saved_ptr, moved_ptr, slope, offset, eps, beta,
-                    top, code_steps, largest_gate_moved, SAVE_BASE: tl.constexpr):
+def _gate_and_store(
+    b,
+    d,
+    decay,
+    m,
+    M,
+    n,
+    N,
+    y_ptr,
+    saved_ptr,
+    moved_ptr,
+    slope,
+    offset,
+    eps,
+    beta,
+    top,
+    code_steps,
+    largest_gate_moved,
+    SAVE_BASE: tl.constexpr,
+):
     """S-MagNorm of base ``b`` and change ``d``; stores the value, what backward needs, the count.
 
     All are (M, N) matrices at rows ``m``, columns ``n``; ``decay`` broadcasts against b. saved_ptr
@@ -62,8 +102,11 @@ def _gate_and_store(b, d, decay, m, M, n, N, y_ptr, saved_ptr, moved_ptr, slope,
             _store(b, m, M, n, N, saved_ptr)
         else:
             code = _encode(g, s, top, code_steps, saved_ptr.dtype.element_ty)
-            tl.store(saved_ptr + m[:, None] * N + n[None, :], code,
-                     mask=(m < M)[:, None] & (n < N)[None, :])
+            tl.store(
+                saved_ptr + m[:, None] * N + n[None, :],
+                code,
+                mask=(m < M)[:, None] & (n < N)[None, :],
+            )
     if moved_ptr is not None:  # integers: the order of additions does not matter
         moved = (g <= largest_gate_moved) & (m < M)[:, None] & (n < N)[None, :]
         tl.atomic_add(moved_ptr, tl.sum(moved.to(tl.int32)).to(tl.int64), sem="relaxed")

@@ -19,11 +19,39 @@ from .tile_ops import _at_row, _divided_by_largest, _vector
 
 @triton.jit
 def _weight_core_gradient_kernel(
-    grad_ptr, w_ptr, p_ptr, factor_ptr, index_ptr, decay_ptr, largest_ptr, through_ptr, q_ptr,
-    statistics_ptr, N, K, R, FR, stride_wn, stride_wk, stride_pn, stride_fl, stride_fr,
-    slope, offset, eps, beta, top, code_steps, tiles_per_program,
-    FULL: tl.constexpr, STATISTICS: tl.constexpr, RANK: tl.constexpr, BLOCK_R: tl.constexpr,
-    BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, WIDE: tl.constexpr,
+    grad_ptr,
+    w_ptr,
+    p_ptr,
+    factor_ptr,
+    index_ptr,
+    decay_ptr,
+    largest_ptr,
+    through_ptr,
+    q_ptr,
+    statistics_ptr,
+    N,
+    K,
+    R,
+    FR,
+    stride_wn,
+    stride_wk,
+    stride_pn,
+    stride_fl,
+    stride_fr,
+    slope,
+    offset,
+    eps,
+    beta,
+    top,
+    code_steps,
+    tiles_per_program,
+    FULL: tl.constexpr,
+    STATISTICS: tl.constexpr,
+    RANK: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    WIDE: tl.constexpr,
 ):
     groups = tl.cdiv(tl.cdiv(K, BLOCK_K), tiles_per_program)
     group = tl.program_id(0) % groups
@@ -45,11 +73,28 @@ def _weight_core_gradient_kernel(
     for i in range(0, tiles_per_program):
         k0 = (group * tiles_per_program + i) * BLOCK_K
         inside = (n0 + n < N)[:, None] & (k0 + k < K)[None, :]
-        grad = tl.load(_at_row(grad_ptr, n0, K) + n[:, None] * K + (k0 + k)[None, :], mask=inside,
-                       other=0.0).to(tl.float32)
+        grad = tl.load(
+            _at_row(grad_ptr, n0, K) + n[:, None] * K + (k0 + k)[None, :], mask=inside, other=0.0
+        ).to(tl.float32)
         b = _weight_tile(w_ptr, stride_wn, stride_wk, n0, n, N, k0, k, K)
-        d = _delta_weight_tile(p_ptr, stride_pn, factor_ptr, index_ptr, stride_fl, stride_fr, n0, n,
-                               N, k0, k, K, FR, RANK, BLOCK_R, WIDE)
+        d = _delta_weight_tile(
+            p_ptr,
+            stride_pn,
+            factor_ptr,
+            index_ptr,
+            stride_fl,
+            stride_fr,
+            n0,
+            n,
+            N,
+            k0,
+            k,
+            K,
+            FR,
+            RANK,
+            BLOCK_R,
+            WIDE,
+        )
         dd = c * _gate(b, d, slope, offset, eps, beta)[1] * grad
         if FULL:
             rho = _relative_magnitude(b, d, eps)
@@ -68,13 +113,23 @@ def _weight_core_gradient_kernel(
         tl.store(statistics_ptr + tl.program_id(0) * 2 + 1, tl.sum(maxima, 0))
     else:
         q_ptr += (group.to(tl.int64) * N + n0) * R
-        tl.store(q_ptr + n[:, None] * R + r[None, :], q,
-                 mask=(n0 + n < N)[:, None] & (r < R)[None, :])
+        tl.store(
+            q_ptr + n[:, None] * R + r[None, :], q, mask=(n0 + n < N)[:, None] & (r < R)[None, :]
+        )
 
 
-def weight_core_gradient(grad: Tensor, weight: Tensor, P: Tensor, factor: Factor, r: int,
-                         gate: GateNumbers, largest: Tensor | None, *, decay: Tensor | None,
-                         full: bool) -> Tensor:
+def weight_core_gradient(
+    grad: Tensor,
+    weight: Tensor,
+    P: Tensor,
+    factor: Factor,
+    r: int,
+    gate: GateNumbers,
+    largest: Tensor | None,
+    *,
+    decay: Tensor | None,
+    full: bool,
+) -> Tensor:
     """Q (N, r) float32. grad: dW_eff (N, K), contiguous; ``full``: with the gate's own derivative;
     other arguments as in ``effective_weight``."""
     N, wide = grad.shape[0], dict(dtype=torch.float32)
@@ -91,8 +146,9 @@ def weight_core_gradient(grad: Tensor, weight: Tensor, P: Tensor, factor: Factor
 
 
 def _tile(grad: Tensor, full: bool, r: int) -> Tile:
-    return tile_for("weight_core_gradient_full" if full else "weight_core_gradient", grad,
-                    *grad.shape, r)
+    return tile_for(
+        "weight_core_gradient_full" if full else "weight_core_gradient", grad, *grad.shape, r
+    )
 
 
 def _split(grad: Tensor, full: bool, r: int) -> tuple[int, int, int]:
@@ -108,17 +164,50 @@ def _split(grad: Tensor, full: bool, r: int) -> tuple[int, int, int]:
 
 @launched(_weight_core_gradient_kernel)
 def _launch_weight_core_gradient(
-    grad: Tensor, weight: Tensor, P: Tensor, factor: Factor, decay: Tensor | None,
-    largest: Tensor | None, r: int, gate: GateNumbers, full: bool, *,
-    statistics: Tensor | None = None, through: Tensor | None = None, q: Tensor | None = None,
+    grad: Tensor,
+    weight: Tensor,
+    P: Tensor,
+    factor: Factor,
+    decay: Tensor | None,
+    largest: Tensor | None,
+    r: int,
+    gate: GateNumbers,
+    full: bool,
+    *,
+    statistics: Tensor | None = None,
+    through: Tensor | None = None,
+    q: Tensor | None = None,
 ) -> Launch:
     (N, K), rank = grad.shape, rank_block(r)
     tile = _tile(grad, full, r)
     tiles_per_program, _, programs = _split(grad, full, r)
-    return Launch(programs, tile, dict(
-        grad_ptr=grad, w_ptr=weight, p_ptr=P, **factor.arguments(), decay_ptr=decay,
-        largest_ptr=largest, through_ptr=through, q_ptr=q, statistics_ptr=statistics, N=N, K=K,
-        R=r, stride_wn=weight.stride(0), stride_wk=weight.stride(1), stride_pn=P.stride(0),
-        **gate.arguments(), tiles_per_program=tiles_per_program, FULL=full, RANK=rank,
-        BLOCK_R=min(rank, WIDE_STEP), BLOCK_N=tile.m, BLOCK_K=tile.n,
-        WIDE=wide_precision(grad.dtype), STATISTICS=statistics is not None))
+    return Launch(
+        programs,
+        tile,
+        dict(
+            grad_ptr=grad,
+            w_ptr=weight,
+            p_ptr=P,
+            **factor.arguments(),
+            decay_ptr=decay,
+            largest_ptr=largest,
+            through_ptr=through,
+            q_ptr=q,
+            statistics_ptr=statistics,
+            N=N,
+            K=K,
+            R=r,
+            stride_wn=weight.stride(0),
+            stride_wk=weight.stride(1),
+            stride_pn=P.stride(0),
+            **gate.arguments(),
+            tiles_per_program=tiles_per_program,
+            FULL=full,
+            RANK=rank,
+            BLOCK_R=min(rank, WIDE_STEP),
+            BLOCK_N=tile.m,
+            BLOCK_K=tile.n,
+            WIDE=wide_precision(grad.dtype),
+            STATISTICS=statistics is not None,
+        ),
+    )
