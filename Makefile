@@ -33,6 +33,7 @@ gpu:  ## on an NVIDIA GPU: kernels' tests, tuning, benchmarks, plots; installs n
 
 lint: .venv/ready  ## check the style and the types of the public modules
 	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
 format: .venv/ready  ## write the code in ruff's format
