@@ -123,16 +123,13 @@ def test_device_that_does_not_take_it(machine, trouble):
     path = machine.build()
     machine.trouble[2] = trouble
     assert why(A100) is None
-    assert (
-        why(T4)
-        == why(T4)
-        == (
-            f"the CUDA kernels of {path} do not run on compute capability 7.5 here: probe() failed: "
-            f"{trouble}; update the NVIDIA driver if it is older than the CUDA toolkit that compiled "
-            "them, else compile them for every GPU that is here: SECURA_BUILD_CUDA=1 "
-            "SECURA_CUDA_ARCHES='75;80' pip install --no-build-isolation ."
-        )
+    expected = (
+        f"the CUDA kernels of {path} do not run on compute capability 7.5 here: probe() failed: "
+        f"{trouble}; update the NVIDIA driver if it is older than the CUDA toolkit that compiled "
+        "them, else compile them for every GPU that is here: SECURA_BUILD_CUDA=1 "
+        "SECURA_CUDA_ARCHES='75;80' pip install --no-build-isolation ."
     )
+    assert why(T4) == why(T4) == expected
     assert why(A100) is None and len(machine.asked) == 2 and machine.loaded == [str(path)]
 
 

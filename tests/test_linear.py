@@ -10,7 +10,7 @@ from torch import nn
 
 from secura_kernels import CURLoRALinear, ImportanceDecay, SECURALinear, SMagNorm, cur_linear
 from secura_kernels.bases import orthonormal_basis
-from secura_kernels.nn import adapter
+from secura_kernels.nn import factors
 
 GATED = dict(norm="calibrated")
 KINDS = [(CURLoRALinear, {}), (SECURALinear, {}), (SECURALinear, GATED)]
@@ -132,7 +132,7 @@ def test_folded_bases_cost_little_precision(condition, monkeypatch):
     V, x = torch.randn(r, r), torch.randn(64, K).bfloat16()
     errors = {}
     for name, limit in (("folded", 1e9), ("stored", 0)):
-        monkeypatch.setitem(adapter.LARGEST_CONDITION, torch.bfloat16, limit)
+        monkeypatch.setitem(factors.LARGEST_CONDITION, torch.bfloat16, limit)
         layer = CURLoRALinear(copy.deepcopy(linear), cols, rows, basis="orthonormal")
         assert (layer.C is None) == (name == "folded")
         with torch.no_grad():

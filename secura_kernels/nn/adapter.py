@@ -11,32 +11,26 @@ import torch
 from torch import Tensor, nn
 
 from ..backends.operands import CurOperands
-from ..backends.reference import delta_weight
-from ..backends.reference.weight import effective_weight
-from ..bases import BASES, orthonormal_basis, orthonormal_folds
+from ..bases import BASES
 from ..checks import check_choice, check_number, fail
 from ..functional.epilogue import cur_epilogue, cur_epilogue_and_moved
 from ..functional.linear import cur_linear_and_moved
 from ..ops import folded_core
 from ..selection import check_indices, check_weight
 from ..settings import ImportanceDecay, SMagNorm
+from .factors import CALIBRATED, Factors
 from .importance import ImportanceState
+from .matrix import MatrixForm
 from .optional_tensors import OptionalTensors
 from .past import Past
 
-# Folding S^-1 into the core magnifies rounding with cond(S); past these values the orthonormal
-# bases themselves are stored instead. At 32 in bfloat16 the change is off by less than three times
-# what stored bases are (tests/test_linear.py).
-LARGEST_CONDITION = {torch.bfloat16: 2**5, torch.float16: 2**8}
-LARGEST_CONDITION_WIDE = 2**14
 NOT_CALIBRATED = (
     "basis={!r} knows nothing yet of what is to be kept: call "
     "secura_kernels.calibrate(model{}) before training"
 )
-CALIBRATED = {"whitened": "", "natural": ", task=batches"}  # bases that need it, and how
 
 
-class Adapter(OptionalTensors, Past, nn.Module):
+class Adapter(OptionalTensors, Factors, MatrixForm, Past, nn.Module):
     """What CURLoRA's and SECURA's changes share.
 
     Args:
@@ -271,60 +265,6 @@ class Adapter(OptionalTensors, Past, nn.Module):
             self.norm,
         )
 
-    def C_and_R(self, weight: Tensor) -> tuple[Tensor, Tensor]:
-        """C (N, r) and R (r, K)."""
-        if self.C is not None:
-            return self.C, self.R
-        return weight.index_select(1, self.cols), weight.index_select(0, self.rows)
-
-    @torch.no_grad()
-    def _set_basis(self, weight: Tensor) -> None:
-        """Folds the r x r factors of the orthonormal bases into the core, or stores the bases
-        where the factors are ill conditioned for the weight's dtype."""
-        Q_c, S_c, Q_r, S_r = orthonormal_basis(*self.C_and_R(weight))
-        worst = max(float(torch.linalg.cond(S)) for S in (S_c, S_r))
-        if worst > LARGEST_CONDITION.get(weight.dtype, LARGEST_CONDITION_WIDE):
-            self._store(Q_c, Q_r.T, weight.dtype)
-            return
-        wide = torch.promote_types(weight.dtype, torch.float32)
-        self.fold_c, self.fold_r = (fold.to(wide) for fold in orthonormal_folds(S_c, S_r))
-
-    def _store(self, C: Tensor, R: Tensor, dtype: torch.dtype) -> None:
-        self.C, self.R = C.to(dtype).contiguous(), R.to(dtype).contiguous()
-        if self.basis == "orthonormal":  # then C and R are orthonormal themselves
-            self.fold_c = self.fold_r = None
-
-    @torch.no_grad()
-    def whiten(self, fold_c: Tensor, fold_r: Tensor, unit: float) -> None:
-        """Sets the folds of the whitened basis; what earlier stages have learned stays the change
-        that it is.
-
-        Args:
-            fold_c, fold_r: (r, r), invertible. unit: ||V||_F^2 unit^2 / 2 is about the change of
-                the base model's predictions, in nats a token.
-        """
-        earlier = self.long_core()
-        if earlier is not None:
-            between = folded_core((earlier,), self.fold_c, self.fold_r).double()
-            earlier = torch.linalg.inv(fold_c) @ between @ torch.linalg.inv(fold_r)
-            self.set_long_core(earlier.to(self.core_parameter().dtype))
-        wide = torch.promote_types(self.core_parameter().dtype, torch.float32)
-        self.fold_c, self.fold_r = fold_c.to(wide), fold_r.to(wide)
-        self._set_unit(unit)
-
-    def _set_unit(self, unit: float) -> None:
-        wide = torch.promote_types(self.core_parameter().dtype, torch.float32)
-        self.unit = torch.tensor(unit, dtype=wide, device=self.cols.device)
-        self.shared_key, self.calibrated = None, True
-
-    @torch.no_grad()
-    def choose(self, cols: Tensor, rows: Tensor, weight: Tensor) -> None:
-        """Other columns and rows of W, for a basis that is to be calibrated."""
-        stored = self.C is not None
-        self.cols, self.rows, self.C, self.R, self.stale = cols, rows, None, None, False
-        if stored:
-            self.untie(weight)
-
     def learned_parameters(self) -> list[nn.Parameter]:
         """Those that are zero at the start."""
         return [p for p in (self.core_parameter(), self.adapter_bias) if p is not None]
@@ -336,119 +276,6 @@ class Adapter(OptionalTensors, Past, nn.Module):
             parameter.zero_()
         self.set_long_core(None)
         self.forget_past()
-
-    def untied_C_and_R(self, weight: Tensor) -> tuple[Tensor, Tensor]:
-        """C and R as ``untie`` would store them: orthonormal ones for that basis."""
-        if self.C is not None:
-            return self.C, self.R
-        return self._C_and_R_of(weight)
-
-    def _C_and_R_of(self, weight: Tensor) -> tuple[Tensor, Tensor]:
-        """C (N, r) and R (r, K) that the columns and rows of W give: orthonormal ones for that
-        basis."""
-        C, R = weight[:, self.cols.to(weight.device)], weight[self.rows.to(weight.device)]
-        if self.basis == "orthonormal":
-            C, _, Q_r, _ = orthonormal_basis(C, R)
-            R = Q_r.T
-        return C.to(weight.dtype), R.to(weight.dtype)
-
-    def untie(self, weight: Tensor) -> None:
-        """Stores C and R, so that W may change."""
-        if self.C is None:
-            self._store(*self.untied_C_and_R(weight), weight.dtype)
-
-    def has_C_and_R_of(self, weight: Tensor) -> bool:
-        """Whether the stored C and R are what the columns and rows of W give: to the bit in the
-        coarser dtype of the two; orthonormal ones to a rounding of each element, and where W is in
-        another dtype to a rounding of the whole, which quantising W exceeds. Those of a natural
-        basis are of no columns and rows."""
-        if self.basis == "natural" and self.calibrated:
-            return False
-        for here, stored in zip(self._C_and_R_of(weight), (self.C, self.R), strict=True):
-            same = here.dtype == stored.dtype
-            coarser = max(here.dtype, stored.dtype, key=lambda dtype: torch.finfo(dtype).eps)
-            eps = torch.finfo(coarser).eps if self.basis == "orthonormal" else 0.0
-            stored = stored.to(here.device, coarser).double()
-            off = here.to(coarser).double() - stored
-            near = off.norm() <= eps * stored.norm()  # NaN: not
-            if not near or (same and not (off.abs() <= 2 * eps * (stored.abs() + eps)).all()):
-                return False
-        return True
-
-    @torch.no_grad()
-    def derive(self, weight: Tensor) -> None:
-        """Recomputes what derives from the weight and the indices."""
-        self.shared_key, self.stale = None, False
-        if self.C is not None:
-            self._store(self.C, self.R, weight.dtype)
-        elif self.basis == "orthonormal":
-            self._set_basis(weight)
-        if self.basis in CALIBRATED:  # a unit of zero is a place that no file has filled
-            self.calibrated = self.unit is not None and bool(self.unit)
-        if self.importance is not None:
-            self.importance.measure(weight)
-            self._watch()  # loading may have replaced the parameter
-
-    # The change as a matrix.
-
-    @torch.no_grad()
-    def delta(self, weight: Tensor, trained: Tensor | None = None) -> Tensor:
-        """delta_W (N, K) of a trained core, float32 (float64 for a float64 weight)."""
-        wide = torch.promote_types(weight.dtype, torch.float32)
-        core = self.core(trained).to(wide)
-        return delta_weight(core, *(side.to(wide) for side in self.C_and_R(weight)), self.alpha)
-
-    @torch.no_grad()
-    def effective(self, weight: Tensor, first: Tensor | None = None) -> Tensor:
-        """W_eff (N, K): S-MagNorm of W and delta_W, for a gate in the weight domain. ``first``: see
-        ``linear``."""
-        return effective_weight(self.operands(weight, first=first))[0]
-
-    def is_linear(self) -> bool:
-        """Whether the layer is a linear map of x, so that it can be merged: not where something is
-        being learned through a gate on outputs."""
-        return (
-            self.norm is None
-            or self.norm.domain == "weight"
-            or not any(p.any() for p in self.learned_parameters())
-        )
-
-    @torch.no_grad()
-    def merged_matrix(self, weight: Tensor, onto: Tensor | None = None) -> Tensor:
-        """W (N, K) with all that was learned, stages included; float32, or float64 for a float64
-        one. ``is_linear`` must hold.
-
-        Args:
-            onto: what the change is added to in the place of W, where it is a sum (no gate).
-        """
-        wide = torch.promote_types(weight.dtype, torch.float32)
-        if self.norm is not None and self.norm.domain == "weight":
-            return self.effective(self.stage_matrix(weight), weight).to(wide)
-        return self.whole_delta(weight).add_(weight if onto is None else onto)
-
-    def whole_delta(self, weight: Tensor) -> Tensor:
-        """delta_W (N, K) of what is trained, of earlier stages and earlier bases."""
-        return self.delta(weight, self._whole_core()) + self.past_delta()
-
-    def stage_matrix(self, weight: Tensor) -> Tensor:
-        """The matrix (N, K) that a gate divides: W and, after stages, what they have left."""
-        earlier = self.long_core()
-        if earlier is None:
-            return weight
-        return self.delta(weight, earlier).add_(weight).to(weight.dtype)
-
-    def factors(self, weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """C (N, q), core (q, q), R (q, K) with delta_W = C core R, M2 stages and the past included;
-        q = r without a past. Detached."""
-        (C, R), core = self.C_and_R(weight), self.alpha * self.core(self._whole_core())
-        if self.C_past is None:
-            return C, core, R
-        unit = torch.eye(len(self.R_past), dtype=core.dtype, device=core.device)
-        return (
-            torch.cat([self.C_past, C], 1),
-            torch.block_diag(unit, core),
-            torch.cat([self.R_past, R]),
-        )
 
     # State.
 

@@ -113,8 +113,8 @@ def _load_for(chip: tuple[int, int]) -> None:
         "; ".join(reasons)
         or (
             f"the CUDA kernels are not built for compute capability {_dotted(chip)}: "
-            "secura_kernels.backends.cuda.build() compiles them once (it needs nvcc), or install with "
-            "SECURA_BUILD_CUDA=1"
+            "secura_kernels.backends.cuda.build() compiles them once (it needs nvcc), or install "
+            "with SECURA_BUILD_CUDA=1"
         )
     )
 
