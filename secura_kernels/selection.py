@@ -1,4 +1,4 @@
-"""Which columns and rows of W the update is built from: C = W[:, cols], R = W[rows, :].
+"""Which columns and rows of W the change is built from: C = W[:, cols], R = W[rows, :].
 
 Sources: CURLoRA, arXiv 2408.14572 (inverted probabilities); the published SECURA code ("lowest").
 """
@@ -85,7 +85,7 @@ def check_weight(weight: Tensor) -> None:
     if not torch.isfinite(weight).all():
         raise fail("weight", "a tensor with NaN or infinite values", "finite")
     if not weight.any():
-        raise fail("weight", "a tensor of zeros", "non-zero: its columns and rows carry the update")
+        raise fail("weight", "a tensor of zeros", "non-zero: its columns and rows carry the change")
 
 
 def check_indices(argument: str, indices: Tensor, size: int) -> None:

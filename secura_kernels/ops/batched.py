@@ -1,4 +1,4 @@
-"""``secura::cur_batched``: the update of a batch whose samples belong to different adapters."""
+"""``secura::cur_batched``: the change of a batch whose samples belong to different adapters."""
 
 import torch
 

@@ -241,8 +241,7 @@ class StageCallback(TrainerCallback):
     be trained any more. The optimiser keeps its moments.
 
     Args:
-        kind: ``"m1"``: W <- W + delta_W (``stage_m1``). ``"m2"``: the core is added to a long-term
-            one (``stage_m2``).
+        kind: ``"m1"`` or ``"m2"``: that of ``stage_m1`` or ``stage_m2``.
         every: optimiser steps between stages; None: one between epochs.
 
     Raises:

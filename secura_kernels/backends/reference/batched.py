@@ -1,4 +1,4 @@
-"""The update of a batch whose samples belong to different adapters; differentiable throughout."""
+"""The change of a batch whose samples belong to different adapters; differentiable throughout."""
 
 import torch
 from torch import Tensor
