@@ -96,8 +96,14 @@ def pack_norm(norm: SMagNorm | None) -> list[float]:
     eps] with 0 for ``ref="max"``."""
     if norm is None:
         return []
+    # torch.compile traces through a cache, and warns of it.
+    return list((_pack.__wrapped__ if torch.compiler.is_compiling() else _pack)(norm))
+
+
+@functools.lru_cache(maxsize=64)
+def _pack(norm: SMagNorm) -> tuple[float, ...]:
     ref = 0.0 if norm.ref == "max" else float(norm.ref)
-    return [float(norm.scale), float(norm.shift), ref, norm.base_weight, float(norm.eps)]
+    return float(norm.scale), float(norm.shift), ref, norm.base_weight, float(norm.eps)
 
 
 def unpack_norm(values: list[float], domain: str, detach_gate: bool) -> SMagNorm | None:
