@@ -35,7 +35,7 @@ __global__ void __launch_bounds__(Sum::THREADS, 1) decode_kernel(Decode p) {
       const float decay = n0 + row < N ? element(p.change.decay, n0 + row, 1.0f) : 1.0f;
       const float b = base.value[i][j][e], d = change.value[i][j][e];
       const float s = gate_value(b, d, slope, gate).s;
-      effective.at(row, OfW::column(j, e)) = from_float<T>(apply_gate(b, d, s, gate.beta, decay));
+      effective.at(row, OfW::column(j, e)) = from_float<T>(apply_gate(b, d, s, gate, decay));
     });
     wait_copies<0>();
     __syncthreads();  // both tiles are here

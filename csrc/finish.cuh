@@ -8,6 +8,14 @@
 
 namespace secura {
 
+// Whether y and what is saved, `columns` wide, can be stored by eights.
+template <typename T>
+bool by_eights(const T* y, const Finish& finish, int columns) {
+  return by_eights(y, columns) &&
+         (finish.save_base ? by_eights(static_cast<const T*>(finish.saved), columns)
+                           : by_eights(static_cast<const GateCode<T>*>(finish.saved), columns));
+}
+
 __device__ __forceinline__ float element(const float* vector, int i, float missing) {
   return vector == nullptr ? missing : vector[i];
 }
@@ -65,15 +73,16 @@ __device__ __forceinline__ int largest_bits(const Accumulator& base, const Accum
   return bits;
 }
 
-// S-MagNorm of `base` and `change`, whose decay factors go by the tile's rows (the weight domain) or
-// columns; stores the values in y and, where asked for, what the backward pass needs and the count.
-template <typename T, bool DECAY_BY_ROWS, class Accumulator>
-__device__ __forceinline__ void finish(Accumulator& base, Accumulator& change,
-                                       const Finish& finish, float slope, T* y, int row0, int rows,
-                                       int column0, int columns) {
+// S-MagNorm of `base` and `change`, whose decay factors go by the tile's rows (the weight domain)
+// or columns; stores the values in y and, where asked for, what the backward pass needs. The count
+// of gates <= edge, for `add_count`. EIGHTS: as in `store`, of y and of what is saved.
+template <typename T, bool DECAY_BY_ROWS, bool EIGHTS = false, class Accumulator>
+__device__ __forceinline__ int finish(Accumulator& base, Accumulator& change, const Finish& finish,
+                                      float slope, T* y, int row0, int rows, int column0,
+                                      int columns) {
   using Code = GateCode<T>;
   if (finish.saved != nullptr && finish.save_base) {
-    store(base, static_cast<T*>(finish.saved), row0, rows, column0, columns);
+    store<T, EIGHTS>(base, static_cast<T*>(finish.saved), row0, rows, column0, columns);
   }
   int count = 0;
   for_columns<Accumulator>(column0, columns, [&](int column, int j, int odd) {
@@ -90,18 +99,16 @@ __device__ __forceinline__ void finish(Accumulator& base, Accumulator& change,
         float& d = change.value[i][j][e];
         const GateValue value = gate_value(b, d, slope, finish.gate);
         count += row < rows && value.g <= finish.edge;
-        b = apply_gate(b, d, value.s, finish.gate.beta, decay);
+        b = apply_gate(b, d, value.s, finish.gate, decay);
         d = encode<Code>(value, finish.gate);
       }
     }
   });
-  store(base, y, row0, rows, column0, columns);
+  store<T, EIGHTS>(base, y, row0, rows, column0, columns);
   if (finish.saved != nullptr && !finish.save_base) {
-    store(change, static_cast<Code*>(finish.saved), row0, rows, column0, columns);
+    store<Code, EIGHTS>(change, static_cast<Code*>(finish.saved), row0, rows, column0, columns);
   }
-  if (finish.moved != nullptr) {
-    add_count(count, finish.moved);
-  }
+  return count;
 }
 
 }  // namespace secura

@@ -37,10 +37,11 @@ union Pair {
   Vector<T, 2> of;
 };
 
+// Integers are the low bits of the float that `encode` gives.
 template <typename T>
 __device__ __forceinline__ T stored(float value) {
   if constexpr (std::is_integral<T>::value) {
-    return static_cast<T>(static_cast<int>(value));
+    return static_cast<T>(__float_as_int(value));
   } else {
     return from_float<T>(value);
   }
@@ -48,16 +49,17 @@ __device__ __forceinline__ T stored(float value) {
 
 // Whether 8 columns at a multiple of 8 can be accessed at once.
 template <typename T>
-__device__ __forceinline__ bool by_eights(const T* matrix, int columns) {
+__host__ __device__ __forceinline__ bool by_eights(const T* matrix, int columns) {
   return columns % 8 == 0 && reinterpret_cast<uintptr_t>(matrix) % (8 * sizeof(T)) == 0;
 }
 
-// matrix (rows, columns)[row0..., column0...] = sum, converted to T.
-template <typename T, class Accumulator>
+// matrix (rows, columns)[row0..., column0...] = sum, converted to T. EIGHTS: `by_eights` is known,
+// and the code of the other case left out.
+template <typename T, bool EIGHTS = false, class Accumulator>
 __device__ __forceinline__ void store(const Accumulator& sum, T* matrix, int row0, int rows,
                                       int column0, int columns) {
   constexpr bool EXCHANGED = sizeof(T) <= 2 && Accumulator::J % 4 == 0;
-  const bool eights = EXCHANGED && by_eights(matrix, columns);
+  const bool eights = EXCHANGED && (EIGHTS || by_eights(matrix, columns));
 #pragma unroll
   for (int i = 0; i < Accumulator::I; ++i) {
 #pragma unroll
@@ -107,13 +109,14 @@ __device__ __forceinline__ void store(const Accumulator& sum, T* matrix, int row
   }
 }
 
-// sum = matrix[row0..., column0...], rows `stride_row` apart; zeros outside.
-template <typename T, class Accumulator>
+// sum = matrix[row0..., column0...], rows `stride_row` apart; zeros outside. EIGHTS: as in `store`.
+template <typename T, bool EIGHTS = false, class Accumulator>
 __device__ __forceinline__ void load(Accumulator& sum, const Operand<T>& matrix, int row0,
                                      int column0) {
   constexpr bool EXCHANGED = sizeof(T) == 2 && Accumulator::J % 4 == 0;
-  const bool eights = EXCHANGED && matrix.stride_depth == 1 && matrix.depth % 8 == 0 &&
-                      is_aligned(matrix.data, matrix.stride_row, sizeof(T));
+  const bool eights =
+      EXCHANGED && (EIGHTS || (matrix.stride_depth == 1 && matrix.depth % 8 == 0 &&
+                               is_aligned(matrix.data, matrix.stride_row, sizeof(T))));
 #pragma unroll
   for (int i = 0; i < Accumulator::I; ++i) {
 #pragma unroll

@@ -1,11 +1,12 @@
 // S-MagNorm element by element [secura_kernels/backends/reference/gate.py], with z in units of ln 2:
 //
 //   rho = |d| / (|b| + eps)          e = 2^(rho * slope - offset) = exp(z)
-//   g = (2 + e) / (1 + e)            s = 1 / g        both from one reciprocal of (1 + e)(2 + e)
+//   g = 1 + 1 / (1 + e)              s = 1 / g = 1 - 1 / (2 + e)
+//   both from one reciprocal of (1 + e)(2 + e)
 #pragma once
 
+#include "instructions.cuh"
 #include "passes.h"
-#include "types.cuh"
 
 namespace secura {
 
@@ -13,15 +14,13 @@ namespace secura {
 constexpr float LARGEST_EXPONENT = 60.0f, LARGEST_E = 1152921504606846976.0f;
 constexpr float LN_2 = 0.6931471805599453f;
 
-__device__ __forceinline__ float reciprocal(float value) { return __fdividef(1.0f, value); }
-
 __device__ __forceinline__ float relative_magnitude(float b, float d, float eps) {
   return fabsf(d) * reciprocal(fabsf(b) + eps);
 }
 
 __device__ __forceinline__ float exp_z(float rho, float slope, float offset) {
   const float z = rho * slope - offset;
-  return exp2f(z > LARGEST_EXPONENT ? LARGEST_EXPONENT : z);  // NaN stays NaN
+  return power_of_2(z > LARGEST_EXPONENT ? LARGEST_EXPONENT : z);  // NaN stays NaN
 }
 
 struct GateValue {
@@ -32,26 +31,31 @@ struct GateValue {
 __device__ __forceinline__ GateValue gate_value(float b, float d, float slope, const Gate& gate) {
   const float e = exp_z(relative_magnitude(b, d, gate.eps), slope, gate.offset);
   const float upper = 2.0f + e, lower = 1.0f + e, both = reciprocal(upper * lower);
-  return d == 0.0f ? GateValue{gate.beta, 1.0f / gate.beta}
-                   : GateValue{upper * upper * both, lower * lower * both};
+  return d == 0.0f ? GateValue{gate.beta, gate.by_beta}
+                   : GateValue{1.0f + upper * both, 1.0f - lower * both};
 }
 
 // ((beta - 1 + decay) b + decay d) s, and b itself where nothing moved and decayed.
-__device__ __forceinline__ float apply_gate(float b, float d, float s, float beta, float decay) {
-  return d == 0.0f ? b * (1.0f + (decay - 1.0f) / beta)
-                   : ((beta - 1.0f + decay) * b + decay * d) * s;
+__device__ __forceinline__ float apply_gate(float b, float d, float s, const Gate& gate,
+                                            float decay) {
+  return d == 0.0f ? b * (1.0f + (decay - 1.0f) * gate.by_beta)
+                   : ((gate.beta - 1.0f + decay) * b + decay * d) * s;
 }
 
-// What is saved: s itself in float32, else the linear code of g [gate_code.py], as a float.
+// Floats from here on, up to twice as large, are integers apart: their low bits are the code.
+constexpr float INTEGERS = 12582912.0f;
+
+// What is saved: s itself in float32, else the linear code of g [gate_code.py], added to INTEGERS.
 template <typename Code>
 __device__ __forceinline__ float encode(GateValue value, const Gate& gate) {
   if constexpr (Is<Code, float>) {
     return value.s;
   } else {
     constexpr float LAST = Is<Code, uint8_t> ? 255.0f : 65535.0f;
-    const float steps = floorf((gate.top - value.g) * gate.code_steps + 0.5f);
-    // NaN has no code; any will do, the output it belongs to is NaN already.
-    return (steps >= 0.0f ? fminf(steps, LAST) : 0.0f) + gate.code_low;
+    // Adding 1.5 * 2^23 rounds to an integer. NaN has no code; any will do, the output it belongs
+    // to is NaN already.
+    const float steps = (gate.top - value.g) * gate.code_steps;
+    return __fadd_rn(fminf(fmaxf(steps, 0.0f), LAST) + gate.code_low, INTEGERS);
   }
 }
 
@@ -62,7 +66,7 @@ __device__ __forceinline__ float decode(Code saved, const Gate& gate) {
     return saved;
   } else {
     const float steps = static_cast<float>(saved) - gate.code_low;
-    return reciprocal(gate.top - steps / gate.code_steps);
+    return reciprocal(gate.top - steps * gate.by_steps);
   }
 }
 

@@ -6,14 +6,15 @@
 //   dT = alpha v core              added to columns I of db (identity 3), so that dX = G' W
 //   dadapter_bias = column sums of dd
 //
-// A block owns whole rows: no atomics, and two runs are bitwise equal. A gate that is not detached
-// saves the base output b instead of s and gives the change h C^T too; the gate's own derivative is
-// formed here.
+// A block owns whole rows, or with v_part one group of their columns, whose v a second launch adds
+// in order: no atomics, and two runs are bitwise equal. A gate that is not detached saves the base
+// output b instead of s and gives the change h C^T too; the gate's own derivative is formed here.
 
 #include "fragments.cuh"
 #include "gate.cuh"
 #include "launch.cuh"
 #include "low_rank.cuh"
+#include "pipeline.cuh"
 #include "reduce.cuh"
 
 namespace secura {
@@ -43,6 +44,61 @@ struct Step {
         saved(memory + Gradient::BYTES),
         side(memory + Gradient::BYTES + Gate::BYTES),
         change(memory + Gradient::BYTES + Gate::BYTES + Side::BYTES) {}
+};
+
+// What starts a step's copies, all in whole chunks. Called for step after step.
+template <typename T, int RANK, bool FULL>
+class ChunkCopies {
+  using Tiles = Step<T, RANK, FULL>;
+  using Saved = typename Tiles::Saved;
+  Copier<typename Tiles::Gradient, Tiles::THREADS> gradient, change;
+  Copier<typename Tiles::Gate, Tiles::THREADS> saved;
+  Copier<typename Tiles::Side, Tiles::THREADS> side;
+
+ public:
+  __device__ __forceinline__ ChunkCopies(const Operand<T>& dy, const Operand<Saved>& saved,
+                                    const Operand<T>& change, const Operand<T>& side, int m0)
+      : gradient(dy, m0), change(change, m0), saved(saved, m0), side(side, 0) {}
+
+  __device__ __forceinline__ void copy(const Tiles& to, bool with_side) {
+    gradient.copy_step(to.gradient);
+    saved.copy_step(to.saved);
+    if (with_side) {
+      side.copy_step(to.side);
+    }
+    if constexpr (FULL) {
+      change.copy_step(to.change);
+    }
+  }
+};
+
+// The same of any operands.
+template <typename T, int RANK, bool FULL>
+class AnyCopies {
+  using Tiles = Step<T, RANK, FULL>;
+  using Saved = typename Tiles::Saved;
+  const Operand<T>&dy, &change, &side;
+  const Operand<Saved>& saved;
+  const int m0;
+  int n0 = 0;
+
+ public:
+  __device__ __forceinline__ AnyCopies(const Operand<T>& dy, const Operand<Saved>& saved,
+                                       const Operand<T>& change, const Operand<T>& side, int m0)
+      : dy(dy), change(change), side(side), saved(saved), m0(m0) {}
+
+  __device__ __forceinline__ void copy(const Tiles& to, bool with_side) {
+    constexpr int THREADS = Tiles::THREADS;
+    to.gradient.template load<THREADS>(dy, m0, n0);
+    to.saved.template load<THREADS>(saved, m0, n0);
+    if (with_side) {
+      to.side.template load<THREADS>(side, 0, n0);
+    }
+    if constexpr (FULL) {
+      to.change.template load<THREADS>(change, m0, n0);
+    }
+    n0 += Tiles::WIDTH;
+  }
 };
 
 // dT of a block's rows and 64 ranks, and where it is to be added.
@@ -97,39 +153,57 @@ __device__ __forceinline__ void add_to_columns(const ByCore& q, const GateBackwa
   __syncthreads();  // the next ranks may add to the same columns, and reuse the memory
 }
 
-template <typename T, int RANK, bool FULL>
+// The columns from column0 on of a matrix.
+template <typename T>
+__device__ __forceinline__ Operand<T> from_column(Operand<T> matrix, int column0, int columns) {
+  if (matrix.data != nullptr) {
+    matrix.data += column0 * matrix.stride_depth;
+  }
+  matrix.depth = columns;
+  return matrix;
+}
+
+template <typename T, int RANK, bool FULL, Reads READS>
 __global__ void __launch_bounds__(Step<T, RANK, FULL>::THREADS, 1)
     gate_backward_kernel(GateBackward p) {
+  constexpr bool IN_CHUNKS = READS == Reads::CHUNKS;
+  using Copies =
+      std::conditional_t<IN_CHUNKS, ChunkCopies<T, RANK, FULL>, AnyCopies<T, RANK, FULL>>;
   using Tiles = Step<T, RANK, FULL>;
   using Sum = typename Tiles::Sum;
   using Saved = typename Tiles::Saved;
   constexpr int THREADS = Tiles::THREADS, WIDTH = Tiles::WIDTH, PER_CHUNK = 16 / sizeof(T);
   constexpr int CHUNKS = WIDTH / PER_CHUNK, STAGES = Tiles::STAGES;
-  const Operand<T> dy = operand<T>(p.dy);
-  const int M = dy.rows, N = dy.depth, m0 = blockIdx.x * ROWS_PER_PROGRAM;
-  const Operand<Saved> saved = packed<Saved>(p.saved, M, N);
-  const Operand<T> side = transposed(packed<T>(p.side, N, p.padded));
+  const int M = p.dy.rows, N = p.dy.columns;
+  const bool in_parts = p.v_part != nullptr && !p.sum_parts;
+  const int group = in_parts ? blockIdx.x % p.parts : 0;
+  const int program = in_parts ? blockIdx.x / p.parts : blockIdx.x;
+  const int m0 = program * ROWS_PER_PROGRAM;
+  // This block's columns: `columns` of them from `column0` on.
+  const int column0 = in_parts ? first_column<WIDTH>(N, group, p.parts) : 0;
+  const int columns =
+      p.sum_parts ? 0 : (in_parts ? first_column<WIDTH>(N, group + 1, p.parts) : N) - column0;
+  const Operand<T> dy = from_column(operand<T>(p.dy), column0, columns);
+  const Operand<Saved> saved = from_column(packed<Saved>(p.saved, M, N), column0, columns);
+  const Operand<T> change = from_column(packed<T>(p.change, M, N), column0, columns);
+  const Operand<T> side =
+      packed<T>(static_cast<const T*>(p.side) + static_cast<int64_t>(column0) * p.padded, columns,
+                p.padded);
   T* g = static_cast<T*>(p.g);
-  const bool chunks_of_g = is_aligned(g, N, sizeof(T));
+  const bool chunks_of_g = IN_CHUNKS || is_aligned(g, N, sizeof(T));
   // Without decay and with a constant gate dd is db / beta: one matrix, rounded once, serves both.
   const bool proportional = !FULL && p.decay == nullptr;
   const float beta = p.gate.beta, slope = slope_of(p.gate, p.find_largest ? nullptr : p.largest);
   const float largest = largest_of(p.largest);
   const float through = p.through == nullptr ? 0.0f : *p.through;
   unsigned char* memory = shared_memory();
-  const int steps = (N + WIDTH - 1) / WIDTH;
+  const int steps = (columns + WIDTH - 1) / WIDTH;
   const auto tiles = [&](int step) { return Tiles(memory + step % STAGES * Tiles::BYTES); };
+  const Operand<T> turned = transposed(side);
+  Copies copies(dy, saved, change, turned, m0);
   const auto start = [&](int step) {
     if (step < steps) {
-      const Tiles to = tiles(step);
-      to.gradient.template load<THREADS>(dy, m0, step * WIDTH);
-      to.saved.template load<THREADS>(saved, m0, step * WIDTH);
-      if (p.v != nullptr) {
-        to.side.template load<THREADS>(side, 0, step * WIDTH);
-      }
-      if constexpr (FULL) {
-        to.change.template load<THREADS>(packed<T>(p.change, M, N), m0, step * WIDTH);
-      }
+      copies.copy(tiles(step), p.v != nullptr);
     }
     commit_copies();
   };
@@ -145,7 +219,7 @@ __global__ void __launch_bounds__(Step<T, RANK, FULL>::THREADS, 1)
     __syncthreads();
     start(step + STAGES - 1);
     const Tiles tile = tiles(step);
-    const int n0 = step * WIDTH;
+    const int n0 = column0 + step * WIDTH;
 #pragma unroll
     for (int i = threadIdx.x; i < ROWS_PER_PROGRAM * CHUNKS; i += THREADS) {
       const int row = i / CHUNKS, index = i % CHUNKS, n = n0 + index * PER_CHUNK;
@@ -184,7 +258,7 @@ __global__ void __launch_bounds__(Step<T, RANK, FULL>::THREADS, 1)
       }
       if (g != nullptr && m0 + row < M && n < N) {
         T* to = g + static_cast<int64_t>(m0 + row) * N + n;
-        if (chunks_of_g && n + PER_CHUNK <= N) {
+        if (IN_CHUNKS || (chunks_of_g && n + PER_CHUNK <= N)) {
           *reinterpret_cast<Chunk<T>*>(to) = db;
         } else {
           for (int e = 0; e < min(PER_CHUNK, N - n); ++e) {
@@ -202,8 +276,8 @@ __global__ void __launch_bounds__(Step<T, RANK, FULL>::THREADS, 1)
         sum += to_float(tile.gradient.at(row, column));
       }
       if (n0 + column < N) {
-        p.bias_part[static_cast<int64_t>(blockIdx.x * BIAS_PARTS + part) * N + n0 + column] =
-            proportional ? sum / beta : sum;
+        p.bias_part[static_cast<int64_t>(program * BIAS_PARTS + part) * N + n0 + column] =
+            proportional ? sum * p.gate.by_beta : sum;
       }
     }
     if (p.v != nullptr) {
@@ -223,10 +297,18 @@ __global__ void __launch_bounds__(Step<T, RANK, FULL>::THREADS, 1)
       p.statistics[2 * blockIdx.x + 1] = maxima;
     }
   } else if (p.v != nullptr) {
-    if (proportional) {
-      for_elements<Sum>([&](int i, int j, int e) { v.value[i][j][e] /= beta; });
+    if (p.sum_parts) {
+      sum_of_parts<ROWS_PER_PROGRAM, THREADS>(p.v_part, p.parts, p.v, M, p.r, m0);
+    } else {
+      if (proportional) {
+        for_elements<Sum>([&](int i, int j, int e) { v.value[i][j][e] *= p.gate.by_beta; });
+      }
+      if (in_parts) {
+        store(v, p.v_part + static_cast<int64_t>(group) * M * p.r, m0, M, 0, p.r);
+        return;
+      }
+      store(v, p.v, m0, M, 0, p.r);
     }
-    store(v, p.v, m0, M, 0, p.r);
     if (g != nullptr && p.rows == nullptr) {
       project_rows(p.v, M, p.r, p.padded, p.core, p.alpha, static_cast<T*>(p.q), m0, memory);
     } else if (g != nullptr) {
@@ -239,26 +321,47 @@ __global__ void __launch_bounds__(Step<T, RANK, FULL>::THREADS, 1)
   }
 }
 
+template <typename T, bool FULL>
+bool all_in_chunks(const GateBackward& p) {
+  using Saved = typename Step<T, 256, FULL>::Saved;
+  const int N = p.dy.columns;
+  return in_chunks<T>(p.dy, Along::DEPTH) && is_aligned(p.saved, N, sizeof(Saved)) &&
+         is_aligned(p.change, N, sizeof(T)) && is_aligned(p.side, p.padded, sizeof(T)) &&
+         is_aligned(p.g, N, sizeof(T));
+}
+
+template <typename T, int RANK, bool FULL>
+void run(const GateBackward& p, const Launch& where) {
+  using Tiles = Step<T, RANK, FULL>;
+  constexpr int BYTES = std::max({Tiles::STAGES * Tiles::BYTES, MULTIPLY_BYTES<ByCore>,
+                                  static_cast<int>(sizeof(Scatter))});
+  auto* kernel = gate_backward_kernel<T, RANK, FULL, Reads::ANY>;
+  if constexpr (sizeof(T) == 2) {
+    if (all_in_chunks<T, FULL>(p)) {
+      kernel = gate_backward_kernel<T, RANK, FULL, Reads::CHUNKS>;
+    }
+  }
+  const auto run_step = [&](const GateBackward& step, int parts) {
+    launch(kernel, step, int64_t{ceil_div(p.dy.rows, ROWS_PER_PROGRAM)} * parts, Tiles::THREADS,
+           BYTES, where, "gate_backward", {{"M", p.dy.rows}, {"N", p.dy.columns}, {"r", p.r}});
+  };
+  run_step(p, p.parts);
+  if (p.v_part != nullptr) {
+    GateBackward sum = p;
+    sum.sum_parts = true;
+    run_step(sum, 1);
+  }
+}
+
 }  // namespace
 
 void gate_backward(const GateBackward& p, const Launch& where) {
-  const int M = p.dy.rows;
-  const auto run = [&](auto step, auto* kernel) {
-    using Tiles = typename decltype(step)::type;
-    constexpr int BYTES = std::max({Tiles::STAGES * Tiles::BYTES, MULTIPLY_BYTES<ByCore>,
-                                    static_cast<int>(sizeof(Scatter))});
-    launch(kernel, p, ceil_div(M, ROWS_PER_PROGRAM), Tiles::THREADS, BYTES, where, "gate_backward",
-           {{"M", M}, {"N", p.dy.columns}, {"r", p.r}});
-  };
   with_dtype(where.dtype, [&](auto type) {
     using T = typename decltype(type)::type;
     if (p.change != nullptr) {  // seldom asked for: one form for every rank
-      run(Type<Step<T, 256, true>>(), gate_backward_kernel<T, 256, true>);
+      run<T, 256, true>(p, where);
     } else {
-      with_rank(p.padded, [&](auto rank) {
-        constexpr int RANK = decltype(rank)::value;
-        run(Type<Step<T, RANK, false>>(), gate_backward_kernel<T, RANK, false>);
-      });
+      with_rank(p.padded, [&](auto rank) { run<T, decltype(rank)::value, false>(p, where); });
     }
   });
 }

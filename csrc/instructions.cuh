@@ -8,6 +8,17 @@
 
 #include "types.cuh"
 
+namespace secura {
+
+// The value itself. What follows from it is found where it is needed, and not kept in registers
+// from one turn of a loop to the next.
+__device__ __forceinline__ int found_anew(int value) {
+  asm volatile("" : "+r"(value));
+  return value;
+}
+
+}  // namespace secura
+
 #ifndef __CUDACC__
 #include <host_instructions.h>
 #else
@@ -24,6 +35,19 @@ constexpr bool TENSOR_CORES = false;
 __device__ __forceinline__ unsigned char* shared_memory() {
   extern __shared__ __align__(128) unsigned char memory[];
   return memory;
+}
+
+// 1 / value and 2^value by the special function unit's one instruction, to float32's last bits.
+// What is below 2^-126 counts as 0, on either side.
+__device__ __forceinline__ float reciprocal(float value) {
+  float result;
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(result) : "f"(value));
+  return result;
+}
+__device__ __forceinline__ float power_of_2(float value) {
+  float result;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(result) : "f"(value));
+  return result;
 }
 
 // Starts a copy of `bytes` (0 to 16) bytes into 16 bytes of shared memory; the rest becomes zero.

@@ -49,6 +49,14 @@ void launch(void (*kernel)(Parameters), const Parameters& parameters, int64_t bl
   check(cudaLaunchKernelEx(&config, kernel, parameters), pass, shape);
 }
 
+// Of the current device, on which every pass is launched.
+inline int attribute(cudaDeviceAttr which) {
+  int device = 0, value = 0;
+  check(cudaGetDevice(&device), "cudaGetDevice", {});
+  check(cudaDeviceGetAttribute(&value, which, device), "cudaDeviceGetAttribute", {});
+  return value;
+}
+
 template <typename T>
 struct Type {
   using type = T;

@@ -19,6 +19,28 @@ __device__ __forceinline__ ByCore times_core(const P* p, int M, int r, const Mat
   return q;
 }
 
+// The columns of a row, of `columns`, that the `part`-th of `parts` blocks takes: whole steps of
+// STEP.
+template <int STEP>
+__device__ __forceinline__ int first_column(int columns, int part, int parts) {
+  const int steps = (columns + STEP - 1) / STEP, each = (steps + parts - 1) / parts;
+  return min(part * each * STEP, columns);
+}
+
+// p = the sum of `parts` matrices (M, r), one after another, at the block's rows, in order.
+template <int ROWS, int THREADS, typename P>
+__device__ __forceinline__ void sum_of_parts(const float* part, int parts, P* p, int M, int r,
+                                             int m0) {
+  const int64_t count = int64_t{min(M - m0, ROWS)} * r, first = int64_t{m0} * r;
+  for (int64_t i = first + threadIdx.x; i < first + count; i += THREADS) {
+    float sum = 0.0f;
+    for (int n = 0; n < parts; ++n) {
+      sum += part[n * int64_t{M} * r + i];
+    }
+    p[i] = from_float<P>(sum);
+  }
+}
+
 // q = alpha p core^T (M, padded) at the block's rows; zeros beyond r.
 template <typename P, typename Q>
 __device__ __forceinline__ void project_rows(const P* p, int M, int r, int padded,

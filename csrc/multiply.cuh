@@ -46,6 +46,19 @@ struct Accumulator {
     }
   }
 
+  // += of fragments: 16 rows of a by 16 columns of b each, two adjacent value[i][j] of them.
+  template <typename T>
+  __device__ __forceinline__ void multiply_add_all(const uint32_t (&a)[I][4],
+                                                   const uint32_t (&b)[J / 2][4]) {
+#pragma unroll
+    for (int j = 0; j < J; ++j) {
+#pragma unroll
+      for (int i = 0; i < I; ++i) {
+        multiply_add<T>(value[i][j], a[i], b[j / 2][j % 2 * 2], b[j / 2][j % 2 * 2 + 1]);
+      }
+    }
+  }
+
  private:
   template <class A, class B>
   __device__ __forceinline__ void add_on_tensor_cores(const A& a, const B& b) {

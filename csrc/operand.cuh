@@ -41,6 +41,19 @@ __host__ __device__ __forceinline__ bool is_aligned(const void* data, int64_t st
   return reinterpret_cast<uintptr_t>(data) % 16 == 0 && stride * size % 16 == 0;
 }
 
+// Whether every tile of a matrix is whole chunks of 16 bytes along its columns (DEPTH) or rows.
+// Such operands have kernels of their own, which read nothing else.
+template <typename T>
+bool in_chunks(const Matrix& matrix, Along along) {
+  constexpr int SIZE = sizeof(T);
+  return along == Along::DEPTH
+             ? matrix.stride_column == 1 && matrix.columns * SIZE % 16 == 0 &&
+                   is_aligned(matrix.data, matrix.stride_row, SIZE)
+             : matrix.stride_row == 1 && matrix.rows * SIZE % 16 == 0 &&
+                   is_aligned(matrix.data, matrix.stride_column, SIZE);
+}
+enum class Reads { ANY, CHUNKS };
+
 // ROWS x DEPTH elements in shared memory, in lines along one dimension. The 16-byte chunks of a line
 // are turned (XOR) by the line's number, so that the same chunk of 8 lines lies in 8 different
 // groups of banks: what ldmatrix reads at once.

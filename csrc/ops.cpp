@@ -87,12 +87,13 @@ T* contiguous(const OptionalTensor& tensor, const char* name, ScalarType type, i
 
 Gate gate_of(const std::vector<double>& numbers) {
   if (numbers.empty()) {
-    return {false, 0, 0, 1, 1, 2, 1, 0};
+    return {false, 0, 0, 1, 1, 2, 1, 0, 1, 1};
   }
   STD_TORCH_CHECK(numbers.size() == 7, "gate has ", numbers.size(),
                   " numbers; needed: slope, offset, eps, beta, top, code_steps, code_low");
   const auto number = [&](int i) { return static_cast<float>(numbers[i]); };
-  return {true, number(0), number(1), number(2), number(3), number(4), number(5), number(6)};
+  return {true,      number(0), number(1), number(2),        number(3),
+          number(4), number(5), number(6), 1.0f / number(3), 1.0f / number(5)};
 }
 
 // The padded rank, as every pass takes it: the columns of a side or of q.
@@ -141,8 +142,14 @@ void gather_op(const Tensor& from, const OptionalTensor& index, const Tensor& si
   gather(p, where(dtype, stream));
 }
 
+// The number of parts (parts, M, r) that a sum comes in: 1 without them.
+int parts_of(const OptionalTensor& part) {
+  return part ? as_int(part->size(0), "part") : 1;
+}
+
 void down_op(const Tensor& a, const Tensor& side, const Tensor& core, double alpha,
-             const Tensor& p_out, const Tensor& q_out, int64_t stream) {
+             const Tensor& p_out, const Tensor& q_out, const OptionalTensor& part,
+             int64_t stream) {
   const Dtype dtype = dtype_of(a, "a");
   const ScalarType type = scalar_type(dtype);
   const int64_t M = a.size(0);
@@ -157,6 +164,8 @@ void down_op(const Tensor& a, const Tensor& side, const Tensor& core, double alp
   p.p_float32 = p_out.scalar_type() == ScalarType::Float;
   p.p = contiguous(p_out, "p", p.p_float32 ? ScalarType::Float : type, M * p.r);
   p.q = contiguous(q_out, "q", type, M * padded);
+  p.parts = parts_of(part);
+  p.part = contiguous<float>(part, "part", ScalarType::Float, p.parts * M * p.r);
   down(p, where(dtype, stream));
 }
 
@@ -234,7 +243,7 @@ void gate_backward_op(const Tensor& dy, const Tensor& saved, const OptionalTenso
                       const OptionalTensor& through, const OptionalTensor& g,
                       const OptionalTensor& v, const OptionalTensor& q,
                       const OptionalTensor& bias_part, const OptionalTensor& statistics,
-                      int64_t stream) {
+                      const OptionalTensor& v_part, int64_t stream) {
   const Dtype dtype = dtype_of(dy, "dy");
   const ScalarType type = scalar_type(dtype), wide = ScalarType::Float;
   const int64_t M = dy.size(0), N = dy.size(1);
@@ -261,6 +270,9 @@ void gate_backward_op(const Tensor& dy, const Tensor& saved, const OptionalTenso
   p.q = contiguous(q, "q", type, M * padded);
   p.bias_part = contiguous<float>(bias_part, "bias_part", wide, BIAS_PARTS * programs * N);
   p.statistics = contiguous<float>(statistics, "statistics", wide, 2 * programs);
+  p.parts = parts_of(v_part);
+  p.v_part = contiguous<float>(v_part, "v_part", wide, p.parts * M * p.r);
+  STD_TORCH_CHECK(!v_part || (v && !change), "v_part needs v, and no change");
   gate_backward(p, where(dtype, stream));
 }
 
@@ -282,9 +294,13 @@ WeightChange change_of(const Tensor& weight, const Tensor& P, const Tensor& side
                        Dtype dtype) {
   const int64_t N = weight.size(0), K = weight.size(1);
   const int padded = padded_of(side, "side");
+  const auto* p = static_cast<const float*>(contiguous(P, "P", ScalarType::Float, N * padded));
+  const void* r = contiguous(side, "side", scalar_type(dtype), K * padded);
+  STD_TORCH_CHECK((reinterpret_cast<uintptr_t>(p) | reinterpret_cast<uintptr_t>(r)) % 16 == 0,
+                  "P and side must begin on 16 bytes");
   return {matrix(weight, "weight", scalar_type(dtype)),
-          static_cast<const float*>(contiguous(P, "P", ScalarType::Float, N * padded)),
-          contiguous(side, "side", scalar_type(dtype), K * padded),
+          p,
+          r,
           padded,
           contiguous<const float>(decay, "decay", ScalarType::Float, N),
           gate_of(gate)};
@@ -351,7 +367,7 @@ STABLE_TORCH_LIBRARY(secura_cuda, m) {
   m.def("gather(Tensor matrix, Tensor? index, Tensor(a!) side, int stream) -> ()");
   m.def(
       "down(Tensor a, Tensor side, Tensor core, float alpha, Tensor(a!) p, Tensor(b!) q, "
-      "int stream) -> ()");
+      "Tensor(c!)? part, int stream) -> ()");
   m.def(
       "project(Tensor a, Tensor? index, Tensor core, float alpha, Tensor(a!) p, Tensor(b!) q, "
       "int stream) -> ()");
@@ -367,7 +383,8 @@ STABLE_TORCH_LIBRARY(secura_cuda, m) {
       "gate_backward(Tensor dy, Tensor saved, Tensor? change, Tensor side, Tensor? rows, "
       "Tensor core, float alpha, Tensor? adapter_bias, Tensor? decay, float[] gate, "
       "Tensor(a!)? largest, bool find_largest, Tensor? through, Tensor(b!)? g, Tensor(c!)? v, "
-      "Tensor(d!)? q, Tensor(e!)? bias_part, Tensor(f!)? statistics, int stream) -> ()");
+      "Tensor(d!)? q, Tensor(e!)? bias_part, Tensor(f!)? statistics, Tensor(g!)? v_part, "
+      "int stream) -> ()");
   m.def(
       "core_gradient(Tensor v, Tensor t, float alpha, Tensor(a!) part, int stream) -> ()");
   m.def(

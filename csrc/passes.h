@@ -27,6 +27,7 @@ struct Matrix {
 struct Gate {
   bool on;
   float slope, offset, eps, beta, top, code_steps, code_low;
+  float by_beta, by_steps;  // 1 / beta, 1 / code_steps
 };
 
 // Where a pass runs: the layer's dtype and the current stream of the tensors' device.
@@ -47,7 +48,8 @@ struct Gather {
 };
 void gather(const Gather&, const Launch&);
 
-// p = a side (M, r), q = alpha p core^T.
+// p = a side (M, r), q = alpha p core^T. With `part` a is taken in `parts` groups of columns, so
+// that few rows fill the chip too; their products are then added in order.
 struct Down {
   Matrix a;          // (M, K)
   const void* side;  // (K, padded)
@@ -57,6 +59,9 @@ struct Down {
   void* p;         // (M, r), of the layer's dtype or float32
   bool p_float32;  // which
   void* q;         // (M, padded)
+  float* part;     // (parts, M, r) or null
+  int parts;       // 1 where it is null
+  bool sum_parts;  // false; true in the second launch, which adds them
 };
 void down(const Down&, const Launch&);
 
@@ -109,7 +114,8 @@ struct Epilogue {
 };
 void epilogue(const Epilogue&, const Launch&);
 
-// Everything the backward pass needs of dY and the saved gate. A program owns ROWS_PER_PROGRAM rows.
+// Everything the backward pass needs of dY and the saved gate. A program owns ROWS_PER_PROGRAM
+// rows, or with v_part one of `parts` groups of their columns.
 struct GateBackward {
   Matrix dy;          // (M, N)
   const void* saved;   // (M, N)
@@ -130,6 +136,9 @@ struct GateBackward {
   void* q;            // (M, padded) or null
   float* bias_part;   // (BIAS_PARTS programs, N) or null
   float* statistics;  // (programs, 2) or null; with it nothing else is written
+  float* v_part;      // (parts, M, r) or null; with v, and without change
+  int parts;          // 1 where it is null
+  bool sum_parts;     // as in Down
 };
 constexpr int ROWS_PER_PROGRAM = 64;
 constexpr int BIAS_PARTS = 4;

@@ -14,8 +14,12 @@ __device__ __forceinline__ T sum_of_warp(T value) {
   return value;
 }
 
-// Raises *to by the block's sum, warp by warp: integers, so the order does not matter.
+// Raises *to, unless it is null, by the block's sum, warp by warp: integers, so the order does not
+// matter.
 __device__ __forceinline__ void add_count(int count, unsigned long long* to) {
+  if (to == nullptr) {
+    return;
+  }
   count = sum_of_warp(count);
   if (threadIdx.x % 32 == 0 && count > 0) {
     atomicAdd(to, static_cast<unsigned long long>(count));

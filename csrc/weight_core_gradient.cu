@@ -2,6 +2,7 @@
 // and never stored. d_core = alpha C^T Q follows (`core_gradient`).
 
 #include "launch.cuh"
+#include "pipeline.cuh"
 #include "weight_change.cuh"
 
 namespace secura {
@@ -21,6 +22,19 @@ struct Tiles {
   static constexpr int BYTES = std::max(Factor::BYTES + Side::BYTES, MULTIPLY_BYTES<OfW>);
 };
 
+// dY^T X at rows n0... and columns k0... of W. CHUNKS: dY and X are in 16 bits and whole chunks.
+template <typename T, Reads READS, class Sum>
+__device__ __forceinline__ void gradient_of_w(Sum& sum, const Operand<T>& dy, int n0,
+                                              const Operand<T>& x, int k0, unsigned char* memory) {
+  if constexpr (READS == Reads::CHUNKS) {
+    using Chunks = Pipeline<T, Sum, DEPTH<T>, 4, Along::ROWS, Along::ROWS>;
+    static_assert(Chunks::BYTES <= MULTIPLY_BYTES<Sum>, "the memory of any operands");
+    Chunks::run(sum, dy, n0, x, k0, memory);
+  } else {
+    multiply<T, Along::ROWS, Along::ROWS>(sum, dy, n0, x, k0, memory);
+  }
+}
+
 // DEPTH columns of a shared tile, as a tile of their own.
 template <class Tile>
 struct Part {
@@ -38,7 +52,7 @@ struct Part {
   }
 };
 
-template <typename T, bool FULL>
+template <typename T, bool FULL, Reads READS>
 __global__ void __launch_bounds__(Tiles<T, FULL>::OfW::THREADS, 1)
     weight_core_gradient_kernel(WeightCoreGradient p) {
   using Sum = typename Tiles<T, FULL>::OfW;
@@ -48,7 +62,7 @@ __global__ void __launch_bounds__(Tiles<T, FULL>::OfW::THREADS, 1)
   const Operand<T> dy = transposed(operand<T>(p.dy)), x = transposed(operand<T>(p.x));
   const int N = dy.rows, K = x.rows, padded = p.change.padded;
   const int tiles = (K + COLUMNS_OF_W - 1) / COLUMNS_OF_W;
-  const int group = blockIdx.x % p.groups, n0 = blockIdx.x / p.groups * Sum::ROWS;
+  const int group = blockIdx.x % p.groups, row0 = blockIdx.x / p.groups * Sum::ROWS;
   unsigned char* memory = shared_memory();
   const typename Tiles<T, FULL>::Factor factor(memory);
   const typename Tiles<T, FULL>::Side side(memory + decltype(factor)::BYTES);
@@ -57,7 +71,8 @@ __global__ void __launch_bounds__(Tiles<T, FULL>::OfW::THREADS, 1)
   float total = 0.0f, maxima = 0.0f;
 
   for (int tile = group; tile < tiles; tile += p.groups) {
-    const int k0 = tile * COLUMNS_OF_W;
+    // In 16 bits addresses kept from tile to tile would spill; in float32, those found anew.
+    const int k0 = tile * COLUMNS_OF_W, n0 = sizeof(T) == 2 ? found_anew(row0) : row0;
     Sum base, change, gradient;
     weight_and_change<T>(base, change, p.change, n0, k0, memory);
     const auto decay = [&](int i, int e) {
@@ -70,7 +85,7 @@ __global__ void __launch_bounds__(Tiles<T, FULL>::OfW::THREADS, 1)
         b = decay(i, e) * gate_value(b, change.value[i][j][e], slope, gate).s;
       });
     }
-    multiply<T, Along::ROWS, Along::ROWS>(gradient, dy, n0, x, k0, memory);
+    gradient_of_w<T, READS>(gradient, dy, n0, x, k0, memory);
     for_elements<Sum>([&](int i, int j, int e) {
       const float b = base.value[i][j][e], grad = gradient.value[i][j][e];
       float& dd = gradient.value[i][j][e];
@@ -132,22 +147,30 @@ __global__ void __launch_bounds__(Tiles<T, FULL>::OfW::THREADS, 1)
   }
 }
 
+template <typename T, bool FULL>
+void run(const WeightCoreGradient& p, const Launch& where) {
+  using Of = Tiles<T, FULL>;
+  const int N = p.dy.columns, K = p.x.columns;
+  auto* kernel = weight_core_gradient_kernel<T, FULL, Reads::ANY>;
+  if constexpr (sizeof(T) == 2) {
+    if (in_chunks<T>(p.dy, Along::DEPTH) && in_chunks<T>(p.x, Along::DEPTH)) {
+      kernel = weight_core_gradient_kernel<T, FULL, Reads::CHUNKS>;
+    }
+  }
+  launch(kernel, p, int64_t{p.groups} * ceil_div(N, Of::OfW::ROWS), Of::OfW::THREADS, Of::BYTES,
+         where, "weight_core_gradient",
+         {{"M", p.dy.rows}, {"N", N}, {"K", K}, {"r", p.change.padded}});
+}
+
 }  // namespace
 
 void weight_core_gradient(const WeightCoreGradient& p, const Launch& where) {
-  const int N = p.dy.columns, K = p.x.columns;
-  const auto run = [&](auto tiles, auto* kernel) {
-    using Of = typename decltype(tiles)::type;
-    launch(kernel, p, int64_t{p.groups} * ceil_div(N, Of::OfW::ROWS), Of::OfW::THREADS, Of::BYTES,
-           where, "weight_core_gradient",
-           {{"M", p.dy.rows}, {"N", N}, {"K", K}, {"r", p.change.padded}});
-  };
   with_dtype(where.dtype, [&](auto type) {
     using T = typename decltype(type)::type;
     if (p.full) {
-      run(Type<Tiles<T, true>>(), weight_core_gradient_kernel<T, true>);
+      run<T, true>(p, where);
     } else {
-      run(Type<Tiles<T, false>>(), weight_core_gradient_kernel<T, false>);
+      run<T, false>(p, where);
     }
   });
 }

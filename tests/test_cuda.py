@@ -137,6 +137,50 @@ def test_one_pass_of_any_operands(norm, dtype, monkeypatch):
         compare(c, norm, "cuda", torch.randn(N, M, device=DEVICE).to(dtype).T)
 
 
+@simulated
+@pytest.mark.parametrize("schedule", SCHEDULES)
+@pytest.mark.parametrize("r", [40, 150])
+@pytest.mark.parametrize("norm", [None, SMagNorm()], ids=["no gate", "gate"])
+def test_one_pass_in_whole_chunks(norm, r, schedule, monkeypatch):
+    """The wide tiles, which a chip of few processors takes; more steps than the pipeline has
+    stages; ranks whose change is kept in shared memory, and too many for that."""
+    monkeypatch.setattr(linear, "one_pass", lambda *_: True)
+    monkeypatch.setenv("SECURA_HOST_PROCESSORS", "1")
+    monkeypatch.setenv("SECURA_HOST_SCHEDULE", schedule)
+    monkeypatch.setenv("SECURA_HOST_BANKS", "1")
+    compare(
+        small_change(140, 264, 328, r, dtype=torch.bfloat16, tied=True, biases=True, device=DEVICE),
+        norm,
+        "cuda",
+    )
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("norm", [None, SMagNorm()], ids=["no gate", "gate"])
+def test_groups_of_columns_are_added_in_order(norm, tied, dtype, monkeypatch):
+    """Products of few rows, whose columns several blocks share: the same bits in every schedule."""
+    monkeypatch.setattr(passes, "_groups_of_columns", lambda *_: 3)
+    c = small_change(70, 200, 264, 9, dtype=dtype, tied=tied, biases=True, device=DEVICE)
+    dy = torch.randn(70, 200, device=DEVICE).to(dtype)
+    compare(c, norm, "cuda", dy)
+    found = []
+    for schedule in SCHEDULES:
+        monkeypatch.setenv("SECURA_HOST_SCHEDULE", schedule)
+        y = c.ours(norm, impl="cuda")
+        found.append((y, *torch.autograd.grad(y, c.trained(), dy)))
+    for other in found[1:]:
+        for a, b in zip(found[0], other, strict=True):
+            torch.testing.assert_close(a, b, rtol=0, atol=0)
+
+
+def test_how_many_groups_of_columns():
+    assert passes._groups_of_columns(8192, 4096, 132) == 1  # rows fill the chip
+    assert passes._groups_of_columns(2048, 4096, 132) == 4
+    assert passes._groups_of_columns(5, 4096, 132) == 8  # no group below 512 columns
+    assert passes._groups_of_columns(5, 300, 132) == passes._groups_of_columns(0, 300, 1) == 1
+
+
 def test_the_plan():
     def planned(M=8192, N=4096, K=512, norm=None, dtype=torch.bfloat16, transposed=False):
         x = torch.empty(M, K, dtype=dtype, device="meta")  # planned for as on an A100
@@ -166,11 +210,11 @@ def test_bad_arguments_of_an_op():
     a, core = torch.randn(6, 8, device=DEVICE), torch.randn(4, 4, device=DEVICE)
     side, p, q = (torch.empty(n, m, device=DEVICE) for n, m in ((8, 16), (6, 4), (6, 16)))
     with pytest.raises(RuntimeError, match=r"side of shape \(7, 16\) is not contiguous with 128"):
-        op.down(a, side[:7], core, 1.0, p, q, 0)
+        op.down(a, side[:7], core, 1.0, p, q, None, 0)
     with pytest.raises(RuntimeError, match=r"side of shape \(8, 12\) must have a multiple of 16"):
-        op.down(a, side[:, :12], core, 1.0, p, q, 0)
+        op.down(a, side[:, :12], core, 1.0, p, q, None, 0)
     with pytest.raises(RuntimeError, match="a has dtype number 7; allowed: float32, bfloat16"):
-        op.down(a.double(), side, core, 1.0, p, q, 0)
+        op.down(a.double(), side, core, 1.0, p, q, None, 0)
     with pytest.raises(RuntimeError, match=r"a of shape \(6, 8\) and b of shape \(6, 4\) have no"):
         op.product(a, p, q, side, None, None, None, [], a, None, False, None, 0.0, 0)
 

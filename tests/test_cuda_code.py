@@ -91,6 +91,54 @@ def test_faults_are_found():
     assert faults(chip="75") == [] and faults(chip="75", spills=4) != []
 
 
+def test_the_main_loop():
+    def code(*lines):
+        return "".join(
+            f"        /*{16 * i:04x}*/   {line} ;   /* 0x{i:016x} */\n"
+            for i, line in enumerate(lines)
+        )
+
+    step = ("LDSM.16.M88.4 R4, [R2]", "HMMA.16816.F32 R8, R4, R6, R8", "IADD3 R2, R2, 0x1, RZ")
+    assert inspect_cuda._main_loop(code(*step, "@P0 BRA 0x60", "EXIT")) == (0, 0)
+    assert inspect_cuda._main_loop(code(*step, "@!P0 BRA 0x0", "EXIT", "BRA 0x50")) == (4, 1)
+    # Of two loops the one with more HMMA, and not the loop around both.
+    text = code(*step, "@P0 BRA 0x10", *step, *step, "@P0 BRA 0x40", "@P1 BRA 0x0")
+    assert inspect_cuda._main_loop(text) == (7, 2)
+    slow = inspect_cuda.Compiled(
+        "80",
+        "product",
+        "bfloat16",
+        ("CHUNKS",),
+        255,
+        0,
+        0,
+        0,
+        dict.fromkeys(inspect_cuda.INSTRUCTIONS, 1),
+        (334, 32),
+    )
+    assert slow.faults() == ["334 instructions for 32 HMMA in the main loop"]
+
+
+def test_registers_for_two_blocks():
+    def faults(threads, *variant):
+        return inspect_cuda.Compiled(
+            "80",
+            "product",
+            "bfloat16",
+            ("CHUNKS", *variant),
+            225,
+            0,
+            0,
+            0,
+            dict.fromkeys(inspect_cuda.INSTRUCTIONS, 1),
+            (3, 1),
+            threads,
+        ).faults()
+
+    assert faults(128, "128") == faults(256, "256") == []
+    assert faults(256, "128") == ["registers for 1 block(s) an SM, needed: 2"]
+
+
 def test_names_of_kernels():
     def name(kernel: str, arguments: str) -> tuple:
         return inspect_cuda._name(
@@ -98,10 +146,10 @@ def test_names_of_kernels():
             f"{kernel}I{arguments}EEvNS_7ProductE"
         )
 
-    assert name("product_kernel", "13__nv_bfloat16Lb1ELNS_5AlongE0E") == (
+    assert name("product_kernel", "13__nv_bfloat16Lb1ELNS_5AlongE0ELNS_5ReadsE1E") == (
         "product",
         "bfloat16",
-        ("gate", "DEPTH"),
+        ("gate", "DEPTH", "CHUNKS"),
     )
     assert name("gate_backward_kernel", "fLi64ELb0E") == ("gate_backward", "float32", ("64",))
     with pytest.raises(ValueError, match="unknown kernel"):

@@ -249,6 +249,12 @@ inline int opt_in_bytes() {
   return bytes == nullptr ? SHARED_BYTES_OPT_IN : std::atoi(bytes);
 }
 
+// Or one of fewer processors, which takes larger tiles.
+inline int processors() {
+  const char* count = std::getenv("SECURA_HOST_PROCESSORS");
+  return count == nullptr ? MULTIPROCESSORS : std::atoi(count);
+}
+
 inline std::map<const void*, int> opted_in;  // each kernel's dynamic shared memory, at most
 inline thread_local cudaError_t last_error = cudaSuccess;
 
@@ -285,7 +291,7 @@ inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, 
   if (device != 0) return host::report(false);
   switch (attribute) {
     case cudaDevAttrMultiProcessorCount:
-      *value = host::MULTIPROCESSORS;
+      *value = host::processors();
       break;
     case cudaDevAttrComputeCapabilityMajor:
       *value = SECURA_HOST_ARCH / 100;

@@ -11,6 +11,24 @@ constexpr bool TENSOR_CORES = SECURA_HOST_ARCH >= 800;
 
 inline unsigned char* shared_memory() { return host::shared; }
 
+// ---- The special function unit ----
+
+namespace host_detail {
+
+inline float without_subnormal(float value) {
+  return std::fabs(value) < 0x1p-126f ? std::copysign(0.0f, value) : value;
+}
+
+}  // namespace host_detail
+
+inline float reciprocal(float value) {
+  return host_detail::without_subnormal(1.0f / host_detail::without_subnormal(value));
+}
+
+inline float power_of_2(float value) {
+  return host_detail::without_subnormal(exp2f(host_detail::without_subnormal(value)));
+}
+
 // ---- Asynchronous copies ----
 
 inline void copy_async(void* shared, const void* global, int bytes,

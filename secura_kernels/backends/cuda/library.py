@@ -16,7 +16,7 @@ SCHEMAS = {
     "probe": "(Tensor like, int stream) -> ()",
     "gather": "(Tensor matrix, Tensor? index, Tensor(a!) side, int stream) -> ()",
     "down": "(Tensor a, Tensor side, Tensor core, float alpha, Tensor(a!) p, Tensor(b!) q, "
-    "int stream) -> ()",
+    "Tensor(c!)? part, int stream) -> ()",
     "project": "(Tensor a, Tensor? index, Tensor core, float alpha, Tensor(a!) p, Tensor(b!) q, "
     "int stream) -> ()",
     "product": "(Tensor a, Tensor b, Tensor h, Tensor side, Tensor? bias, Tensor? adapter_bias, "
@@ -29,7 +29,7 @@ SCHEMAS = {
     "Tensor core, float alpha, Tensor? adapter_bias, Tensor? decay, "
     "float[] gate, Tensor(a!)? largest, bool find_largest, Tensor? through, "
     "Tensor(b!)? g, Tensor(c!)? v, Tensor(d!)? q, Tensor(e!)? bias_part, "
-    "Tensor(f!)? statistics, int stream) -> ()",
+    "Tensor(f!)? statistics, Tensor(g!)? v_part, int stream) -> ()",
     "core_gradient": "(Tensor v, Tensor t, float alpha, Tensor(a!) part, int stream) -> ()",
     "effective_weight": "(Tensor weight, Tensor P, Tensor side, Tensor? decay, float[] gate, "
     "Tensor(a!)? out, Tensor(b!)? moved, float edge, Tensor(c!)? largest, "

@@ -38,8 +38,29 @@ def down(
     """p = a side (M, r) in ``p_dtype``, and q = alpha p core^T (M, padded r); core: float32."""
     p = a.new_empty(a.shape[0], core.shape[0], dtype=p_dtype)
     q = a.new_empty(a.shape[0], side.shape[1])
-    call("down", a, a, side, core, alpha, p, q)
+    call("down", a, a, side, core, alpha, p, q, _parts(a, core.shape[0]))
     return p, q
+
+
+def _parts(a: Tensor, r: int) -> Tensor | None:
+    """Where the products of groups of columns of a are kept, (groups, M, r) float32, when its rows
+    alone would leave processors idle."""
+    parts = _groups_of_columns(*a.shape, _processors(a.device))
+    return a.new_empty(parts, a.shape[0], r, dtype=torch.float32) if parts > 1 else None
+
+
+def _groups_of_columns(M: int, columns: int, processors: int) -> int:
+    """One where rows fill the chip, else as many as fill it, of 512 columns at least: each costs
+    writing and reading (M, r) in float32."""
+    return max(1, min(processors // max(1, cdiv(M, ROWS_PER_PROGRAM)), columns // 512))
+
+
+def _processors(device: torch.device) -> int:
+    return (
+        torch.cuda.get_device_properties(device).multi_processor_count
+        if device.type == "cuda"
+        else 1
+    )
 
 
 def project(
@@ -136,8 +157,21 @@ def gate_backward(
     largest = through = None
     fixed = (dy, saved, change, side, rows, core.T, alpha, adapter_bias, decay, numbers(gate))
 
-    def run(find_largest=False, g=None, v=None, q=None, part=None, statistics=None):
-        call("gate_backward", dy, *fixed, largest, find_largest, through, g, v, q, part, statistics)
+    def run(find_largest=False, g=None, v=None, q=None, part=None, statistics=None, v_part=None):
+        call(
+            "gate_backward",
+            dy,
+            *fixed,
+            largest,
+            find_largest,
+            through,
+            g,
+            v,
+            q,
+            part,
+            statistics,
+            v_part,
+        )
 
     if change is not None and ref_max:
         largest = dy.new_zeros(1, dtype=torch.int32)
@@ -149,7 +183,9 @@ def gate_backward(
     v = dy.new_empty(M, r, **wide) if needs[0] or needs[1] else None
     q = dy.new_empty(M, side.shape[1]) if needs[0] and rows is None else None
     part = dy.new_empty(BIAS_PARTS * programs, N, **wide) if needs[2] else None
-    run(g=g, v=v, q=q, part=part)
+    run(
+        g=g, v=v, q=q, part=part, v_part=_parts(dy, r) if v is not None and change is None else None
+    )
     return GateGradients(g, q, v, None if part is None else part.sum(0))
 
 
