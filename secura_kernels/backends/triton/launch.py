@@ -3,6 +3,7 @@
 import functools
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from copy import copy
 from typing import NamedTuple
 
 import torch
@@ -31,12 +32,13 @@ class Launch(NamedTuple):
 
 class _Prepared(NamedTuple):
     """A launch of which only the tensors are to be filled in: ``values``, all arguments in the
-    kernel's order; ``places``, where in them each tensor goes, by its number among the operands."""
+    kernel's order; ``places``, where in them each tensor goes, by its number among the operands,
+    and the descriptor that it goes into, if any."""
 
     programs: int
     compiled: object
     values: list
-    places: list[tuple[int, int]]
+    places: list[tuple[int, int, TensorDescriptor | None]]
 
 
 MOST_PREPARED = 2**12  # of a pass; beyond that many all are prepared anew
@@ -55,7 +57,7 @@ def launched(kernel):
     """
 
     def decorate(describe: Callable[..., Launch]) -> Callable[..., None]:
-        prepared: dict[tuple, _Prepared | None] = {}
+        prepared: dict[tuple, _Prepared] = {}
         tune_cache.remember(prepared.clear)
 
         @functools.wraps(describe)
@@ -75,8 +77,8 @@ def launched(kernel):
                 prepared[key] = _prepare(kernel, describe(*operands, **named), tensors)
             elif found.programs:
                 values, compiled = found.values.copy(), found.compiled
-                for place, number in found.places:
-                    values[place] = tensors[number]
+                for place, number, descriptor in found.places:
+                    values[place] = _filled(descriptor, tensors[number])
                 active = driver.active
                 stream = active.get_current_stream(active.get_current_device())
                 compiled.run(
@@ -98,38 +100,51 @@ def launched(kernel):
 
 
 def _read(operands: Iterable) -> tuple[list[Tensor], list]:
-    """The tensors among operands, and all that a launch may depend on."""
-    tensors, key = [], []
-    for operand in operands:
+    """The tensors among operands, and all that a launch may depend on; of a tensor that is there
+    twice also that it is."""
+    tensors, key, numbers = [], [], {}
+    for operand in _flat(operands):
         if isinstance(operand, Tensor):
             tensors.append(operand)
             key += (operand.shape, operand.stride(), operand.dtype, operand.data_ptr() & 15 == 0)
+            key.append(numbers.setdefault(id(operand), len(numbers)))
             if operand.dtype == torch.float32:
                 key.append(dot_precision(torch.float32))
-        elif isinstance(operand, tuple):
-            more, part = _read(operand)
-            tensors += more
-            key += part
         else:
             key.append(operand)
     return tensors, key
 
 
-def _prepare(kernel, launch: Launch, tensors: list[Tensor]) -> _Prepared | None:
-    """Launches, and returns how to launch again; None where that must be worked out anew."""
+def _flat(operands: Iterable) -> Iterator:
+    for operand in operands:
+        if isinstance(operand, tuple):
+            yield from operand
+        else:
+            yield operand
+
+
+def _prepare(kernel, launch: Launch, tensors: list[Tensor]) -> _Prepared:
+    """Launches, and returns how to launch again."""
     compiled = _launch_slowly(kernel, launch)
-    values = [launch.arguments[name] for name in kernel.arg_names]
     numbers = {id(tensor): number for number, tensor in enumerate(tensors)}
-    if len(numbers) < len(tensors) or any(isinstance(v, TensorDescriptor) for v in values):
-        return None  # the same tensor twice, or one that is handed over in a form of its own
-    places = [
-        (place, numbers[id(value)])
-        for place, value in enumerate(values)
-        if isinstance(value, Tensor)
-    ]
-    for place, _ in places:
-        values[place] = None  # not to be kept alive
+    values, places = [launch.arguments[name] for name in kernel.arg_names], []
+    for place, value in enumerate(values):
+        descriptor = copy(value) if isinstance(value, TensorDescriptor) else None
+        tensor = value if descriptor is None else value.base
+        if isinstance(tensor, Tensor):
+            places.append((place, numbers[id(tensor)], descriptor))
+            values[place] = None  # not to be kept alive
+            if descriptor is not None:
+                descriptor.base = None
     return _Prepared(launch.programs, compiled, values, places)
+
+
+def _filled(descriptor: TensorDescriptor | None, tensor: Tensor) -> Tensor | TensorDescriptor:
+    if descriptor is None:
+        return tensor
+    descriptor = copy(descriptor)
+    descriptor.base = tensor
+    return descriptor
 
 
 def _launch_slowly(kernel, launch: Launch):

@@ -266,7 +266,7 @@ def product(
             a_ptr=TensorDescriptor.from_tensor(a, [tile.m, tile.k]),
             b_ptr=TensorDescriptor.from_tensor(b, [tile.n, tile.k])
             if k_major
-            else TensorDescriptor.from_tensor(b.T, [tile.k, tile.n]),
+            else TensorDescriptor(b, [K, N], [b.stride(1), b.stride(0)], [tile.k, tile.n]),
         )
     tiles = cdiv(M, tile.m) * cdiv(N, tile.n)
     programs = min(tiles, processors(a.device)) if tile.persistent else tiles
