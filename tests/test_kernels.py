@@ -178,13 +178,13 @@ def test_importance_count(norm, impl):
 STARTS = {
     "triton": (
         gate_backward,
-        "launch",
-        lambda *_, g_ptr, v_ptr, bias_part_ptr, **__: (g_ptr, v_ptr, bias_part_ptr),
+        "_launch_gate_backward",
+        lambda *_, g=None, v=None, sums=None, **__: (g, v, sums),
     ),
     "cuda": (
         passes,
         "call",
-        lambda name, *a: (a[-5], a[-4], a[-2]) if name == "gate_backward" else None,
+        lambda name, *a: (a[-6], a[-5], a[-3]) if name == "gate_backward" else None,
     ),
 }
 

@@ -223,7 +223,7 @@ def test_hotswap_refuses_what_does_not_fit(tmp_path):
         with pytest.raises(ValueError, match=f"{next(iter(other))}=.* is not allowed"):
             hotswap_adapter(model, tmp_path / str(i))
     peft(llama(), target_modules=["q_proj"], **GATED).save_pretrained(tmp_path / "less")
-    with pytest.raises(ValueError, match="v_proj': it has no A"):
+    with pytest.raises(ValueError, match="v_proj': the state has no A"):
         hotswap_adapter(model, tmp_path / "less")
     get_peft_model(llama(), LoraConfig(target_modules=["q_proj"])).save_pretrained(
         tmp_path / "lora"

@@ -74,7 +74,7 @@ def check_tensors(
     outside W."""
     optional = adapter.optional_shapes()
     expected = {k: tuple(v.shape) for k, v in own.items() if k not in optional} | optional
-    for name, shape in expected.items():
+    for name, shape in sorted(expected.items()):
         if name not in found:
             if strict and name not in optional:
                 raise ValueError(f"the state has no {name}")

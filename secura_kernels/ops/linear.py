@@ -144,10 +144,44 @@ class CurLinear(torch.autograd.Function):
 
     generate_vmap_rule = True
 
+    # By name: torch.compile counts the arguments.
     @staticmethod
-    def forward(x, *arguments):
-        *operands, impl = arguments
-        return call(cur_linear_fwd, x, *operands, True, impl)
+    def forward(
+        x,
+        weight,
+        bias,
+        core,
+        cols,
+        rows,
+        C,
+        R,
+        adapter_bias,
+        decay,
+        alpha,
+        norm,
+        detach_gate,
+        edge,
+        impl,
+    ):
+        return call(
+            cur_linear_fwd,
+            x,
+            weight,
+            bias,
+            core,
+            cols,
+            rows,
+            C,
+            R,
+            adapter_bias,
+            decay,
+            alpha,
+            norm,
+            detach_gate,
+            edge,
+            True,
+            impl,
+        )
 
     @staticmethod
     def alone(x, *arguments):

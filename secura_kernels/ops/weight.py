@@ -108,9 +108,43 @@ class CurWeightLinear(torch.autograd.Function):
 
     generate_vmap_rule = True
 
+    # By name: torch.compile counts the arguments.
     @staticmethod
-    def forward(*arguments):
-        return call(cur_weight_linear_fwd, *arguments)
+    def forward(
+        x,
+        weight,
+        bias,
+        core,
+        cols,
+        rows,
+        C,
+        R,
+        adapter_bias,
+        decay,
+        alpha,
+        norm,
+        detach_gate,
+        edge,
+        impl,
+    ):
+        return call(
+            cur_weight_linear_fwd,
+            x,
+            weight,
+            bias,
+            core,
+            cols,
+            rows,
+            C,
+            R,
+            adapter_bias,
+            decay,
+            alpha,
+            norm,
+            detach_gate,
+            edge,
+            impl,
+        )
 
     alone = forward
 
