@@ -4,7 +4,8 @@ r"""What the host does for a layer: microseconds before and between launches, an
 
 Triton compiles for a chip that is not here, and its driver launches nothing (``nothing.py``); the
 matrices are tiny, so that what is left is Python, autograd, allocation and launching. Below it the
-same for the plain PyTorch path. Rivals take turns in one process; ratios are medians of rounds.
+same for the plain PyTorch path. In float32, whose small products cost a CPU least. Rivals take
+turns in one process; ratios are medians of rounds.
 """
 
 import argparse
@@ -46,7 +47,7 @@ def main() -> None:
     torch.set_num_threads(1)
     with launching_nothing(options.chip) as driver:
         found = {
-            "triton": measure(layers("triton", torch.bfloat16), options, lambda: driver.launches)
+            "triton": measure(layers("triton", torch.float32), options, lambda: driver.launches)
         }
     found["reference"] = measure(layers("reference", torch.float32), options, lambda: 0)
     options.out.mkdir(parents=True, exist_ok=True)

@@ -1,7 +1,7 @@
 """The one place that every kernel launch passes."""
 
 import functools
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from copy import copy
 from typing import NamedTuple
@@ -99,28 +99,27 @@ def launched(kernel):
     return decorate
 
 
-def _read(operands: Iterable) -> tuple[list[Tensor], list]:
-    """The tensors among operands, and all that a launch may depend on; of a tensor that is there
-    twice also that it is."""
-    tensors, key, numbers = [], [], {}
-    for operand in _flat(operands):
-        if isinstance(operand, Tensor):
-            tensors.append(operand)
-            key += (operand.shape, operand.stride(), operand.dtype, operand.data_ptr() & 15 == 0)
-            key.append(numbers.setdefault(id(operand), len(numbers)))
-            if operand.dtype == torch.float32:
-                key.append(dot_precision(torch.float32))
-        else:
-            key.append(operand)
-    return tensors, key
-
-
-def _flat(operands: Iterable) -> Iterator:
+def _read(operands: tuple) -> tuple[list[Tensor], list]:
+    """The tensors among operands, and all that a launch may depend on."""
+    flat = []
     for operand in operands:
         if isinstance(operand, tuple):
-            yield from operand
+            flat += operand
         else:
-            yield operand
+            flat.append(operand)
+    tensors = [operand for operand in flat if isinstance(operand, Tensor)]
+    key = [
+        (operand.shape, operand.stride(), operand.dtype, operand.data_ptr() & 15 == 0)
+        if isinstance(operand, Tensor)
+        else operand
+        for operand in flat
+    ]
+    numbers = list(map(id, tensors))
+    if len(set(numbers)) < len(numbers):  # also which of them are one tensor
+        key += map(numbers.index, numbers)
+    if tensors[0].dtype == torch.float32:
+        key.append(dot_precision(torch.float32))
+    return tensors, key
 
 
 def _prepare(kernel, launch: Launch, tensors: list[Tensor]) -> _Prepared:
