@@ -272,6 +272,17 @@ def test_plans_and_their_reasons():
     assert plan(100, 200, 64, 4, bf16, device, None).reason
 
 
+def test_a_newer_chip_takes_the_rows_of_the_nearest_lower_one(monkeypatch):
+    device, found = torch.device("cuda", 5), {}
+    for capability in ((7, 5), (8, 6), (10, 3), (9, 0)):
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _, c=capability: c)
+        found[capability] = chips._chip_of_gpu.__wrapped__(device)
+    assert found == {(7, 5): None, (8, 6): 89, (10, 3): 100, (9, 0): 90}
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (13, 0))
+    with pytest.warns(UserWarning, match="capability 13.0, for which no tiles are shipped: those"):
+        assert chips._chip_of_gpu.__wrapped__(device) == 120
+
+
 def test_why_unavailable():
     from secura_kernels import cur_linear
 

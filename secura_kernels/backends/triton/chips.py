@@ -59,7 +59,7 @@ def pretended() -> int | None:
 
 
 def chip_of(device: torch.device) -> int | None:
-    """The key of CHIPS for a device; None for a GPU that no tiles are shipped for."""
+    """The key of CHIPS for a device, the nearest lower one for a newer chip; None below 8.0."""
     if _pretended is not None:
         return _pretended
     return _chip_of_gpu(device) if device.type == "cuda" else INTERPRETER
