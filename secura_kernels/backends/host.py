@@ -55,6 +55,12 @@ class GateNumbers:
 NO_GATE = GateNumbers(0.0, 0.0, 1.0, 1.0, 2.0, 1.0, 0.0)
 
 
+@functools.cache
+def processors_of_gpu(device: torch.device) -> int:
+    """Streaming multiprocessors."""
+    return torch.cuda.get_device_properties(device).multi_processor_count
+
+
 def cdiv(a: int, b: int) -> int:
     return -(-a // b)
 

@@ -1,4 +1,4 @@
-"""The adapter update over a base output that somebody else computed (a quantised layer, a
+"""The change over a base output that somebody else computed (a quantised layer, a
 tensor-parallel one): ``cur_epilogue``; and of a batch of several adapters: ``cur_batched``."""
 
 import math

@@ -76,4 +76,4 @@ class Mergeable:
         if more is not None:
             bias = more if bias is None else bias.to(more.dtype) + more
         bias = None if bias is None else bias.to(self.weight.dtype, copy=True)
-        return (matrix.T if self.transposed else matrix).contiguous(), bias
+        return self._as_matrix(matrix).contiguous(), bias

@@ -14,7 +14,7 @@ from .registry import (
     fake_gradients,
     one_by_one,
     register,
-    unpack_norm,
+    unpack_layer,
 )
 
 _PARAMETERS = """Tensor core, Tensor? cols, Tensor? rows, Tensor? C, Tensor? R,
@@ -22,15 +22,9 @@ _PARAMETERS = """Tensor core, Tensor? cols, Tensor? rows, Tensor? C, Tensor? R,
 _SETTINGS = "float alpha, float[] norm, bool detach_gate"
 
 
-def _layer(
-    tensors: tuple[Tensor | None, ...], alpha: float, norm: list[float], detach_gate: bool
-) -> CurOperands:
-    return CurOperands(*tensors, alpha, unpack_norm(norm, "output", detach_gate))
-
-
 def _fwd(x, *arguments):
     *tensors, alpha, norm, detach_gate, edge, save, impl = arguments
-    layer = _layer(tensors, alpha, norm, detach_gate)
+    layer = unpack_layer(tensors, alpha, norm, "output", detach_gate)
     return backend(impl, "linear", x, layer.r).forward(x, layer, edge, save)
 
 
@@ -85,7 +79,7 @@ def _fwd_vmap(info, in_dims, x, *rest):
 
 def _bwd(dy, weight, *arguments):
     *tensors, t, saved, alpha, norm, detach_gate, needs, impl = arguments
-    layer = _layer((weight, None, *tensors), alpha, norm, detach_gate)
+    layer = unpack_layer((weight, None, *tensors), alpha, norm, "output", detach_gate)
     gradients = backend(impl, "linear", dy, layer.r).backward(dy, layer, t, saved, needs)
     return empty_if_none(gradients, dy)
 
@@ -226,7 +220,7 @@ class CurLinear(torch.autograd.Function):
     @staticmethod
     def layer(ctx) -> CurOperands:
         weight, *others = ctx.saved_tensors[:8]
-        return _layer((weight, None, *others), ctx.alpha, ctx.norm, ctx.detach_gate)
+        return unpack_layer((weight, None, *others), ctx.alpha, ctx.norm, "output", ctx.detach_gate)
 
 
 def _plus(value: Tensor | None, more: Tensor) -> Tensor:

@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 from torch.utils.flop_counter import register_flop_formula
 
+from ..backends.operands import CurOperands
 from ..checks import check_choice
 from ..settings import SMagNorm
 
@@ -109,6 +110,17 @@ def _pack(norm: SMagNorm) -> tuple[float, ...]:
 def unpack_norm(values: list[float], domain: str, detach_gate: bool) -> SMagNorm | None:
     """Inverse of ``pack_norm``."""
     return _unpack(tuple(values), domain, detach_gate) if values else None
+
+
+def unpack_layer(
+    tensors: tuple[Tensor | None, ...],
+    alpha: float,
+    norm: list[float],
+    domain: str,
+    detach_gate: bool,
+) -> CurOperands:
+    """A layer from its tensors, in the order of ``CurOperands``, and its packed settings."""
+    return CurOperands(*tensors, alpha, unpack_norm(norm, domain, detach_gate))
 
 
 @functools.lru_cache(maxsize=64)

@@ -1,25 +1,17 @@
 """``secura::cur_weight_linear_fwd`` and ``_bwd``: S-MagNorm in the weight domain."""
 
 import torch
-from torch import Tensor
 
-from ..backends.operands import CurOperands
 from ..backends.reference import weight as reference
-from .registry import backend, call, empty_if_none, fake_gradients, register, unpack_norm
+from .registry import backend, call, empty_if_none, fake_gradients, register, unpack_layer
 
 _ARGUMENTS = """Tensor x, Tensor weight, {bias} Tensor core, Tensor? cols, Tensor? rows, Tensor? C,
     Tensor? R, Tensor? adapter_bias, Tensor? decay, float alpha, float[] norm, bool detach_gate"""
 
 
-def _layer(
-    tensors: tuple[Tensor | None, ...], alpha: float, norm: list[float], detach_gate: bool
-) -> CurOperands:
-    return CurOperands(*tensors, alpha, unpack_norm(norm, "weight", detach_gate))
-
-
 def _fwd(x, *arguments):
     *tensors, alpha, norm, detach_gate, edge, impl = arguments
-    layer = _layer(tensors, alpha, norm, detach_gate)
+    layer = unpack_layer(tensors, alpha, norm, "weight", detach_gate)
     return backend(impl, "weight", x, layer.r).forward(x, layer, edge)
 
 
@@ -54,7 +46,7 @@ def _fwd_flops(x, weight, bias, core, *_, **__):
 
 def _bwd(dy, x, weight, *arguments):
     *tensors, alpha, norm, detach_gate, needs, impl = arguments
-    layer = _layer((weight, None, *tensors), alpha, norm, detach_gate)
+    layer = unpack_layer((weight, None, *tensors), alpha, norm, "weight", detach_gate)
     return empty_if_none(backend(impl, "weight", dy, layer.r).backward(dy, x, layer, needs), dy)
 
 
@@ -163,7 +155,9 @@ class CurWeightLinear(torch.autograd.Function):
         needs = tuple(ctx.needs_input_grad[i] for i in (0, 3, 8))
         if torch.is_grad_enabled():  # to be differentiated again
             x, weight, *others = ctx.saved_tensors
-            layer = _layer((weight, None, *others), ctx.alpha, ctx.norm, ctx.detach_gate)
+            layer = unpack_layer(
+                (weight, None, *others), ctx.alpha, ctx.norm, "weight", ctx.detach_gate
+            )
             dx, dcore, dbias = reference.backward(dy, x, layer, needs)
         else:
             gradients = call(

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..host import GateNumbers, cdiv, padded_rank, through_largest
+from ..host import GateNumbers, cdiv, padded_rank, processors_of_gpu, through_largest
 from ..operands import CurOperands
 from .library import call
 
@@ -45,7 +45,8 @@ def down(
 def _parts(a: Tensor, r: int) -> Tensor | None:
     """Where the products of groups of columns of a are kept, (groups, M, r) float32, when its rows
     alone would leave processors idle."""
-    parts = _groups_of_columns(*a.shape, _processors(a.device))
+    processors = processors_of_gpu(a.device) if a.is_cuda else 1
+    parts = _groups_of_columns(*a.shape, processors)
     return a.new_empty(parts, a.shape[0], r, dtype=torch.float32) if parts > 1 else None
 
 
@@ -53,14 +54,6 @@ def _groups_of_columns(M: int, columns: int, processors: int) -> int:
     """One where rows fill the chip, else as many as fill it, of 512 columns at least: each costs
     writing and reading (M, r) in float32."""
     return max(1, min(processors // max(1, cdiv(M, ROWS_PER_PROGRAM)), columns // 512))
-
-
-def _processors(device: torch.device) -> int:
-    return (
-        torch.cuda.get_device_properties(device).multi_processor_count
-        if device.type == "cuda"
-        else 1
-    )
 
 
 def project(

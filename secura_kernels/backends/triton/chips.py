@@ -8,6 +8,8 @@ from dataclasses import dataclass
 
 import torch
 
+from ..host import processors_of_gpu
+
 INTERPRETER = 0  # the "chip" of Triton's interpreter, which runs the kernels on the CPU
 
 
@@ -82,14 +84,7 @@ def _chip_of_gpu(device: torch.device) -> int | None:
 
 def processors(device: torch.device) -> int:
     """Streaming multiprocessors."""
-    return (
-        _processors_of_gpu(device) if device.type == "cuda" else CHIPS[chip_of(device)].processors
-    )
-
-
-@functools.cache
-def _processors_of_gpu(device: torch.device) -> int:
-    return torch.cuda.get_device_properties(device).multi_processor_count
+    return processors_of_gpu(device) if device.type == "cuda" else CHIPS[chip_of(device)].processors
 
 
 def rank_block(r: int) -> int:
