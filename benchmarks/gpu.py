@@ -45,10 +45,10 @@ TESTS = [
     *(["-n", str(min(16, os.cpu_count()))] if importlib.util.find_spec("xdist") else []),
 ]
 STAGES: dict[str, list[str]] = {
-    "cuda-build": ["-c", "from secura_kernels import cuda; print(cuda.build())"],
+    "cuda-build": ["-c", "from secura_kernels.backends import cuda; print(cuda.build())"],
     "tests-cuda": [
         *TESTS,
-        "tests/test_kernels.py",
+        "tests/test_backends.py",
         "tests/test_kernel_ops.py",
         "tests/test_gpu.py",
         "tests/test_cuda.py",
@@ -59,7 +59,7 @@ STAGES: dict[str, list[str]] = {
     "tests-gpu": [*TESTS, "tests/test_gpu.py", "-k", "not cuda"],
     "tests-triton": [
         *TESTS,
-        "tests/test_kernels.py",
+        "tests/test_backends.py",
         "tests/test_kernel_ops.py",
         "tests/test_batched.py",
         "-k",

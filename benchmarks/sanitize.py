@@ -40,10 +40,8 @@ ENVIRONMENT = {
 }
 
 NORMS = {"no gate": None} | {
-    ", ".join([domain, *["max"] * (ref == "max"), *["full"] * (not detach)]): SMagNorm(
-        domain=domain, ref=ref, detach_gate=detach
-    )
-    for domain, ref, detach in product(("output", "weight"), (1.0, "max"), (True, False))
+    ", ".join([domain, *["max"] * (ref == "max")]): SMagNorm(domain=domain, ref=ref)
+    for domain, ref in product(("output", "weight"), (1.0, "max"))
 }
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 # M, N, K, r: one token, sizes that no block divides, rows off 16 bytes, several tiles both ways,
@@ -89,7 +87,7 @@ def cases() -> list[Case]:
     found = []
     for form, tied, biases, dtype in product(NORMS, (True, False), (False, True), DTYPES):
         # As in plan.one_pass: with max(rho), and on the weight, there is one form only.
-        both = form in ("no gate", "output", "output, full")
+        both = form in ("no gate", "output")
         for one_pass in (False, True) if both else (False,):
             i = len(found)
             found.append(

@@ -1,7 +1,7 @@
-// Down: p = a side and q = alpha p core^T in one kernel, a read once.
+// Down: p = a factor and q = alpha p core^T in one kernel, a read once.
 //
-// Forward: a = x, side = R, so p = t and q = h. Backward without a gate: a = dY, side = C, so p = v
-// and q = dT = alpha v core (the core transposed by its strides).
+// Forward: a = x, factor = R, so p = t and q = h. Backward without a gate: a = dY, factor = C, so
+// p = v and q = dT = alpha v core (the core transposed by its strides).
 
 #include "fragments.cuh"
 #include "launch.cuh"
@@ -24,16 +24,16 @@ template <typename T, int RANK, Reads READS>
 __device__ __forceinline__ Sum<RANK> product(const Down& d, int m0, int part) {
   using Rows = Sum<RANK>;
   constexpr int STEP = 64;
-  Operand<T> a = operand<T>(d.a), side = packed<T>(d.side, a.depth, d.padded);
+  Operand<T> a = operand<T>(d.a), factor = packed<T>(d.factor, a.depth, d.padded);
   const int k0 = first_column<STEP>(a.depth, part, d.parts);
-  a.depth = side.rows = first_column<STEP>(a.depth, part + 1, d.parts) - k0;
+  a.depth = factor.rows = first_column<STEP>(a.depth, part + 1, d.parts) - k0;
   a.data += k0 * a.stride_depth;
-  side.data += k0 * side.stride_row;
+  factor.data += k0 * factor.stride_row;
   Rows sum;
   if constexpr (READS == Reads::CHUNKS) {
-    Chunks<T, RANK>::run(sum, a, m0, transposed(side), 0, shared_memory());
+    Chunks<T, RANK>::run(sum, a, m0, transposed(factor), 0, shared_memory());
   } else {
-    multiply<T, Along::DEPTH, Along::ROWS>(sum, a, m0, transposed(side), 0, shared_memory());
+    multiply<T, Along::DEPTH, Along::ROWS>(sum, a, m0, transposed(factor), 0, shared_memory());
   }
   return sum;
 }
@@ -91,7 +91,7 @@ void down(const Down& d, const Launch& where) {
         }
       };
       if constexpr (sizeof(T) == 2) {
-        if (in_chunks<T>(d.a, Along::DEPTH) && is_aligned(d.side, d.padded, sizeof(T))) {
+        if (in_chunks<T>(d.a, Along::DEPTH) && is_aligned(d.factor, d.padded, sizeof(T))) {
           return run(down_kernel<T, RANK, Reads::CHUNKS>, Chunks<T, RANK>::BYTES);
         }
       }

@@ -20,7 +20,7 @@ __global__ void __launch_bounds__(Sum::THREADS, 1) effective_weight_kernel(Effec
   if (p.find_largest) {
     raise_largest(largest_bits(base, change, gate.eps, n0, N, k0, K), p.largest);
   } else {
-    const Finish end = {nullptr, p.change.decay, gate, nullptr, false, p.moved, p.edge};
+    const Finish end = {nullptr, p.change.decay, gate, nullptr, p.moved, p.edge};
     const int count = finish<T, true>(base, change, end, slope_of(gate, p.largest),
                                       static_cast<T*>(p.out), n0, N, k0, K);
     add_count(count, p.moved);

@@ -12,7 +12,7 @@ using Sum = Accumulator<64, 128, 32, 32>;
 template <typename T>
 using Chunks = Pipeline<T, Sum, 32, 3, Along::DEPTH, Along::DEPTH>;
 
-// CHUNKS: h, side, y and what is saved, all in 16 bits and all in whole chunks.
+// CHUNKS: h, factor, y and what is saved, all in 16 bits and all in whole chunks.
 template <typename T, Reads READS>
 __global__ void __launch_bounds__(Sum::THREADS, READS == Reads::CHUNKS ? 2 : 1)
     epilogue_kernel(Epilogue p) {
@@ -21,12 +21,12 @@ __global__ void __launch_bounds__(Sum::THREADS, READS == Reads::CHUNKS ? 2 : 1)
   const int m0 = blockIdx.x / across * Sum::ROWS, n0 = blockIdx.x % across * Sum::COLUMNS;
   T* y = static_cast<T*>(p.y);
   Sum base, change;
-  const Operand<T> h = packed<T>(p.h, p.M, p.padded), side = packed<T>(p.side, p.N, p.padded);
+  const Operand<T> h = packed<T>(p.h, p.M, p.padded), factor = packed<T>(p.factor, p.N, p.padded);
   load<T, CHUNKS>(base, packed<T>(y, p.M, p.N), m0, n0);
   if constexpr (CHUNKS) {
-    Chunks<T>::run(change, h, m0, side, n0, shared_memory());
+    Chunks<T>::run(change, h, m0, factor, n0, shared_memory());
   } else {
-    multiply<T, Along::DEPTH, Along::DEPTH>(change, h, m0, side, n0, shared_memory());
+    multiply<T, Along::DEPTH, Along::DEPTH>(change, h, m0, factor, n0, shared_memory());
   }
   add_vector(change, p.finish.adapter_bias, n0, p.N);
   if (p.find_largest) {
@@ -53,7 +53,7 @@ void epilogue(const Epilogue& p, const Launch& where) {
              Sum::THREADS, bytes, where, "epilogue", {{"M", p.M}, {"N", p.N}, {"r", p.padded}});
     };
     if constexpr (sizeof(T) == 2) {
-      if (is_aligned(p.h, p.padded, sizeof(T)) && is_aligned(p.side, p.padded, sizeof(T)) &&
+      if (is_aligned(p.h, p.padded, sizeof(T)) && is_aligned(p.factor, p.padded, sizeof(T)) &&
           by_eights(static_cast<const T*>(p.y), p.finish, p.N)) {
         return run(epilogue_kernel<T, Reads::CHUNKS>, Chunks<T>::BYTES);
       }

@@ -12,8 +12,7 @@ namespace secura {
 template <typename T>
 bool by_eights(const T* y, const Finish& finish, int columns) {
   return by_eights(y, columns) &&
-         (finish.save_base ? by_eights(static_cast<const T*>(finish.saved), columns)
-                           : by_eights(static_cast<const GateCode<T>*>(finish.saved), columns));
+         by_eights(static_cast<const GateCode<T>*>(finish.saved), columns);
 }
 
 __device__ __forceinline__ float element(const float* vector, int i, float missing) {
@@ -74,16 +73,13 @@ __device__ __forceinline__ int largest_bits(const Accumulator& base, const Accum
 }
 
 // S-MagNorm of `base` and `change`, whose decay factors go by the tile's rows (the weight domain)
-// or columns; stores the values in y and, where asked for, what the backward pass needs. The count
+// or columns; stores the values in y and, where asked for, the gate's code. The count
 // of gates <= edge, for `add_count`. EIGHTS: as in `store`, of y and of what is saved.
 template <typename T, bool DECAY_BY_ROWS, bool EIGHTS = false, class Accumulator>
 __device__ __forceinline__ int finish(Accumulator& base, Accumulator& change, const Finish& finish,
                                       float slope, T* y, int row0, int rows, int column0,
                                       int columns) {
   using Code = GateCode<T>;
-  if (finish.saved != nullptr && finish.save_base) {
-    store<T, EIGHTS>(base, static_cast<T*>(finish.saved), row0, rows, column0, columns);
-  }
   int count = 0;
   for_columns<Accumulator>(column0, columns, [&](int column, int j, int odd) {
     float decay = DECAY_BY_ROWS ? 1.0f : element(finish.decay, column, 1.0f);
@@ -105,7 +101,7 @@ __device__ __forceinline__ int finish(Accumulator& base, Accumulator& change, co
     }
   });
   store<T, EIGHTS>(base, y, row0, rows, column0, columns);
-  if (finish.saved != nullptr && !finish.save_base) {
+  if (finish.saved != nullptr) {
     store<Code, EIGHTS>(change, static_cast<Code*>(finish.saved), row0, rows, column0, columns);
   }
   return count;

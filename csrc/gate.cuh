@@ -11,8 +11,7 @@
 namespace secura {
 
 // At e = 2^60 the gate is 1 to float32's last bit, and (1 + e)(2 + e) does not overflow.
-constexpr float LARGEST_EXPONENT = 60.0f, LARGEST_E = 1152921504606846976.0f;
-constexpr float LN_2 = 0.6931471805599453f;
+constexpr float LARGEST_EXPONENT = 60.0f;
 
 __device__ __forceinline__ float relative_magnitude(float b, float d, float eps) {
   return fabsf(d) * reciprocal(fabsf(b) + eps);
@@ -70,31 +69,8 @@ __device__ __forceinline__ float decode(Code saved, const Gate& gate) {
   }
 }
 
-// The gradient of rho through a gate that is not detached [gate_gradient in reference/gate.py]; 0
-// where d == 0, by rule. `grad`: the output's gradient.
-__device__ __forceinline__ float gradient_of_rho(float grad, float b, float d, float decay,
-                                                 float rho, float slope, const Gate& gate) {
-  const float e = exp_z(rho, slope, gate.offset);
-  // Exactly 0 where e is at its limit: a zero base divides what is left by eps.
-  const float by_z = e < LARGEST_E ? e * reciprocal((2.0f + e) * (2.0f + e)) : 0.0f;
-  const float numerator = (gate.beta - 1.0f + decay) * b + decay * d;
-  return d == 0.0f ? 0.0f : grad * numerator * by_z * (slope * LN_2);
-}
-
-// 1 where rho is the largest, up to the rounding by which two kernels may differ.
-__device__ __forceinline__ float at_largest(float rho, float largest) {
-  return rho >= largest * (1.0f - 0x1p-16f) ? 1.0f : 0.0f;
-}
-
-__device__ __forceinline__ float sign(float value) {
-  return static_cast<float>(value > 0.0f) - static_cast<float>(value < 0.0f);
-}
-
-// Bits that order as the values of rho do, NaN above all; and back.
+// Bits that order as the values of rho do, NaN above all.
 __device__ __forceinline__ int bits_of(float rho) { return __float_as_int(fabsf(rho)); }
-__device__ __forceinline__ float largest_of(const int* bits) {
-  return bits == nullptr ? 0.0f : __int_as_float(*bits);
-}
 
 // slope / max(rho) for ref = "max"; slope itself where there is no such pointer. Not > 0: nothing
 // moved, or a NaN, which is its own token's affair. Never so small that the quotient overflows.
@@ -102,7 +78,7 @@ __device__ __forceinline__ float slope_of(const Gate& gate, const int* largest) 
   if (largest == nullptr) {
     return gate.slope;
   }
-  const float value = largest_of(largest);
+  const float value = __int_as_float(*largest);
   return gate.slope / (value > 0.0f ? fmaxf(value, 0x1p-100f) : 1.0f);
 }
 

@@ -7,95 +7,85 @@
 //   dadapter_bias = column sums of dd
 //
 // A block owns whole rows, or with v_part one group of their columns, whose v a second launch adds
-// in order: no atomics, and two runs are bitwise equal. A gate that is not detached saves the base
-// output b instead of s and gives the change h C^T too; the gate's own derivative is formed here.
+// in order: no atomics, and two runs are bitwise equal.
 
 #include "fragments.cuh"
 #include "gate.cuh"
 #include "launch.cuh"
 #include "low_rank.cuh"
 #include "pipeline.cuh"
-#include "reduce.cuh"
 
 namespace secura {
 namespace {
 
-// A step walks over WIDTH columns of the block's rows: dY, what was saved, the change (FULL), and
-// those rows of C. Two or three steps are under way, in 64 KiB at most, which every chip has.
-template <typename T, int RANK, bool FULL>
+// A step walks over WIDTH columns of the block's rows: dY, what was saved, and those rows of C. Two
+// or three steps are under way, in 64 KiB at most, which every chip has.
+template <typename T, int RANK>
 struct Step {
-  using Saved = std::conditional_t<FULL, T, GateCode<T>>;
+  using Saved = GateCode<T>;
   using Sum = Accumulator<ROWS_PER_PROGRAM, RANK, 32, RANK / 4>;
   static constexpr int THREADS = Sum::THREADS;
   static constexpr int WIDTH = (RANK == 256 ? 64 : 128) / sizeof(T);
   using Gradient = SharedTile<T, ROWS_PER_PROGRAM, WIDTH, Along::DEPTH>;
   using Gate = SharedTile<Saved, ROWS_PER_PROGRAM, WIDTH, Along::DEPTH>;
-  using Side = SharedTile<T, RANK, WIDTH, Along::ROWS>;
-  static constexpr int BYTES = (FULL ? 2 : 1) * Gradient::BYTES + Gate::BYTES + Side::BYTES;
+  using Factor = SharedTile<T, RANK, WIDTH, Along::ROWS>;
+  static constexpr int BYTES = Gradient::BYTES + Gate::BYTES + Factor::BYTES;
   static constexpr int STAGES = std::min(3, 65536 / BYTES);
 
   Gradient gradient;
   Gate saved;
-  Side side;
-  Gradient change;  // FULL only
+  Factor factor;
 
   __device__ __forceinline__ explicit Step(unsigned char* memory)
       : gradient(memory),
         saved(memory + Gradient::BYTES),
-        side(memory + Gradient::BYTES + Gate::BYTES),
-        change(memory + Gradient::BYTES + Gate::BYTES + Side::BYTES) {}
+        factor(memory + Gradient::BYTES + Gate::BYTES) {}
 };
 
 // What starts a step's copies, all in whole chunks. Called for step after step.
-template <typename T, int RANK, bool FULL>
+template <typename T, int RANK>
 class ChunkCopies {
-  using Tiles = Step<T, RANK, FULL>;
+  using Tiles = Step<T, RANK>;
   using Saved = typename Tiles::Saved;
-  Copier<typename Tiles::Gradient, Tiles::THREADS> gradient, change;
+  Copier<typename Tiles::Gradient, Tiles::THREADS> gradient;
   Copier<typename Tiles::Gate, Tiles::THREADS> saved;
-  Copier<typename Tiles::Side, Tiles::THREADS> side;
+  Copier<typename Tiles::Factor, Tiles::THREADS> factor;
 
  public:
   __device__ __forceinline__ ChunkCopies(const Operand<T>& dy, const Operand<Saved>& saved,
-                                    const Operand<T>& change, const Operand<T>& side, int m0)
-      : gradient(dy, m0), change(change, m0), saved(saved, m0), side(side, 0) {}
+                                         const Operand<T>& factor, int m0)
+      : gradient(dy, m0), saved(saved, m0), factor(factor, 0) {}
 
-  __device__ __forceinline__ void copy(const Tiles& to, bool with_side) {
+  __device__ __forceinline__ void copy(const Tiles& to, bool with_factor) {
     gradient.copy_step(to.gradient);
     saved.copy_step(to.saved);
-    if (with_side) {
-      side.copy_step(to.side);
-    }
-    if constexpr (FULL) {
-      change.copy_step(to.change);
+    if (with_factor) {
+      factor.copy_step(to.factor);
     }
   }
 };
 
 // The same of any operands.
-template <typename T, int RANK, bool FULL>
+template <typename T, int RANK>
 class AnyCopies {
-  using Tiles = Step<T, RANK, FULL>;
+  using Tiles = Step<T, RANK>;
   using Saved = typename Tiles::Saved;
-  const Operand<T>&dy, &change, &side;
+  const Operand<T>&dy, &factor;
   const Operand<Saved>& saved;
   const int m0;
   int n0 = 0;
 
  public:
   __device__ __forceinline__ AnyCopies(const Operand<T>& dy, const Operand<Saved>& saved,
-                                       const Operand<T>& change, const Operand<T>& side, int m0)
-      : dy(dy), change(change), side(side), saved(saved), m0(m0) {}
+                                       const Operand<T>& factor, int m0)
+      : dy(dy), factor(factor), saved(saved), m0(m0) {}
 
-  __device__ __forceinline__ void copy(const Tiles& to, bool with_side) {
+  __device__ __forceinline__ void copy(const Tiles& to, bool with_factor) {
     constexpr int THREADS = Tiles::THREADS;
     to.gradient.template load<THREADS>(dy, m0, n0);
     to.saved.template load<THREADS>(saved, m0, n0);
-    if (with_side) {
-      to.side.template load<THREADS>(side, 0, n0);
-    }
-    if constexpr (FULL) {
-      to.change.template load<THREADS>(change, m0, n0);
+    if (with_factor) {
+      to.factor.template load<THREADS>(factor, 0, n0);
     }
     n0 += Tiles::WIDTH;
   }
@@ -163,13 +153,12 @@ __device__ __forceinline__ Operand<T> from_column(Operand<T> matrix, int column0
   return matrix;
 }
 
-template <typename T, int RANK, bool FULL, Reads READS>
-__global__ void __launch_bounds__(Step<T, RANK, FULL>::THREADS, 1)
+template <typename T, int RANK, Reads READS>
+__global__ void __launch_bounds__(Step<T, RANK>::THREADS, 1)
     gate_backward_kernel(GateBackward p) {
   constexpr bool IN_CHUNKS = READS == Reads::CHUNKS;
-  using Copies =
-      std::conditional_t<IN_CHUNKS, ChunkCopies<T, RANK, FULL>, AnyCopies<T, RANK, FULL>>;
-  using Tiles = Step<T, RANK, FULL>;
+  using Copies = std::conditional_t<IN_CHUNKS, ChunkCopies<T, RANK>, AnyCopies<T, RANK>>;
+  using Tiles = Step<T, RANK>;
   using Sum = typename Tiles::Sum;
   using Saved = typename Tiles::Saved;
   constexpr int THREADS = Tiles::THREADS, WIDTH = Tiles::WIDTH, PER_CHUNK = 16 / sizeof(T);
@@ -185,22 +174,19 @@ __global__ void __launch_bounds__(Step<T, RANK, FULL>::THREADS, 1)
       p.sum_parts ? 0 : (in_parts ? first_column<WIDTH>(N, group + 1, p.parts) : N) - column0;
   const Operand<T> dy = from_column(operand<T>(p.dy), column0, columns);
   const Operand<Saved> saved = from_column(packed<Saved>(p.saved, M, N), column0, columns);
-  const Operand<T> change = from_column(packed<T>(p.change, M, N), column0, columns);
-  const Operand<T> side =
-      packed<T>(static_cast<const T*>(p.side) + static_cast<int64_t>(column0) * p.padded, columns,
+  const Operand<T> factor =
+      packed<T>(static_cast<const T*>(p.factor) + static_cast<int64_t>(column0) * p.padded, columns,
                 p.padded);
   T* g = static_cast<T*>(p.g);
   const bool chunks_of_g = IN_CHUNKS || is_aligned(g, N, sizeof(T));
-  // Without decay and with a constant gate dd is db / beta: one matrix, rounded once, serves both.
-  const bool proportional = !FULL && p.decay == nullptr;
-  const float beta = p.gate.beta, slope = slope_of(p.gate, p.find_largest ? nullptr : p.largest);
-  const float largest = largest_of(p.largest);
-  const float through = p.through == nullptr ? 0.0f : *p.through;
+  // Without decay dd is db / beta: one matrix, rounded once, serves both.
+  const bool proportional = p.decay == nullptr;
+  const float beta = p.gate.beta;
   unsigned char* memory = shared_memory();
   const int steps = (columns + WIDTH - 1) / WIDTH;
   const auto tiles = [&](int step) { return Tiles(memory + step % STAGES * Tiles::BYTES); };
-  const Operand<T> turned = transposed(side);
-  Copies copies(dy, saved, change, turned, m0);
+  const Operand<T> turned = transposed(factor);
+  Copies copies(dy, saved, turned, m0);
   const auto start = [&](int step) {
     if (step < steps) {
       copies.copy(tiles(step), p.v != nullptr);
@@ -209,8 +195,6 @@ __global__ void __launch_bounds__(Step<T, RANK, FULL>::THREADS, 1)
   };
 
   Sum v;
-  float total = 0.0f, maxima = 0.0f;
-  int bits = 0;
   for (int step = 0; step < STAGES - 1; ++step) {
     start(step);
   }
@@ -223,7 +207,7 @@ __global__ void __launch_bounds__(Step<T, RANK, FULL>::THREADS, 1)
 #pragma unroll
     for (int i = threadIdx.x; i < ROWS_PER_PROGRAM * CHUNKS; i += THREADS) {
       const int row = i / CHUNKS, index = i % CHUNKS, n = n0 + index * PER_CHUNK;
-      auto& factor = *reinterpret_cast<Chunk<T>*>(tile.gradient.chunk(row, index));
+      auto& dd = *reinterpret_cast<Chunk<T>*>(tile.gradient.chunk(row, index));  // dY until then
       const auto& from = *reinterpret_cast<const Vector<Saved, PER_CHUNK>*>(
           &tile.saved.at(row, index * PER_CHUNK));
       Chunk<T> db;
@@ -231,30 +215,9 @@ __global__ void __launch_bounds__(Step<T, RANK, FULL>::THREADS, 1)
       for (int e = 0; e < PER_CHUNK; ++e) {
         const bool inside = m0 + row < M && n + e < N;
         const float c = inside && p.decay != nullptr ? p.decay[n + e] : 1.0f;
-        const float grad = to_float(factor.value[e]);
-        if constexpr (FULL) {
-          const float bias = inside && p.adapter_bias != nullptr ? p.adapter_bias[n + e] : 0.0f;
-          const float b = to_float(from.value[e]);
-          const float d = to_float(tile.change.chunk(row, index)[e]) + bias;
-          const float rho = relative_magnitude(b, d, p.gate.eps);
-          const float s = gate_value(b, d, slope, p.gate).s;
-          float by_rho = gradient_of_rho(grad, b, d, c, rho, slope, p.gate);
-          if (p.largest != nullptr) {
-            const float here = inside ? at_largest(rho, largest) : 0.0f;
-            bits = max(bits, inside ? bits_of(rho) : 0);
-            total += by_rho * rho;
-            maxima += here;
-            by_rho -= through * here;
-          }
-          const float by_d = by_rho * reciprocal(fabsf(b) + p.gate.eps);
-          db.value[e] =
-              from_float<T>((beta - 1.0f + c) * s * grad - by_d * rho * sign(b));
-          factor.value[e] = from_float<T>(c * s * grad + by_d * sign(d));
-        } else {
-          const float scaled = decode(from.value[e], p.gate) * grad;
-          db.value[e] = from_float<T>((beta - 1.0f + c) * scaled);
-          factor.value[e] = proportional ? db.value[e] : from_float<T>(c * scaled);
-        }
+        const float scaled = decode(from.value[e], p.gate) * to_float(dd.value[e]);
+        db.value[e] = from_float<T>((beta - 1.0f + c) * scaled);
+        dd.value[e] = proportional ? db.value[e] : from_float<T>(c * scaled);
       }
       if (g != nullptr && m0 + row < M && n < N) {
         T* to = g + static_cast<int64_t>(m0 + row) * N + n;
@@ -281,22 +244,13 @@ __global__ void __launch_bounds__(Step<T, RANK, FULL>::THREADS, 1)
       }
     }
     if (p.v != nullptr) {
-      v.add(tile.gradient, tile.side);
+      v.add(tile.gradient, tile.factor);
     }
   }
   wait_copies<0>();
   __syncthreads();
 
-  if (FULL && p.find_largest) {
-    raise_largest(bits, p.largest);
-  } else if (FULL && p.statistics != nullptr) {
-    total = sum_of_block<THREADS>(total, memory);
-    maxima = sum_of_block<THREADS>(maxima, memory);
-    if (threadIdx.x == 0) {
-      p.statistics[2 * blockIdx.x] = total;
-      p.statistics[2 * blockIdx.x + 1] = maxima;
-    }
-  } else if (p.v != nullptr) {
+  if (p.v != nullptr) {
     if (p.sum_parts) {
       sum_of_parts<ROWS_PER_PROGRAM, THREADS>(p.v_part, p.parts, p.v, M, p.r, m0);
     } else {
@@ -321,24 +275,22 @@ __global__ void __launch_bounds__(Step<T, RANK, FULL>::THREADS, 1)
   }
 }
 
-template <typename T, bool FULL>
+template <typename T>
 bool all_in_chunks(const GateBackward& p) {
-  using Saved = typename Step<T, 256, FULL>::Saved;
   const int N = p.dy.columns;
-  return in_chunks<T>(p.dy, Along::DEPTH) && is_aligned(p.saved, N, sizeof(Saved)) &&
-         is_aligned(p.change, N, sizeof(T)) && is_aligned(p.side, p.padded, sizeof(T)) &&
-         is_aligned(p.g, N, sizeof(T));
+  return in_chunks<T>(p.dy, Along::DEPTH) && is_aligned(p.saved, N, sizeof(GateCode<T>)) &&
+         is_aligned(p.factor, p.padded, sizeof(T)) && is_aligned(p.g, N, sizeof(T));
 }
 
-template <typename T, int RANK, bool FULL>
+template <typename T, int RANK>
 void run(const GateBackward& p, const Launch& where) {
-  using Tiles = Step<T, RANK, FULL>;
+  using Tiles = Step<T, RANK>;
   constexpr int BYTES = std::max({Tiles::STAGES * Tiles::BYTES, MULTIPLY_BYTES<ByCore>,
                                   static_cast<int>(sizeof(Scatter))});
-  auto* kernel = gate_backward_kernel<T, RANK, FULL, Reads::ANY>;
+  auto* kernel = gate_backward_kernel<T, RANK, Reads::ANY>;
   if constexpr (sizeof(T) == 2) {
-    if (all_in_chunks<T, FULL>(p)) {
-      kernel = gate_backward_kernel<T, RANK, FULL, Reads::CHUNKS>;
+    if (all_in_chunks<T>(p)) {
+      kernel = gate_backward_kernel<T, RANK, Reads::CHUNKS>;
     }
   }
   const auto run_step = [&](const GateBackward& step, int parts) {
@@ -358,11 +310,7 @@ void run(const GateBackward& p, const Launch& where) {
 void gate_backward(const GateBackward& p, const Launch& where) {
   with_dtype(where.dtype, [&](auto type) {
     using T = typename decltype(type)::type;
-    if (p.change != nullptr) {  // seldom asked for: one form for every rank
-      run<T, 256, true>(p, where);
-    } else {
-      with_rank(p.padded, [&](auto rank) { run<T, decltype(rank)::value, false>(p, where); });
-    }
+    with_rank(p.padded, [&](auto rank) { run<T, decltype(rank)::value>(p, where); });
   });
 }
 

@@ -11,7 +11,7 @@ constexpr int THREADS = 256, LONG = 16;  // 16 neighbours: a sector of a row of 
 template <typename T>
 __global__ void __launch_bounds__(THREADS, 1) gather_kernel(Gather p) {
   const Operand<T> from = operand<T>(p.matrix);
-  T* side = static_cast<T*>(p.side);
+  T* factor = static_cast<T*>(p.factor);
   const int first = blockIdx.x * LONG, count = min(from.rows - first, LONG);
   for (int i = threadIdx.x; i < count * p.padded; i += THREADS) {
     const int row = first + i / p.padded, k = i % p.padded;
@@ -20,7 +20,7 @@ __global__ void __launch_bounds__(THREADS, 1) gather_kernel(Gather p) {
       const int64_t column = p.index == nullptr ? k : p.index[k];
       value = from.data[row * from.stride_row + column * from.stride_depth];
     }
-    side[static_cast<int64_t>(row) * p.padded + k] = value;
+    factor[static_cast<int64_t>(row) * p.padded + k] = value;
   }
 }
 

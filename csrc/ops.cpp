@@ -96,7 +96,7 @@ Gate gate_of(const std::vector<double>& numbers) {
           number(4), number(5), number(6), 1.0f / number(3), 1.0f / number(5)};
 }
 
-// The padded rank, as every pass takes it: the columns of a side or of q.
+// The padded rank, as every pass takes it: the columns of a factor or of q.
 int padded_of(const Tensor& tensor, const char* name, int64_t r = 1) {
   const int64_t padded = tensor.size(1);
   STD_TORCH_CHECK(padded % 16 == 0 && r <= padded && padded <= LARGEST_RANK, name, " of shape ",
@@ -112,13 +112,12 @@ ScalarType code_type(Dtype dtype) {
 }
 
 Finish finish_of(const OptionalTensor& adapter_bias, const OptionalTensor& decay,
-                 const std::vector<double>& gate, const OptionalTensor& saved, bool save_base,
+                 const std::vector<double>& gate, const OptionalTensor& saved,
                  const OptionalTensor& moved, double edge, Dtype dtype, int64_t M, int64_t N) {
   return {contiguous<const float>(adapter_bias, "adapter_bias", ScalarType::Float, N),
           contiguous<const float>(decay, "decay", ScalarType::Float, N),
           gate_of(gate),
-          contiguous(saved, "saved", save_base ? scalar_type(dtype) : code_type(dtype), M * N),
-          save_base,
+          contiguous(saved, "saved", code_type(dtype), M * N),
           contiguous<unsigned long long>(moved, "moved", ScalarType::Long, 1),
           static_cast<float>(edge)};
 }
@@ -130,15 +129,15 @@ Launch where(Dtype dtype, int64_t stream) {
 // The tensor names the device, which is current.
 void probe_op(const Tensor&, int64_t) { probe(); }
 
-void gather_op(const Tensor& from, const OptionalTensor& index, const Tensor& side,
+void gather_op(const Tensor& from, const OptionalTensor& index, const Tensor& factor,
                int64_t stream) {
   const Dtype dtype = dtype_of(from, "matrix");
   Gather p = {};
   p.matrix = matrix(from, "matrix", scalar_type(dtype));
   p.r = as_int(index ? index->numel() : from.size(1), "index");
   p.index = contiguous<const int64_t>(index, "index", ScalarType::Long, p.r);
-  p.padded = padded_of(side, "side", p.r);
-  p.side = contiguous(side, "side", scalar_type(dtype), from.size(0) * p.padded);
+  p.padded = padded_of(factor, "factor", p.r);
+  p.factor = contiguous(factor, "factor", scalar_type(dtype), from.size(0) * p.padded);
   gather(p, where(dtype, stream));
 }
 
@@ -147,16 +146,16 @@ int parts_of(const OptionalTensor& part) {
   return part ? as_int(part->size(0), "part") : 1;
 }
 
-void down_op(const Tensor& a, const Tensor& side, const Tensor& core, double alpha,
+void down_op(const Tensor& a, const Tensor& factor, const Tensor& core, double alpha,
              const Tensor& p_out, const Tensor& q_out, const OptionalTensor& part,
              int64_t stream) {
   const Dtype dtype = dtype_of(a, "a");
   const ScalarType type = scalar_type(dtype);
   const int64_t M = a.size(0);
-  const int padded = padded_of(side, "side", core.size(0));
+  const int padded = padded_of(factor, "factor", core.size(0));
   Down p = {};
   p.a = matrix(a, "a", type);
-  p.side = contiguous(side, "side", type, a.size(1) * padded);
+  p.factor = contiguous(factor, "factor", type, a.size(1) * padded);
   p.core = matrix(core, "core", ScalarType::Float);
   p.r = p.core.rows;
   p.padded = padded;
@@ -188,91 +187,79 @@ void project_op(const Tensor& a, const OptionalTensor& index, const Tensor& core
   project(p, where(dtype, stream));
 }
 
-void product_op(const Tensor& a, const Tensor& b, const Tensor& h, const Tensor& side,
+void product_op(const Tensor& a, const Tensor& b, const Tensor& h, const Tensor& factor,
                 const OptionalTensor& bias, const OptionalTensor& adapter_bias,
                 const OptionalTensor& decay, const std::vector<double>& gate,
-                const Tensor& y, const OptionalTensor& saved, bool save_base,
-                const OptionalTensor& moved, double edge, int64_t stream) {
+                const Tensor& y, const OptionalTensor& saved, const OptionalTensor& moved, double edge, int64_t stream) {
   const Dtype dtype = dtype_of(a, "a");
   const ScalarType type = scalar_type(dtype);
   const int64_t M = a.size(0), N = b.size(0);
-  const int padded = padded_of(side, "side");
+  const int padded = padded_of(factor, "factor");
   Product p = {};
   p.a = matrix(a, "a", type);
   p.b = matrix(b, "b", type);
   STD_TORCH_CHECK(p.a.columns == p.b.columns, "a of shape ", shape_of(a), " and b of shape ",
                   shape_of(b), " have no product a b^T");
   p.h = contiguous(h, "h", type, M * padded);
-  p.side = contiguous(side, "side", type, N * padded);
+  p.factor = contiguous(factor, "factor", type, N * padded);
   p.padded = padded;
   p.bias = contiguous(bias, "bias", type, N);
-  p.finish =
-      finish_of(adapter_bias, decay, gate, saved, save_base, moved, edge, dtype, M, N);
+  p.finish = finish_of(adapter_bias, decay, gate, saved, moved, edge, dtype, M, N);
   p.y = contiguous(y, "y", type, M * N);
   product(p, where(dtype, stream));
 }
 
-void epilogue_op(const Tensor& y, const Tensor& h, const Tensor& side,
+void epilogue_op(const Tensor& y, const Tensor& h, const Tensor& factor,
                  const OptionalTensor& adapter_bias, const OptionalTensor& decay,
-                 const std::vector<double>& gate, const OptionalTensor& saved, bool save_base,
+                 const std::vector<double>& gate, const OptionalTensor& saved,
                  const OptionalTensor& moved, double edge, const OptionalTensor& largest,
                  bool find_largest, int64_t stream) {
   const Dtype dtype = dtype_of(y, "y");
   const ScalarType type = scalar_type(dtype);
   const int64_t M = y.size(0), N = y.size(1);
-  const int padded = padded_of(side, "side");
+  const int padded = padded_of(factor, "factor");
   Epilogue p = {};
   p.y = contiguous(y, "y", type, M * N);
   p.M = as_int(M, "y");
   p.N = as_int(N, "y");
   p.h = contiguous(h, "h", type, M * padded);
-  p.side = contiguous(side, "side", type, N * padded);
+  p.factor = contiguous(factor, "factor", type, N * padded);
   p.padded = padded;
-  p.finish =
-      finish_of(adapter_bias, decay, gate, saved, save_base, moved, edge, dtype, M, N);
+  p.finish = finish_of(adapter_bias, decay, gate, saved, moved, edge, dtype, M, N);
   p.largest = contiguous<int>(largest, "largest", ScalarType::Int, 1);
   p.find_largest = find_largest;
   epilogue(p, where(dtype, stream));
 }
 
-void gate_backward_op(const Tensor& dy, const Tensor& saved, const OptionalTensor& change,
-                      const Tensor& side, const OptionalTensor& rows, const Tensor& core,
-                      double alpha, const OptionalTensor& adapter_bias,
+void gate_backward_op(const Tensor& dy, const Tensor& saved, const Tensor& factor,
+                      const OptionalTensor& rows, const Tensor& core, double alpha,
                       const OptionalTensor& decay, const std::vector<double>& gate,
-                      const OptionalTensor& largest, bool find_largest,
-                      const OptionalTensor& through, const OptionalTensor& g,
-                      const OptionalTensor& v, const OptionalTensor& q,
-                      const OptionalTensor& bias_part, const OptionalTensor& statistics,
-                      const OptionalTensor& v_part, int64_t stream) {
+                      const OptionalTensor& g, const OptionalTensor& v, const OptionalTensor& q,
+                      const OptionalTensor& bias_part, const OptionalTensor& v_part,
+                      int64_t stream) {
   const Dtype dtype = dtype_of(dy, "dy");
   const ScalarType type = scalar_type(dtype), wide = ScalarType::Float;
   const int64_t M = dy.size(0), N = dy.size(1);
-  const int padded = padded_of(side, "side", core.size(0));
+  const int padded = padded_of(factor, "factor", core.size(0));
   const int64_t programs = (M + ROWS_PER_PROGRAM - 1) / ROWS_PER_PROGRAM;
   GateBackward p = {};
   p.dy = matrix(dy, "dy", type);
-  p.saved = contiguous(saved, "saved", change ? type : code_type(dtype), M * N);
-  p.change = contiguous(change, "change", type, M * N);
-  p.side = contiguous(side, "side", type, N * padded);
+  p.saved = contiguous(saved, "saved", code_type(dtype), M * N);
+  p.factor = contiguous(factor, "factor", type, N * padded);
   p.core = matrix(core, "core", wide);
   p.r = p.core.rows;
   p.padded = padded;
   p.rows = contiguous<const int64_t>(rows, "rows", ScalarType::Long, p.r);
   p.alpha = static_cast<float>(alpha);
-  p.adapter_bias = contiguous<const float>(adapter_bias, "adapter_bias", wide, N);
   p.decay = contiguous<const float>(decay, "decay", wide, N);
-  p.largest = contiguous<int>(largest, "largest", ScalarType::Int, 1);
-  p.find_largest = find_largest;
-  p.through = contiguous<const float>(through, "through", wide, 1);
   p.gate = gate_of(gate);
   p.g = contiguous(g, "g", type, M * N);
   p.v = contiguous<float>(v, "v", wide, M * p.r);
   p.q = contiguous(q, "q", type, M * padded);
   p.bias_part = contiguous<float>(bias_part, "bias_part", wide, BIAS_PARTS * programs * N);
-  p.statistics = contiguous<float>(statistics, "statistics", wide, 2 * programs);
   p.parts = parts_of(v_part);
   p.v_part = contiguous<float>(v_part, "v_part", wide, p.parts * M * p.r);
-  STD_TORCH_CHECK(!v_part || (v && !change), "v_part needs v, and no change");
+  STD_TORCH_CHECK(!v_part || v, "v_part needs v");
   gate_backward(p, where(dtype, stream));
 }
 
@@ -289,15 +276,15 @@ void core_gradient_op(const Tensor& v, const Tensor& t, double alpha, const Tens
   core_gradient(p, where(dtype, stream));
 }
 
-WeightChange change_of(const Tensor& weight, const Tensor& P, const Tensor& side,
+WeightChange change_of(const Tensor& weight, const Tensor& P, const Tensor& factor,
                        const OptionalTensor& decay, const std::vector<double>& gate,
                        Dtype dtype) {
   const int64_t N = weight.size(0), K = weight.size(1);
-  const int padded = padded_of(side, "side");
+  const int padded = padded_of(factor, "factor");
   const auto* p = static_cast<const float*>(contiguous(P, "P", ScalarType::Float, N * padded));
-  const void* r = contiguous(side, "side", scalar_type(dtype), K * padded);
+  const void* r = contiguous(factor, "factor", scalar_type(dtype), K * padded);
   STD_TORCH_CHECK((reinterpret_cast<uintptr_t>(p) | reinterpret_cast<uintptr_t>(r)) % 16 == 0,
-                  "P and side must begin on 16 bytes");
+                  "P and factor must begin on 16 bytes");
   return {matrix(weight, "weight", scalar_type(dtype)),
           p,
           r,
@@ -306,13 +293,13 @@ WeightChange change_of(const Tensor& weight, const Tensor& P, const Tensor& side
           gate_of(gate)};
 }
 
-void effective_weight_op(const Tensor& weight, const Tensor& P, const Tensor& side,
+void effective_weight_op(const Tensor& weight, const Tensor& P, const Tensor& factor,
                          const OptionalTensor& decay, const std::vector<double>& gate,
                          const OptionalTensor& out, const OptionalTensor& moved, double edge,
                          const OptionalTensor& largest, bool find_largest, int64_t stream) {
   const Dtype dtype = dtype_of(weight, "weight");
   EffectiveWeight p = {};
-  p.change = change_of(weight, P, side, decay, gate, dtype);
+  p.change = change_of(weight, P, factor, decay, gate, dtype);
   p.out = contiguous(out, "out", scalar_type(dtype), weight.numel());
   p.moved = contiguous<unsigned long long>(moved, "moved", ScalarType::Long, 1);
   p.edge = static_cast<float>(edge);
@@ -321,7 +308,7 @@ void effective_weight_op(const Tensor& weight, const Tensor& P, const Tensor& si
   effective_weight(p, where(dtype, stream));
 }
 
-void decode_op(const Tensor& x, const Tensor& weight, const Tensor& P, const Tensor& side,
+void decode_op(const Tensor& x, const Tensor& weight, const Tensor& P, const Tensor& factor,
                const OptionalTensor& decay, const std::vector<double>& gate,
                const OptionalTensor& largest, const Tensor& part, int64_t stream) {
   const Dtype dtype = dtype_of(x, "x");
@@ -329,7 +316,7 @@ void decode_op(const Tensor& x, const Tensor& weight, const Tensor& P, const Ten
   p.x = matrix(x, "x", scalar_type(dtype));
   STD_TORCH_CHECK(p.x.rows <= MOST_TOKENS, "x of shape ", shape_of(x), " has more than ",
                   MOST_TOKENS, " tokens");
-  p.change = change_of(weight, P, side, decay, gate, dtype);
+  p.change = change_of(weight, P, factor, decay, gate, dtype);
   p.largest = contiguous<const int>(largest, "largest", ScalarType::Int, 1);
   p.groups = as_int(part.size(0), "part");
   p.part = static_cast<float*>(contiguous(part, "part", ScalarType::Float,
@@ -338,25 +325,18 @@ void decode_op(const Tensor& x, const Tensor& weight, const Tensor& P, const Ten
 }
 
 void weight_core_gradient_op(const Tensor& dy, const Tensor& x, const Tensor& weight,
-                             const Tensor& P, const Tensor& side, const OptionalTensor& decay,
+                             const Tensor& P, const Tensor& factor, const OptionalTensor& decay,
                              const std::vector<double>& gate, const OptionalTensor& largest,
-                             const OptionalTensor& through, bool full, const Tensor& q,
-                             const OptionalTensor& statistics, int64_t stream) {
+                             const Tensor& q, int64_t stream) {
   const Dtype dtype = dtype_of(dy, "dy");
   WeightCoreGradient p = {};
   p.dy = matrix(dy, "dy", scalar_type(dtype));
   p.x = matrix(x, "x", scalar_type(dtype));
-  p.change = change_of(weight, P, side, decay, gate, dtype);
+  p.change = change_of(weight, P, factor, decay, gate, dtype);
   p.largest = contiguous<const int>(largest, "largest", ScalarType::Int, 1);
-  p.through = contiguous<const float>(through, "through", ScalarType::Float, 1);
-  p.full = full;
   p.groups = as_int(q.size(0), "q");
   p.q = static_cast<float*>(contiguous(q, "q", ScalarType::Float,
-                                       int64_t{p.groups} * weight.size(0) * side.size(1)));
-  const int rows = rows_of_w(dtype == Dtype::float32, full);
-  p.statistics =
-      contiguous<float>(statistics, "statistics", ScalarType::Float,
-                        2 * int64_t{p.groups} * ((weight.size(0) + rows - 1) / rows));
+                                       int64_t{p.groups} * weight.size(0) * factor.size(1)));
   weight_core_gradient(p, where(dtype, stream));
 }
 
@@ -364,40 +344,37 @@ void weight_core_gradient_op(const Tensor& dy, const Tensor& x, const Tensor& we
 
 STABLE_TORCH_LIBRARY(secura_cuda, m) {
   m.def("probe(Tensor like, int stream) -> ()");
-  m.def("gather(Tensor matrix, Tensor? index, Tensor(a!) side, int stream) -> ()");
+  m.def("gather(Tensor matrix, Tensor? index, Tensor(a!) factor, int stream) -> ()");
   m.def(
-      "down(Tensor a, Tensor side, Tensor core, float alpha, Tensor(a!) p, Tensor(b!) q, "
+      "down(Tensor a, Tensor factor, Tensor core, float alpha, Tensor(a!) p, Tensor(b!) q, "
       "Tensor(c!)? part, int stream) -> ()");
   m.def(
       "project(Tensor a, Tensor? index, Tensor core, float alpha, Tensor(a!) p, Tensor(b!) q, "
       "int stream) -> ()");
   m.def(
-      "product(Tensor a, Tensor b, Tensor h, Tensor side, Tensor? bias, Tensor? adapter_bias, "
-      "Tensor? decay, float[] gate, Tensor(a!) y, Tensor(b!)? saved, bool save_base, "
+      "product(Tensor a, Tensor b, Tensor h, Tensor factor, Tensor? bias, Tensor? adapter_bias, "
+      "Tensor? decay, float[] gate, Tensor(a!) y, Tensor(b!)? saved, "
       "Tensor(c!)? moved, float edge, int stream) -> ()");
   m.def(
-      "epilogue(Tensor(a!) y, Tensor h, Tensor side, Tensor? adapter_bias, Tensor? decay, "
-      "float[] gate, Tensor(b!)? saved, bool save_base, Tensor(c!)? moved, float edge, "
+      "epilogue(Tensor(a!) y, Tensor h, Tensor factor, Tensor? adapter_bias, Tensor? decay, "
+      "float[] gate, Tensor(b!)? saved, Tensor(c!)? moved, float edge, "
       "Tensor(d!)? largest, bool find_largest, int stream) -> ()");
   m.def(
-      "gate_backward(Tensor dy, Tensor saved, Tensor? change, Tensor side, Tensor? rows, "
-      "Tensor core, float alpha, Tensor? adapter_bias, Tensor? decay, float[] gate, "
-      "Tensor(a!)? largest, bool find_largest, Tensor? through, Tensor(b!)? g, Tensor(c!)? v, "
-      "Tensor(d!)? q, Tensor(e!)? bias_part, Tensor(f!)? statistics, Tensor(g!)? v_part, "
-      "int stream) -> ()");
+      "gate_backward(Tensor dy, Tensor saved, Tensor factor, Tensor? rows, Tensor core, "
+      "float alpha, Tensor? decay, float[] gate, Tensor(a!)? g, Tensor(b!)? v, Tensor(c!)? q, "
+      "Tensor(d!)? bias_part, Tensor(e!)? v_part, int stream) -> ()");
   m.def(
       "core_gradient(Tensor v, Tensor t, float alpha, Tensor(a!) part, int stream) -> ()");
   m.def(
-      "effective_weight(Tensor weight, Tensor P, Tensor side, Tensor? decay, float[] gate, "
+      "effective_weight(Tensor weight, Tensor P, Tensor factor, Tensor? decay, float[] gate, "
       "Tensor(a!)? out, Tensor(b!)? moved, float edge, Tensor(c!)? largest, bool find_largest, "
       "int stream) -> ()");
   m.def(
-      "decode(Tensor x, Tensor weight, Tensor P, Tensor side, Tensor? decay, float[] gate, "
+      "decode(Tensor x, Tensor weight, Tensor P, Tensor factor, Tensor? decay, float[] gate, "
       "Tensor? largest, Tensor(a!) part, int stream) -> ()");
   m.def(
-      "weight_core_gradient(Tensor dy, Tensor x, Tensor weight, Tensor P, Tensor side, "
-      "Tensor? decay, float[] gate, Tensor? largest, Tensor? through, bool full, Tensor(a!) q, "
-      "Tensor(b!)? statistics, int stream) -> ()");
+      "weight_core_gradient(Tensor dy, Tensor x, Tensor weight, Tensor P, Tensor factor, "
+      "Tensor? decay, float[] gate, Tensor? largest, Tensor(a!) q, int stream) -> ()");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(secura_cuda, SECURA_DISPATCH_KEY, m) {

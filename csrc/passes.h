@@ -1,7 +1,7 @@
 // The passes as the host calls them: one parameter struct and one function each.
 //
-// M tokens, K inputs, N outputs, rank r; padded: r rounded up to a multiple of 16. A "side" is C or R
-// gathered as (long, padded), rows contiguous, zeros beyond r. h and q are (M, padded), rows
+// M tokens, K inputs, N outputs, rank r; padded: r rounded up to a multiple of 16. A "factor" is C or
+// R gathered as (long, padded), rows contiguous, zeros beyond r. h and q are (M, padded), rows
 // contiguous. Strides are in elements. Pointers marked "or null" turn something off.
 #pragma once
 
@@ -22,8 +22,8 @@ struct Matrix {
   int rows, columns;
 };
 
-// S-MagNorm's numbers, and what its saved code needs [backends/triton/passes/gate.py in Python]. `on` is false for
-// a layer without a gate.
+// S-MagNorm's numbers, and what its saved code needs [backends/triton/passes/gate.py in Python]. `on`
+// is false for a layer without a gate.
 struct Gate {
   bool on;
   float slope, offset, eps, beta, top, code_steps, code_low;
@@ -39,20 +39,20 @@ struct Launch {
 // Fails where the current device cannot run this library: no code for its chip, an old driver.
 void probe();
 
-// side = matrix[:, index], padded with zeros.
+// factor = matrix[:, index], padded with zeros.
 struct Gather {
   Matrix matrix;         // (long, at least r)
   const int64_t* index;  // (r,) or null: the first r columns
   int r, padded;
-  void* side;
+  void* factor;
 };
 void gather(const Gather&, const Launch&);
 
-// p = a side (M, r), q = alpha p core^T. With `part` a is taken in `parts` groups of columns, so
+// p = a factor (M, r), q = alpha p core^T. With `part` a is taken in `parts` groups of columns, so
 // that few rows fill the chip too; their products are then added in order.
 struct Down {
   Matrix a;          // (M, K)
-  const void* side;  // (K, padded)
+  const void* factor;  // (K, padded)
   int r, padded;
   Matrix core;  // (r, r) float32
   float alpha;
@@ -83,17 +83,16 @@ struct Finish {
   const float* adapter_bias;  // (N,) or null
   const float* decay;         // (N,) or null
   Gate gate;
-  void* saved;                // (M, N) or null: the gate in its code, or the base output
-  bool save_base;             // which
+  void* saved;                // (M, N) or null: the gate in its code
   unsigned long long* moved;  // (1,) or null: raised by the count of gates <= edge
   float edge;
 };
 
-// y = a b^T + h side^T + biases, gated.
+// y = a b^T + h factor^T + biases, gated.
 struct Product {
   Matrix a, b;       // (M, K), (N, K)
   const void* h;     // (M, padded)
-  const void* side;  // (N, padded)
+  const void* factor;  // (N, padded)
   int padded;
   const void* bias;  // (N,) of the layer's dtype, or null
   Finish finish;
@@ -106,7 +105,7 @@ struct Epilogue {
   void* y;  // (M, N)
   int M, N;
   const void* h;
-  const void* side;
+  const void* factor;
   int padded;
   Finish finish;
   int* largest;  // (1,) or null: the bits of max(rho), for ref = "max"
@@ -118,27 +117,21 @@ void epilogue(const Epilogue&, const Launch&);
 // rows, or with v_part one of `parts` groups of their columns.
 struct GateBackward {
   Matrix dy;          // (M, N)
-  const void* saved;   // (M, N)
-  const void* change;  // h C^T (M, N), or null: the gate is a constant
-  const void* side;   // C, (N, padded)
+  const void* saved;  // (M, N)
+  const void* factor;   // C, (N, padded)
   int r, padded;
   const int64_t* rows;  // (r,), or null: R is stored
   Matrix core;          // (r, r) float32, transposed: q = alpha v core
   float alpha;
-  const float* adapter_bias;  // (N,) or null
-  const float* decay;         // (N,) or null
-  int* largest;               // (1,) or null: the bits of max(rho)
-  bool find_largest;          // raise it, and do nothing else
-  const float* through;       // (1,) or null: the gradient of max(rho)
+  const float* decay;  // (N,) or null
   Gate gate;
-  void* g;            // (M, N) or null
-  float* v;           // (M, r) or null
-  void* q;            // (M, padded) or null
-  float* bias_part;   // (BIAS_PARTS programs, N) or null
-  float* statistics;  // (programs, 2) or null; with it nothing else is written
-  float* v_part;      // (parts, M, r) or null; with v, and without change
-  int parts;          // 1 where it is null
-  bool sum_parts;     // as in Down
+  void* g;           // (M, N) or null
+  float* v;          // (M, r) or null
+  void* q;           // (M, padded) or null
+  float* bias_part;  // (BIAS_PARTS programs, N) or null
+  float* v_part;     // (parts, M, r) or null; with v
+  int parts;         // 1 where it is null
+  bool sum_parts;    // as in Down
 };
 constexpr int ROWS_PER_PROGRAM = 64;
 constexpr int BIAS_PARTS = 4;
@@ -159,7 +152,7 @@ void core_gradient(const CoreGradient&, const Launch&);
 struct WeightChange {
   Matrix weight;     // (N, K)
   const float* P;    // (N, padded)
-  const void* side;  // R, (K, padded)
+  const void* factor;  // R, (K, padded)
   int padded;
   const float* decay;  // (N,) or null
   Gate gate;
@@ -193,14 +186,9 @@ struct WeightCoreGradient {
   Matrix dy, x;  // (M, N), (M, K)
   WeightChange change;
   const int* largest;
-  const float* through;
-  bool full;          // with the gate's own derivative
-  int groups;         // of columns of W
-  float* q;           // (groups, N, padded), zeros
-  float* statistics;  // (blocks, 2) or null; with it nothing else is written
+  int groups;  // of columns of W
+  float* q;    // (groups, N, padded), zeros
 };
-// Rows of that tile; there are groups * ceil(N / rows) blocks.
-constexpr int rows_of_w(bool float32, bool full) { return float32 || full ? 64 : 128; }
 void weight_core_gradient(const WeightCoreGradient&, const Launch&);
 
 }  // namespace secura

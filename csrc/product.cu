@@ -1,8 +1,8 @@
-// One pass: y = a b^T + h side^T, biases and S-MagNorm, in one kernel.
+// One pass: y = a b^T + h factor^T, biases and S-MagNorm, in one kernel.
 //
-// The loop over K is an ordinary tiled product; without a gate its accumulator starts as h side^T
-// and nothing but the biases is left to do. Forward: a = x, b = W, side = C. Input gradient without
-// a gate: a = dY, b = W^T, h = dT, side = R^T.
+// The loop over K is an ordinary tiled product; without a gate its accumulator starts as h factor^T
+// and nothing but the biases is left to do. Forward: a = x, b = W, factor = C. Input gradient without
+// a gate: a = dY, b = W^T, h = dT, factor = R^T.
 
 #include "finish.cuh"
 #include "launch.cuh"
@@ -58,7 +58,7 @@ __global__ void __launch_bounds__(Sum<READS, COLUMNS>::THREADS, BLOCKS<READS, CO
   using Sum = Sum<READS, COLUMNS>;
   const Operand<T> a = operand<T>(p.a), b = operand<T>(p.b);
   const int M = a.rows, N = b.rows;
-  const Operand<T> h = packed<T>(p.h, M, p.padded), side = packed<T>(p.side, N, p.padded);
+  const Operand<T> h = packed<T>(p.h, M, p.padded), factor = packed<T>(p.factor, N, p.padded);
   // Found before each part: what follows from a position, kept through a loop, would spill.
   const auto position = [&] {
     const Position tile = tile_position(found_anew(blockIdx.x), (M + Sum::ROWS - 1) / Sum::ROWS,
@@ -71,7 +71,7 @@ __global__ void __launch_bounds__(Sum<READS, COLUMNS>::THREADS, BLOCKS<READS, CO
   Sum sum;
   if constexpr (!GATE) {
     const Position at = position();
-    add<T, Along::DEPTH, READS, COLUMNS>(sum, h, at.row, side, at.column, memory);
+    add<T, Along::DEPTH, READS, COLUMNS>(sum, h, at.row, factor, at.column, memory);
   }
   const Position before = position();
   add<T, ALONG_B, READS, COLUMNS>(sum, a, before.row, b, before.column, memory);
@@ -82,7 +82,7 @@ __global__ void __launch_bounds__(Sum<READS, COLUMNS>::THREADS, BLOCKS<READS, CO
     add_vector(sum, p.finish.adapter_bias, n0, N);
     store<T, READS == Reads::CHUNKS>(sum, y, m0, M, n0, N);
   } else if constexpr (READS == Reads::CHUNKS) {
-    const Change<T> product(h, m0, side, n0, memory);
+    const Change<T> product(h, m0, factor, n0, memory);
     int count = 0;
     for_slices<Sum>([&](auto part) {
       constexpr int PART = decltype(part)::value;
@@ -101,7 +101,7 @@ __global__ void __launch_bounds__(Sum<READS, COLUMNS>::THREADS, BLOCKS<READS, CO
     add_count(count, p.finish.moved);
   } else {
     Sum change;
-    add<T, Along::DEPTH, READS, COLUMNS>(change, h, m0, side, n0, memory);
+    add<T, Along::DEPTH, READS, COLUMNS>(change, h, m0, factor, n0, memory);
     add_vector(change, p.finish.adapter_bias, n0, N);
     add_count(finish<T, false>(sum, change, p.finish, p.finish.gate.slope, y, m0, M, n0, N),
               p.finish.moved);
@@ -130,7 +130,7 @@ void launch_tiles(const Product& p, const Launch& where, int bytes) {
 template <typename T>
 bool all_in_chunks(const Product& p) {
   return in_chunks<T>(p.a, Along::DEPTH) && in_chunks<T>(p.b, along_b(p)) &&
-         is_aligned(p.h, p.padded, sizeof(T)) && is_aligned(p.side, p.padded, sizeof(T)) &&
+         is_aligned(p.h, p.padded, sizeof(T)) && is_aligned(p.factor, p.padded, sizeof(T)) &&
          by_eights(static_cast<const T*>(p.y), p.finish, p.b.rows);
 }
 

@@ -1,4 +1,4 @@
-// Sums and maxima over the threads of a block, in a fixed order.
+// Sums and maxima over the threads of a block, of integers: in any order.
 #pragma once
 
 #include "types.cuh"
@@ -35,25 +35,6 @@ __device__ __forceinline__ void raise_largest(int bits, int* largest) {
   if (threadIdx.x % 32 == 0) {
     atomicMax(largest, bits);
   }
-}
-
-// The block's sum, valid in thread 0. `memory`: a float per warp.
-template <int THREADS>
-__device__ __forceinline__ float sum_of_block(float value, unsigned char* memory) {
-  float* parts = reinterpret_cast<float*>(memory);
-  value = sum_of_warp(value);
-  __syncthreads();
-  if (threadIdx.x % 32 == 0) {
-    parts[threadIdx.x / 32] = value;
-  }
-  __syncthreads();
-  float total = 0.0f;
-  if (threadIdx.x == 0) {
-    for (int warp = 0; warp < THREADS / 32; ++warp) {
-      total += parts[warp];
-    }
-  }
-  return total;
 }
 
 }  // namespace secura

@@ -1,4 +1,4 @@
-// h side^T in slices of 16 rows of every warp: beside a whole accumulator, registers hold one
+// h factor^T in slices of 16 rows of every warp: beside a whole accumulator, registers hold one
 // slice.
 #pragma once
 
@@ -21,7 +21,7 @@ struct Slice {
   __device__ __forceinline__ static int column(int j, int e) { return Whole::column(j, e); }
 };
 
-// h side^T of a block, slice after slice. As many tiles as STAGES hold are copied once, for all
+// h factor^T of a block, slice after slice. As many tiles as STAGES hold are copied once, for all
 // slices; of higher ranks each slice copies all of them again.
 template <typename T, class Whole, int DEPTH, int STAGES>
 class SlicedProduct {
@@ -30,7 +30,7 @@ class SlicedProduct {
   using CopierA = Copier<TileA, Whole::THREADS>;
   using CopierB = Copier<TileB, Whole::THREADS>;
 
-  const Operand<T>&h, &side;
+  const Operand<T>&h, &factor;
   const int row0, column0, steps;
   unsigned char* const memory;
 
@@ -51,10 +51,10 @@ class SlicedProduct {
  public:
   static constexpr int BYTES = STAGES * (TileA::BYTES + TileB::BYTES);
 
-  // At rows row0... of h and column0... of side.
-  __device__ __forceinline__ SlicedProduct(const Operand<T>& h, int row0, const Operand<T>& side,
+  // At rows row0... of h and column0... of factor.
+  __device__ __forceinline__ SlicedProduct(const Operand<T>& h, int row0, const Operand<T>& factor,
                                            int column0, unsigned char* memory)
-      : h(h), side(side), row0(row0), column0(column0),
+      : h(h), factor(factor), row0(row0), column0(column0),
         steps((h.depth + DEPTH - 1) / DEPTH), memory(memory) {}
 
   // Every thread of the block calls it, for PART = 0 first.
@@ -62,7 +62,7 @@ class SlicedProduct {
   __device__ __forceinline__ void add_to(Slice<Whole, PART>& sum) const {
     const bool again = steps > STAGES;
     CopierA from_a(h, row0);
-    CopierB from_b(side, column0);
+    CopierB from_b(factor, column0);
     if (PART == 0 || again) {
       __syncthreads();  // the tiles of another slice are used
       for (int step = 0; step < STAGES; ++step) {

@@ -111,7 +111,7 @@ __device__ __forceinline__ void weight_and_change(Accumulator& base, Accumulator
                                                   unsigned char* memory) {
   const Operand<T> weight = operand<T>(p.weight);
   const Operand<float> P = packed<float>(p.P, weight.rows, p.padded);
-  const Operand<T> R = packed<T>(p.side, weight.depth, p.padded);
+  const Operand<T> R = packed<T>(p.factor, weight.depth, p.padded);
   if constexpr (TENSOR_CORES && sizeof(T) == 2) {
     using Terms = ChangeByTerms<T, Accumulator>;
     static_assert(Terms::BYTES <= MULTIPLY_BYTES<Accumulator>, "the pipeline's memory");

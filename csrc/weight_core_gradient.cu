@@ -9,17 +9,16 @@ namespace secura {
 namespace {
 
 // A tile of W, its gradient times R, and where that is multiplied: the gradient of delta_W in shared
-// memory and a tile of R. In float32 half as many rows fit in 64 KiB of shared memory, with the
-// gate's own derivative in registers.
-template <typename T, bool FULL>
+// memory and a tile of R. In float32 half as many rows fit in 64 KiB of shared memory.
+template <typename T>
 struct Tiles {
-  static constexpr bool WIDE = rows_of_w(sizeof(T) == 4, FULL) == 128;
+  static constexpr bool WIDE = sizeof(T) == 2;
   using OfW = std::conditional_t<WIDE, Accumulator<128, COLUMNS_OF_W, 64, 32>,
                                  Accumulator<64, COLUMNS_OF_W, 32, 32>>;
   using Q = std::conditional_t<WIDE, Accumulator<128, 64, 32, 32>, Accumulator<64, 64, 32, 16>>;
-  using Factor = SharedTile<T, OfW::ROWS, COLUMNS_OF_W, Along::DEPTH>;
-  using Side = SharedTile<T, Q::COLUMNS, DEPTH<T>, Along::ROWS>;
-  static constexpr int BYTES = std::max(Factor::BYTES + Side::BYTES, MULTIPLY_BYTES<OfW>);
+  using Gradient = SharedTile<T, OfW::ROWS, COLUMNS_OF_W, Along::DEPTH>;
+  using Factor = SharedTile<T, Q::COLUMNS, DEPTH<T>, Along::ROWS>;
+  static constexpr int BYTES = std::max(Gradient::BYTES + Factor::BYTES, MULTIPLY_BYTES<OfW>);
 };
 
 // dY^T X at rows n0... and columns k0... of W. CHUNKS: dY and X are in 16 bits and whole chunks.
@@ -52,11 +51,11 @@ struct Part {
   }
 };
 
-template <typename T, bool FULL, Reads READS>
-__global__ void __launch_bounds__(Tiles<T, FULL>::OfW::THREADS, 1)
+template <typename T, Reads READS>
+__global__ void __launch_bounds__(Tiles<T>::OfW::THREADS, 1)
     weight_core_gradient_kernel(WeightCoreGradient p) {
-  using Sum = typename Tiles<T, FULL>::OfW;
-  using Q = typename Tiles<T, FULL>::Q;
+  using Sum = typename Tiles<T>::OfW;
+  using Q = typename Tiles<T>::Q;
   constexpr int THREADS = Sum::THREADS;
   const Gate& gate = p.change.gate;
   const Operand<T> dy = transposed(operand<T>(p.dy)), x = transposed(operand<T>(p.x));
@@ -64,11 +63,9 @@ __global__ void __launch_bounds__(Tiles<T, FULL>::OfW::THREADS, 1)
   const int tiles = (K + COLUMNS_OF_W - 1) / COLUMNS_OF_W;
   const int group = blockIdx.x % p.groups, row0 = blockIdx.x / p.groups * Sum::ROWS;
   unsigned char* memory = shared_memory();
-  const typename Tiles<T, FULL>::Factor factor(memory);
-  const typename Tiles<T, FULL>::Side side(memory + decltype(factor)::BYTES);
-  const float slope = slope_of(gate, p.largest), largest = largest_of(p.largest);
-  const float through = p.through == nullptr ? 0.0f : *p.through;
-  float total = 0.0f, maxima = 0.0f;
+  const typename Tiles<T>::Gradient of_change(memory);
+  const typename Tiles<T>::Factor factor(memory + decltype(of_change)::BYTES);
+  const float slope = slope_of(gate, p.largest);
 
   for (int tile = group; tile < tiles; tile += p.groups) {
     // In 16 bits addresses kept from tile to tile would spill; in float32, those found anew.
@@ -79,53 +76,32 @@ __global__ void __launch_bounds__(Tiles<T, FULL>::OfW::THREADS, 1)
       const int n = n0 + Sum::row(i, e);
       return n < N ? element(p.change.decay, n, 1.0f) : 1.0f;
     };
-    if constexpr (!FULL) {  // c s is all that is needed: half the registers
-      for_elements<Sum>([&](int i, int j, int e) {
-        float& b = base.value[i][j][e];
-        b = decay(i, e) * gate_value(b, change.value[i][j][e], slope, gate).s;
-      });
-    }
-    gradient_of_w<T, READS>(gradient, dy, n0, x, k0, memory);
-    for_elements<Sum>([&](int i, int j, int e) {
-      const float b = base.value[i][j][e], grad = gradient.value[i][j][e];
-      float& dd = gradient.value[i][j][e];
-      dd *= b;
-      if constexpr (FULL) {
-        const float d = change.value[i][j][e], c = decay(i, e);
-        const float rho = relative_magnitude(b, d, gate.eps);
-        float by_rho = gradient_of_rho(grad, b, d, c, rho, slope, gate);
-        if (p.largest != nullptr) {
-          const bool inside = n0 + Sum::row(i, e) < N && k0 + Sum::column(j, e) < K;
-          const float here = inside ? at_largest(rho, largest) : 0.0f;
-          total += by_rho * rho;
-          maxima += here;
-          by_rho -= through * here;
-        }
-        dd = c * gate_value(b, d, slope, gate).s * grad +
-             by_rho * reciprocal(fabsf(b) + gate.eps) * sign(d);
-      }
+    for_elements<Sum>([&](int i, int j, int e) {  // c s is all that is needed: half the registers
+      float& b = base.value[i][j][e];
+      b = decay(i, e) * gate_value(b, change.value[i][j][e], slope, gate).s;
     });
-    if (p.statistics != nullptr) {
-      continue;
-    }
+    gradient_of_w<T, READS>(gradient, dy, n0, x, k0, memory);
+    for_elements<Sum>(
+        [&](int i, int j, int e) { gradient.value[i][j][e] *= base.value[i][j][e]; });
     // In 16 bits as two addends, dd rounded and what that leaves: once rounded, it would be the
     // largest error of d_core.
     for (int addend = 0; addend < (sizeof(T) == 2 ? 2 : 1); ++addend) {
       for_elements<Sum>([&](int i, int j, int e) {
         float& dd = gradient.value[i][j][e];
         const T rounded = from_float<T>(dd);
-        factor.at(Sum::row(i, e), Sum::column(j, e)) = rounded;
+        of_change.at(Sum::row(i, e), Sum::column(j, e)) = rounded;
         dd -= to_float(rounded);
       });
       for (int r0 = 0; r0 < padded; r0 += Q::COLUMNS) {
         Q q;
         for (int k = 0; k < COLUMNS_OF_W; k += DEPTH<T>) {
-          __syncthreads();  // the factor is written, the previous part of R used
-          side.template load<THREADS>(transposed(packed<T>(p.change.side, K, padded)), r0, k0 + k);
+          __syncthreads();  // the gradient is written, the previous part of R used
+          factor.template load<THREADS>(transposed(packed<T>(p.change.factor, K, padded)), r0,
+                                        k0 + k);
           commit_copies();
           wait_copies<0>();
           __syncthreads();
-          q.add(Part<typename Tiles<T, FULL>::Factor>{factor, k}, side);
+          q.add(Part<typename Tiles<T>::Gradient>{of_change, k}, factor);
         }
         for_elements<Q>([&](int i, int j, int e) {
           const int n = n0 + Q::row(i, e), rank = r0 + Q::column(j, e);
@@ -134,27 +110,19 @@ __global__ void __launch_bounds__(Tiles<T, FULL>::OfW::THREADS, 1)
           }
         });
       }
-      __syncthreads();  // the factor is used
-    }
-  }
-  if (FULL && p.statistics != nullptr) {
-    total = sum_of_block<THREADS>(total, memory);
-    maxima = sum_of_block<THREADS>(maxima, memory);
-    if (threadIdx.x == 0) {
-      p.statistics[2 * blockIdx.x] = total;
-      p.statistics[2 * blockIdx.x + 1] = maxima;
+      __syncthreads();  // the gradient is used
     }
   }
 }
 
-template <typename T, bool FULL>
+template <typename T>
 void run(const WeightCoreGradient& p, const Launch& where) {
-  using Of = Tiles<T, FULL>;
+  using Of = Tiles<T>;
   const int N = p.dy.columns, K = p.x.columns;
-  auto* kernel = weight_core_gradient_kernel<T, FULL, Reads::ANY>;
+  auto* kernel = weight_core_gradient_kernel<T, Reads::ANY>;
   if constexpr (sizeof(T) == 2) {
     if (in_chunks<T>(p.dy, Along::DEPTH) && in_chunks<T>(p.x, Along::DEPTH)) {
-      kernel = weight_core_gradient_kernel<T, FULL, Reads::CHUNKS>;
+      kernel = weight_core_gradient_kernel<T, Reads::CHUNKS>;
     }
   }
   launch(kernel, p, int64_t{p.groups} * ceil_div(N, Of::OfW::ROWS), Of::OfW::THREADS, Of::BYTES,
@@ -167,11 +135,7 @@ void run(const WeightCoreGradient& p, const Launch& where) {
 void weight_core_gradient(const WeightCoreGradient& p, const Launch& where) {
   with_dtype(where.dtype, [&](auto type) {
     using T = typename decltype(type)::type;
-    if (p.full) {
-      run<T, true>(p, where);
-    } else {
-      run<T, false>(p, where);
-    }
+    run<T>(p, where);
   });
 }
 

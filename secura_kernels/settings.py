@@ -40,7 +40,7 @@ class SMagNorm:
         domain: ``"output"``: b is the layer's base output, d its change. ``"weight"``: b is W, d
             is ``delta_W``; then the gated layer is still a linear map and merges exactly.
         detach_gate: the gate is a constant in the backward pass (as published); False takes the
-            full derivative.
+            full derivative, for which there are no kernels: on a GPU the plain formula runs.
 
     Raises:
         ValueError: a field outside the values above.

@@ -10,6 +10,8 @@ GPU = torch.cuda.is_available()
 DEVICE = "cuda" if GPU else "cpu"
 # On a GPU machine `pytest -m gpu` picks every kernel test.
 MARKS = [pytest.mark.gpu] if GPU else []
+# For what the reference, which the fixture ``impl`` has too, is not asked.
+KERNELS = pytest.mark.parametrize("impl", ["triton", "cuda"], indirect=True)
 
 
 @contextmanager

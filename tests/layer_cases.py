@@ -23,6 +23,8 @@ NORMS = {"no gate": None} | {
     )
 }
 ALL_NORMS = dict(argvalues=list(NORMS.values()), ids=list(NORMS))
+# Those that there are kernels of.
+DETACHED = {name: norm for name, norm in NORMS.items() if norm is None or norm.detach_gate}
 
 
 @dataclass

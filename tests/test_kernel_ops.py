@@ -10,7 +10,7 @@ import pytest
 import torch
 import triton
 import triton.language as tl
-from devices import DEVICE, GPU, MARKS
+from devices import DEVICE, GPU, KERNELS, MARKS
 from layer_cases import case, relative_error
 from torch.library import opcheck
 
@@ -29,12 +29,12 @@ pytestmark = MARKS
 FORMS = {
     "no gate": None,
     "output": SMagNorm(),
-    "output, full": SMagNorm(detach_gate=False),
     "output, max": SMagNorm(ref="max"),
     "weight": SMagNorm(domain="weight"),
 }
 
 
+@KERNELS
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("norm", FORMS.values(), ids=FORMS)
 def test_opcheck(norm, dtype, impl):
@@ -68,6 +68,7 @@ def test_opcheck(norm, dtype, impl):
     )
 
 
+@KERNELS
 @pytest.mark.parametrize("norm", FORMS.values(), ids=FORMS)
 def test_compiles_as_one_graph(norm, impl):
     torch.compiler.reset()  # each form is a compilation of one function, which may have eight
@@ -105,6 +106,7 @@ def test_traces_for_a_gpu_without_one():
     assert (saved.dtype, dx.shape, dcore.dtype) == (torch.uint8, x.shape, torch.float32)
 
 
+@KERNELS
 @pytest.mark.parametrize("norm", FORMS.values(), ids=FORMS)
 def test_two_runs_are_bitwise_equal(norm, impl, monkeypatch):
     """Without a GPU the second run takes the programs in reverse order, on the simulated GPU the

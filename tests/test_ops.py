@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from epilogue_cases import epilogue_case
 from layer_cases import ALL_NORMS, case
 from torch.library import opcheck
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -12,6 +13,7 @@ from secura_kernels import SMagNorm, cur_linear
 from secura_kernels.backends.reference import linear
 from secura_kernels.ops import pack_norm, resolve, why_unavailable
 from secura_kernels.ops.linear import cur_linear_bwd, cur_linear_fwd
+from secura_kernels.ops.registry import _warn_once
 from secura_kernels.ops.weight import cur_weight_linear_bwd, cur_weight_linear_fwd
 
 
@@ -145,6 +147,20 @@ def test_auto_is_triton_on_a_gpu_then_cuda_then_the_reference_with_the_reasons(m
         assert resolve("auto", device, dtype, 8) == "reference"
     monkeypatch.setattr("secura_kernels.ops.registry._is_installed", lambda name: False)
     assert why_unavailable("triton", device).startswith("triton is not installed")
+
+
+@pytest.mark.parametrize("ref", [1.0, "max"])
+def test_a_full_derivative_is_in_the_reference_alone(ref):
+    norm = SMagNorm(ref=ref, detach_gate=False)
+    with pytest.warns(UserWarning, match="runs impl='reference' on cuda: the gate's full derivat"):
+        _warn_once.cache_clear()
+        assert resolve("auto", torch.device("cuda"), torch.bfloat16, 8, norm) == "reference"
+    c = case(dtype=torch.float32)
+    for impl in ("triton", "cuda"):
+        with pytest.raises(RuntimeError, match=f"impl='{impl}' cannot run here: the gate's full d"):
+            c.ours(norm, impl=impl)
+        with pytest.raises(RuntimeError, match=f"impl='{impl}' cannot run here: the gate's full d"):
+            epilogue_case(dtype=torch.float32).ours(norm, impl=impl)
 
 
 class LargestNew(TorchDispatchMode):

@@ -77,25 +77,9 @@ def contiguous(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
 
 def saved_for_backward(
     x: Tensor, N: int, norm: SMagNorm | None, save: bool
-) -> tuple[Tensor, Tensor | None, bool]:
-    """(the op's output, the kernel's argument, whether it is b rather than the gate)."""
+) -> tuple[Tensor, Tensor | None]:
+    """(the op's output, the kernel's argument)."""
     if norm is None:
-        return x.new_empty(0), None, False
-    dtype = saved_dtype(x.dtype) if norm.detach_gate else x.dtype
-    if not save:
-        return x.new_empty(0, dtype=dtype), None, False
-    saved = x.new_empty(x.shape[0], N, dtype=dtype)
-    return saved, saved, not norm.detach_gate
-
-
-def through_largest(statistics: Tensor, largest: Tensor) -> Tensor:
-    """Gradient of max(rho), the share of each element that attains it: (1,) float32.
-
-    Args:
-        statistics: (programs, 2) float32, sums of (gradient of rho) * rho and counts of maxima.
-        largest: (1,) int32, the bits of max(rho); where that is 0, so is the gradient.
-    """
-    total, maxima = statistics.sum(0)
-    largest = largest.view(torch.float32)
-    safe = torch.where(largest > 0, largest, 1)
-    return total / safe / maxima.clamp_min(1)  # none, where rounding differs by more than assumed
+        return x.new_empty(0), None
+    saved = x.new_empty((x.shape[0], N) if save else (0,), dtype=saved_dtype(x.dtype))
+    return saved, saved if save else None

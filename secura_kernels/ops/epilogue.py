@@ -14,16 +14,17 @@ def _layer(core, C, adapter_bias, decay, alpha, norm, detach_gate) -> CurOperand
     )
 
 
-def _fwd(y0, t, core, C, adapter_bias, decay, alpha, norm, edge, save, impl):
-    layer = _layer(core, C, adapter_bias, decay, alpha, norm, True)
-    return backend(impl, "epilogue", y0, layer.r).forward(y0, t, layer, edge, save)
+def _fwd(y0, t, core, C, adapter_bias, decay, alpha, norm, detach_gate, edge, save, impl):
+    layer = _layer(core, C, adapter_bias, decay, alpha, norm, detach_gate)
+    return backend(impl, "epilogue", y0, layer.r, layer.norm).forward(y0, t, layer, edge, save)
 
 
-def _fwd_fake(y0, t, core, C, adapter_bias, decay, alpha, norm, edge, save, impl):
+def _fwd_fake(y0, t, core, C, adapter_bias, decay, alpha, norm, detach_gate, edge, save, impl):
     y = y0.new_empty(y0.shape)
     if not norm:
         return y, y0.new_empty(0), y0.new_empty(0, dtype=torch.int64)
-    saved = y0.new_empty(y0.shape if save else (0,), dtype=saved_dtype(y0.dtype))
+    dtype = saved_dtype(y0.dtype) if detach_gate else y0.dtype
+    saved = y0.new_empty(y0.shape if save else (0,), dtype=dtype)
     return y, saved, y0.new_empty(1 if edge else 0, dtype=torch.int64)
 
 
@@ -35,7 +36,9 @@ def _fwd_flops(y0, t, *_, **__):
 
 def _bwd(dy, core, C, adapter_bias, decay, t, saved, alpha, norm, detach_gate, needs, impl):
     layer = _layer(core, C, adapter_bias, decay, alpha, norm, detach_gate)
-    gradients = backend(impl, "epilogue", dy, layer.r).backward(dy, layer, t, saved, needs)
+    gradients = backend(impl, "epilogue", dy, layer.r, layer.norm).backward(
+        dy, layer, t, saved, needs
+    )
     # Elementwise results take the strides of dy.
     return empty_if_none(tuple(g if g is None else g.contiguous() for g in gradients), dy)
 
@@ -59,7 +62,7 @@ def _bwd_flops(dy, core, *args, **_):
 
 cur_epilogue_fwd = register(
     """cur_epilogue_fwd(Tensor y0, Tensor t, Tensor core, Tensor C, Tensor? adapter_bias,
-    Tensor? decay, float alpha, float[] norm, float edge, bool save, str impl)
+    Tensor? decay, float alpha, float[] norm, bool detach_gate, float edge, bool save, str impl)
     -> (Tensor y, Tensor saved, Tensor moved)""",
     _fwd,
     _fwd_fake,
@@ -95,15 +98,28 @@ class CurEpilogue(torch.autograd.Function):
             decay,
             alpha,
             norm,
-            edge,
             detach_gate,
+            edge,
+            detach_gate,  # else y0 is saved
             impl,
         )
 
     @staticmethod
     def alone(y0, t, core, C, adapter_bias, decay, alpha, norm, detach_gate, edge, impl):
         return call(
-            cur_epilogue_fwd, y0, t, core, C, adapter_bias, decay, alpha, norm, edge, False, impl
+            cur_epilogue_fwd,
+            y0,
+            t,
+            core,
+            C,
+            adapter_bias,
+            decay,
+            alpha,
+            norm,
+            detach_gate,
+            edge,
+            False,
+            impl,
         )
 
     @staticmethod

@@ -25,7 +25,7 @@ _SETTINGS = "float alpha, float[] norm, bool detach_gate"
 def _fwd(x, *arguments):
     *tensors, alpha, norm, detach_gate, edge, save, impl = arguments
     layer = unpack_layer(tensors, alpha, norm, "output", detach_gate)
-    return backend(impl, "linear", x, layer.r).forward(x, layer, edge, save)
+    return backend(impl, "linear", x, layer.r, layer.norm).forward(x, layer, edge, save)
 
 
 def _fwd_fake(
@@ -80,7 +80,9 @@ def _fwd_vmap(info, in_dims, x, *rest):
 def _bwd(dy, weight, *arguments):
     *tensors, t, saved, alpha, norm, detach_gate, needs, impl = arguments
     layer = unpack_layer((weight, None, *tensors), alpha, norm, "output", detach_gate)
-    gradients = backend(impl, "linear", dy, layer.r).backward(dy, layer, t, saved, needs)
+    gradients = backend(impl, "linear", dy, layer.r, layer.norm).backward(
+        dy, layer, t, saved, needs
+    )
     return empty_if_none(gradients, dy)
 
 

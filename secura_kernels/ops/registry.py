@@ -26,11 +26,18 @@ IMPLS = ("auto", "triton", "cuda", "reference")
 
 
 def why_unavailable(
-    impl: str, device: torch.device, dtype: torch.dtype = torch.float32, r: int = 1
+    impl: str,
+    device: torch.device,
+    dtype: torch.dtype = torch.float32,
+    r: int = 1,
+    norm: SMagNorm | None = None,
 ) -> str | None:
-    """Why a backend cannot run a layer of ``dtype`` and rank ``r`` on ``device``, or None."""
+    """Why a backend cannot run a layer of ``dtype``, rank ``r`` and gate ``norm`` on ``device``, or
+    None."""
     if impl == "reference":
         return None
+    if norm is not None and not norm.detach_gate:
+        return "the gate's full derivative (detach_gate=False) is in the reference alone"
     if impl == "triton" and not _is_installed("triton"):
         return "triton is not installed (pip install triton)"
     return _module(impl).why_unavailable(device, dtype, r)
@@ -47,8 +54,11 @@ def _module(impl: str, op: str = "") -> ModuleType:
     return importlib.import_module(f"..backends.{impl}{'.' * bool(op)}{op}", __package__)
 
 
-def resolve(impl: str, device: torch.device, dtype: torch.dtype, r: int) -> str:
-    """The backend that runs ``impl`` for a layer of ``dtype`` and rank ``r`` on ``device``.
+def resolve(
+    impl: str, device: torch.device, dtype: torch.dtype, r: int, norm: SMagNorm | None = None
+) -> str:
+    """The backend that runs ``impl`` for a layer of ``dtype``, rank ``r`` and gate ``norm`` on
+    ``device``.
 
     ``"auto"`` is Triton on an NVIDIA GPU; where it cannot run there, the CUDA kernels, and where
     they cannot either, the reference; with one warning that says why.
@@ -58,7 +68,7 @@ def resolve(impl: str, device: torch.device, dtype: torch.dtype, r: int) -> str:
     """
     check_choice("impl", impl, IMPLS)
     if impl != "auto":
-        reason = why_unavailable(impl, device, dtype, r)
+        reason = why_unavailable(impl, device, dtype, r, norm)
         if reason:
             raise RuntimeError(f"impl={impl!r} cannot run here: {reason}; impl='reference' can")
         return impl
@@ -66,10 +76,11 @@ def resolve(impl: str, device: torch.device, dtype: torch.dtype, r: int) -> str:
         return "reference"
     reasons = []
     for candidate in ("triton", "cuda"):
-        reason = why_unavailable(candidate, device, dtype, r)
+        reason = why_unavailable(candidate, device, dtype, r, norm)
         if reason is None:
             break
-        reasons.append(reason)
+        if reason not in reasons:
+            reasons.append(reason)
     else:
         candidate = "reference"
     if reasons:
@@ -77,14 +88,14 @@ def resolve(impl: str, device: torch.device, dtype: torch.dtype, r: int) -> str:
     return candidate
 
 
-def backend(impl: str, op: str, like: Tensor, r: int) -> ModuleType:
+def backend(impl: str, op: str, like: Tensor, r: int, norm: SMagNorm | None = None) -> ModuleType:
     """The module (``forward``, and ``backward``) that runs an op, loaded when first used.
 
     Args:
         op: "linear", "weight", "epilogue" or "batched". like: a tensor of the layer's dtype and
-            device.
+            device. norm: the layer's gate.
     """
-    return _module(resolve(impl, like.device, like.dtype, r), op)
+    return _module(resolve(impl, like.device, like.dtype, r, norm), op)
 
 
 @functools.cache

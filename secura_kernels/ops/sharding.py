@@ -51,8 +51,8 @@ def _register() -> None:
     for name, rule in (
         ("cur_linear_fwd", _linear_fwd),
         ("cur_linear_bwd", _linear_bwd),
-        ("cur_epilogue_fwd", _update_fwd),
-        ("cur_epilogue_bwd", _update_bwd),
+        ("cur_epilogue_fwd", _epilogue_fwd),
+        ("cur_epilogue_bwd", _epilogue_bwd),
     ):
         op = getattr(torch.ops.secura, name).default
         register_sharding(op)(rule)
@@ -182,22 +182,24 @@ def _linear_bwd(
     return rules
 
 
-def _update_fwd(y0, t, core, C, adapter_bias, decay, alpha, norm, edge, save, impl):
+def _epilogue_fwd(y0, t, core, C, adapter_bias, decay, alpha, norm, detach_gate, edge, save, impl):
     whole, total, by_m, by_n = _placements()
     operands = (y0, t, core, C, adapter_bias, decay)
     gate, moved = _gate_placements(norm, save, edge)
-    rules = [_rule([whole] * 3, operands, [whole] * 6, 5)]
+    rules = [_rule([whole] * 3, operands, [whole] * 6, 6)]
     if not _needs_maximum(norm):
-        rules.append(_rule([by_m, gate[by_m], moved], operands, [by_m, by_m] + [whole] * 4, 5))
+        rules.append(_rule([by_m, gate[by_m], moved], operands, [by_m, by_m] + [whole] * 4, 6))
         rules.append(
-            _rule([by_n, gate[by_n], moved], operands, [by_n, whole, whole, by_m, by_m, by_m], 5)
+            _rule([by_n, gate[by_n], moved], operands, [by_n, whole, whole, by_m, by_m, by_m], 6)
         )
     if not norm and adapter_bias is None:
-        rules.append(_rule([total, whole, whole], operands, [total, total] + [whole] * 4, 5))
+        rules.append(_rule([total, whole, whole], operands, [total, total] + [whole] * 4, 6))
     return rules
 
 
-def _update_bwd(dy, core, C, adapter_bias, decay, t, saved, alpha, norm, detach_gate, needs, impl):
+def _epilogue_bwd(
+    dy, core, C, adapter_bias, decay, t, saved, alpha, norm, detach_gate, needs, impl
+):
     whole, total, by_m, by_n = _placements()
     operands = (dy, core, C, adapter_bias, decay, t, saved)
     gate = {p: p if saved.ndim == 2 else whole for p in (by_m, by_n)}

@@ -12,7 +12,7 @@ _ARGUMENTS = """Tensor x, Tensor weight, {bias} Tensor core, Tensor? cols, Tenso
 def _fwd(x, *arguments):
     *tensors, alpha, norm, detach_gate, edge, impl = arguments
     layer = unpack_layer(tensors, alpha, norm, "weight", detach_gate)
-    return backend(impl, "weight", x, layer.r).forward(x, layer, edge)
+    return backend(impl, "weight", x, layer.r, layer.norm).forward(x, layer, edge)
 
 
 def _fwd_fake(
@@ -47,7 +47,8 @@ def _fwd_flops(x, weight, bias, core, *_, **__):
 def _bwd(dy, x, weight, *arguments):
     *tensors, alpha, norm, detach_gate, needs, impl = arguments
     layer = unpack_layer((weight, None, *tensors), alpha, norm, "weight", detach_gate)
-    return empty_if_none(backend(impl, "weight", dy, layer.r).backward(dy, x, layer, needs), dy)
+    gradients = backend(impl, "weight", dy, layer.r, layer.norm).backward(dy, x, layer, needs)
+    return empty_if_none(gradients, dy)
 
 
 def _bwd_fake(

@@ -120,18 +120,6 @@ class Inputs:
             self.dy, self.code, self.C, self.r, self.gate, decay=None, needs=(True, True, True)
         )
 
-    def gate_backward_full(self) -> None:
-        gate_backward(
-            self.dy,
-            self.y,
-            self.C,
-            self.r,
-            self.gate,
-            decay=None,
-            needs=(True, True, True),
-            h=self.h,
-        )
-
     def core_gradient(self) -> None:
         """With dT into columns of G'."""
         core_gradient(self.v, self.t, self.core, 1.0, self.dy, g=self.y, rows=self.rows)
@@ -140,14 +128,7 @@ class Inputs:
         effective_weight(self.W, self.P, self.R, self.r, self.gate, None)
 
     def weight_core_gradient(self) -> None:
-        weight_core_gradient(
-            self.W, self.W, self.P, self.R, self.r, self.gate, None, decay=None, full=False
-        )
-
-    def weight_core_gradient_full(self) -> None:
-        weight_core_gradient(
-            self.W, self.W, self.P, self.R, self.r, self.gate, None, decay=None, full=True
-        )
+        weight_core_gradient(self.W, self.W, self.P, self.R, self.r, self.gate, None, decay=None)
 
     def decode(self) -> None:
         decode(
@@ -183,11 +164,9 @@ RUNS: dict[str, tuple[Callable, ...]] = {
     "product_gate": (Inputs.product_gate,),
     "epilogue": (Inputs.epilogue, Inputs.largest),
     "gate_backward": (Inputs.gate_backward, Inputs.gate_backward_and_bias),
-    "gate_backward_full": (Inputs.gate_backward_full,),
     "core_gradient": (Inputs.core_gradient,),
     "effective_weight": (Inputs.effective_weight,),
     "weight_core_gradient": (Inputs.weight_core_gradient,),
-    "weight_core_gradient_full": (Inputs.weight_core_gradient_full,),
     "decode": (Inputs.decode,),
     "batched": (Inputs.batched,),
 }

@@ -38,13 +38,13 @@ def outputs(
     """What the backward pass needs of the gate and the count, allocated; and what fills them.
     ``like``: (M, any), in the layer's dtype."""
     norm = layer.norm
-    saved, keep, save_base = saved_for_backward(like, N, norm, save)
+    saved, keep = saved_for_backward(like, N, norm, save)
     moved = like.new_zeros(1 if edge and norm is not None else 0, dtype=torch.int64)
     gate = None if norm is None else GateNumbers.of(norm, like.dtype)
     return (
         saved,
         moved,
-        Finish(*_vectors(layer), gate, keep, save_base, moved if moved.numel() else None, edge),
+        Finish(*_vectors(layer), gate, keep, moved if moved.numel() else None, edge),
     )
 
 
@@ -73,7 +73,7 @@ def backward(
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
     """Gradients of y0, t, core and adapter_bias; None where ``needs`` is False."""
     t = t.contiguous()
-    found = gradients(dy, layer, None, t, saved.contiguous(), (needs[0] or needs[1], *needs[2:]))
+    found = gradients(dy, layer, None, saved.contiguous(), (needs[0] or needs[1], *needs[2:]))
     return (
         found.g if needs[0] else None,
         found.q[:, : layer.r].contiguous() if needs[1] else None,
@@ -86,7 +86,6 @@ def gradients(
     dy: Tensor,
     layer: CurOperands,
     rows: Tensor | None,
-    t: Tensor,
     saved: Tensor,
     needs: tuple[bool, bool, bool],
 ) -> GateGradients:
@@ -102,11 +101,6 @@ def gradients(
         if needs[0] or needs[1]:
             v, dT = down(dy, C, core.T, alpha, p_dtype=torch.float32)
         return GateGradients(dy, dT, v, dy.sum(0, dtype=torch.float32) if needs[2] else None)
-    adapter_bias, decay = _vectors(layer)
-    more = {}
-    if not norm.detach_gate:
-        _, h = project(t, None, core, alpha, q_dtype=dy.dtype)
-        more = dict(change=h @ C.T, adapter_bias=adapter_bias, ref_max=norm.ref == "max")
     return gate_backward(
         dy,
         saved,
@@ -115,7 +109,6 @@ def gradients(
         core,
         alpha,
         GateNumbers.of(norm, dy.dtype),
-        decay=decay,
+        decay=_vectors(layer)[1],
         needs=needs,
-        **more,
     )

@@ -14,31 +14,28 @@ OLDEST_CHIP = (7, 5)
 # What this version calls; csrc/ops.cpp defines the same. Outputs are preallocated: (a!).
 SCHEMAS = {
     "probe": "(Tensor like, int stream) -> ()",
-    "gather": "(Tensor matrix, Tensor? index, Tensor(a!) side, int stream) -> ()",
-    "down": "(Tensor a, Tensor side, Tensor core, float alpha, Tensor(a!) p, Tensor(b!) q, "
+    "gather": "(Tensor matrix, Tensor? index, Tensor(a!) factor, int stream) -> ()",
+    "down": "(Tensor a, Tensor factor, Tensor core, float alpha, Tensor(a!) p, Tensor(b!) q, "
     "Tensor(c!)? part, int stream) -> ()",
     "project": "(Tensor a, Tensor? index, Tensor core, float alpha, Tensor(a!) p, Tensor(b!) q, "
     "int stream) -> ()",
-    "product": "(Tensor a, Tensor b, Tensor h, Tensor side, Tensor? bias, Tensor? adapter_bias, "
-    "Tensor? decay, float[] gate, Tensor(a!) y, Tensor(b!)? saved, bool save_base, "
+    "product": "(Tensor a, Tensor b, Tensor h, Tensor factor, Tensor? bias, Tensor? adapter_bias, "
+    "Tensor? decay, float[] gate, Tensor(a!) y, Tensor(b!)? saved, "
     "Tensor(c!)? moved, float edge, int stream) -> ()",
-    "epilogue": "(Tensor(a!) y, Tensor h, Tensor side, Tensor? adapter_bias, Tensor? decay, "
-    "float[] gate, Tensor(b!)? saved, bool save_base, Tensor(c!)? moved, float edge, "
+    "epilogue": "(Tensor(a!) y, Tensor h, Tensor factor, Tensor? adapter_bias, Tensor? decay, "
+    "float[] gate, Tensor(b!)? saved, Tensor(c!)? moved, float edge, "
     "Tensor(d!)? largest, bool find_largest, int stream) -> ()",
-    "gate_backward": "(Tensor dy, Tensor saved, Tensor? change, Tensor side, Tensor? rows, "
-    "Tensor core, float alpha, Tensor? adapter_bias, Tensor? decay, "
-    "float[] gate, Tensor(a!)? largest, bool find_largest, Tensor? through, "
-    "Tensor(b!)? g, Tensor(c!)? v, Tensor(d!)? q, Tensor(e!)? bias_part, "
-    "Tensor(f!)? statistics, Tensor(g!)? v_part, int stream) -> ()",
+    "gate_backward": "(Tensor dy, Tensor saved, Tensor factor, Tensor? rows, Tensor core, "
+    "float alpha, Tensor? decay, float[] gate, Tensor(a!)? g, Tensor(b!)? v, Tensor(c!)? q, "
+    "Tensor(d!)? bias_part, Tensor(e!)? v_part, int stream) -> ()",
     "core_gradient": "(Tensor v, Tensor t, float alpha, Tensor(a!) part, int stream) -> ()",
-    "effective_weight": "(Tensor weight, Tensor P, Tensor side, Tensor? decay, float[] gate, "
+    "effective_weight": "(Tensor weight, Tensor P, Tensor factor, Tensor? decay, float[] gate, "
     "Tensor(a!)? out, Tensor(b!)? moved, float edge, Tensor(c!)? largest, "
     "bool find_largest, int stream) -> ()",
-    "decode": "(Tensor x, Tensor weight, Tensor P, Tensor side, Tensor? decay, float[] gate, "
+    "decode": "(Tensor x, Tensor weight, Tensor P, Tensor factor, Tensor? decay, float[] gate, "
     "Tensor? largest, Tensor(a!) part, int stream) -> ()",
-    "weight_core_gradient": "(Tensor dy, Tensor x, Tensor weight, Tensor P, Tensor side, "
-    "Tensor? decay, float[] gate, Tensor? largest, Tensor? through, "
-    "bool full, Tensor(a!) q, Tensor(b!)? statistics, int stream) -> ()",
+    "weight_core_gradient": "(Tensor dy, Tensor x, Tensor weight, Tensor P, Tensor factor, "
+    "Tensor? decay, float[] gate, Tensor? largest, Tensor(a!) q, int stream) -> ()",
 }
 
 

@@ -38,9 +38,8 @@ def backward(
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """Gradients of x, core and adapter_bias; None where ``needs`` is False."""
     layer, t = layer.with_contiguous_vectors(), t.contiguous()
-    found = gradients(
-        dy, layer, layer.rows if layer.R is None else None, t, saved.contiguous(), needs
-    )
+    tied_rows = layer.rows if layer.R is None else None
+    found = gradients(dy, layer, tied_rows, saved.contiguous(), needs)
     dx = None
     if needs[0] and layer.norm is None:
         dx = _dx_without_gate(dy, layer.weight, rows(layer), found.q)

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..host import GateNumbers, cdiv, padded_rank, processors_of_gpu, through_largest
+from ..host import GateNumbers, cdiv, padded_rank, processors_of_gpu
 from ..operands import CurOperands
 from .library import call
 
@@ -27,18 +27,18 @@ def rows(layer: CurOperands) -> Tensor:
 
 def _gather(matrix: Tensor, index: Tensor | None) -> Tensor:
     r = matrix.shape[1] if index is None else index.shape[0]
-    side = matrix.new_empty(matrix.shape[0], padded_rank(r))
-    call("gather", matrix, matrix, index, side)
-    return side
+    factor = matrix.new_empty(matrix.shape[0], padded_rank(r))
+    call("gather", matrix, matrix, index, factor)
+    return factor
 
 
 def down(
-    a: Tensor, side: Tensor, core: Tensor, alpha: float, *, p_dtype: torch.dtype
+    a: Tensor, factor: Tensor, core: Tensor, alpha: float, *, p_dtype: torch.dtype
 ) -> tuple[Tensor, Tensor]:
-    """p = a side (M, r) in ``p_dtype``, and q = alpha p core^T (M, padded r); core: float32."""
+    """p = a factor (M, r) in ``p_dtype``, and q = alpha p core^T (M, padded r); core: float32."""
     p = a.new_empty(a.shape[0], core.shape[0], dtype=p_dtype)
-    q = a.new_empty(a.shape[0], side.shape[1])
-    call("down", a, a, side, core, alpha, p, q, _parts(a, core.shape[0]))
+    q = a.new_empty(a.shape[0], factor.shape[1])
+    call("down", a, a, factor, core, alpha, p, q, _parts(a, core.shape[0]))
     return p, q
 
 
@@ -69,14 +69,13 @@ def project(
 @dataclass(frozen=True)
 class Finish:
     """What turns a base output and a change into a layer's output. ``gate``: None for no gate;
-    ``saved``: (M, N) to be written, the gate's code, or the base output with ``save_base``;
-    ``moved``: (1,) int64, raised by the count of gates <= ``edge``."""
+    ``saved``: (M, N), the gate's code, to be written; ``moved``: (1,) int64, raised by the count of
+    gates <= ``edge``."""
 
     adapter_bias: Tensor | None = None
     decay: Tensor | None = None
     gate: GateNumbers | None = None
     saved: Tensor | None = None
-    save_base: bool = False
     moved: Tensor | None = None
     edge: float = 0.0
 
@@ -84,7 +83,7 @@ class Finish:
         return self.adapter_bias, self.decay, numbers(self.gate)
 
     def outputs(self) -> tuple:
-        return self.saved, self.save_base, self.moved, self.edge
+        return self.saved, self.moved, self.edge
 
 
 def numbers(gate: GateNumbers | None) -> list[float]:
@@ -92,25 +91,25 @@ def numbers(gate: GateNumbers | None) -> list[float]:
 
 
 def product(
-    a: Tensor, b: Tensor, h: Tensor, side: Tensor, bias: Tensor | None, finish: Finish
+    a: Tensor, b: Tensor, h: Tensor, factor: Tensor, bias: Tensor | None, finish: Finish
 ) -> Tensor:
-    """y (M, N) = a b^T + h side^T + biases, gated; a: (M, K), b: (N, K), any strides."""
+    """y (M, N) = a b^T + h factor^T + biases, gated; a: (M, K), b: (N, K), any strides."""
     y = a.new_empty(a.shape[0], b.shape[0])
-    call("product", a, a, b, h, side, bias, *finish.arguments(), y, *finish.outputs())
+    call("product", a, a, b, h, factor, bias, *finish.arguments(), y, *finish.outputs())
     return y
 
 
 def epilogue(
     y: Tensor,
     h: Tensor,
-    side: Tensor,
+    factor: Tensor,
     finish: Finish,
     largest: Tensor | None = None,
     find_largest: bool = False,
 ) -> None:
     """Turns y (M, N), the base output, into the layer's; ``find_largest`` only raises ``largest``,
     (1,) int32, the bits of max(rho)."""
-    call("epilogue", y, y, h, side, *finish.arguments(), *finish.outputs(), largest, find_largest)
+    call("epilogue", y, y, h, factor, *finish.arguments(), *finish.outputs(), largest, find_largest)
 
 
 @dataclass(frozen=True)
@@ -127,7 +126,7 @@ class GateGradients:
 def gate_backward(
     dy: Tensor,
     saved: Tensor,
-    side: Tensor,
+    factor: Tensor,
     rows: Tensor | None,
     core: Tensor,
     alpha: float,
@@ -135,50 +134,21 @@ def gate_backward(
     *,
     decay: Tensor | None,
     needs: tuple[bool, bool, bool],
-    change: Tensor | None = None,
-    adapter_bias: Tensor | None = None,
-    ref_max: bool = False,
 ) -> GateGradients:
     """Args:
-    dy: (M, N), any strides. saved: (M, N), what the forward pass saved. side: C.
+    dy: (M, N), any strides. saved: (M, N), what the forward pass saved. factor: C.
     rows: (r,) where R is W[rows]; None where it is stored. needs: of x, core, adapter_bias.
-    change: h C^T (M, N) for a full-derivative gate; then adapter_bias and ref_max count too.
     """
     (M, N), r = dy.shape, core.shape[0]
     programs = cdiv(M, ROWS_PER_PROGRAM)
     wide = dict(dtype=torch.float32)
-    largest = through = None
-    fixed = (dy, saved, change, side, rows, core.T, alpha, adapter_bias, decay, numbers(gate))
-
-    def run(find_largest=False, g=None, v=None, q=None, part=None, statistics=None, v_part=None):
-        call(
-            "gate_backward",
-            dy,
-            *fixed,
-            largest,
-            find_largest,
-            through,
-            g,
-            v,
-            q,
-            part,
-            statistics,
-            v_part,
-        )
-
-    if change is not None and ref_max:
-        largest = dy.new_zeros(1, dtype=torch.int32)
-        run(find_largest=True)
-        statistics = dy.new_empty(programs, 2, **wide)
-        run(statistics=statistics)
-        through = through_largest(statistics, largest)
     g = torch.empty_like(saved, dtype=dy.dtype) if needs[0] else None
     v = dy.new_empty(M, r, **wide) if needs[0] or needs[1] else None
-    q = dy.new_empty(M, side.shape[1]) if needs[0] and rows is None else None
+    q = dy.new_empty(M, factor.shape[1]) if needs[0] and rows is None else None
     part = dy.new_empty(BIAS_PARTS * programs, N, **wide) if needs[2] else None
-    run(
-        g=g, v=v, q=q, part=part, v_part=_parts(dy, r) if v is not None and change is None else None
-    )
+    v_part = None if v is None else _parts(dy, r)
+    layer = (factor, rows, core.T, alpha, decay, numbers(gate))
+    call("gate_backward", dy, dy, saved, *layer, g, v, q, part, v_part)
     return GateGradients(g, q, v, None if part is None else part.sum(0))
 
 
@@ -197,12 +167,12 @@ class WeightChange:
 
     weight: Tensor
     P: Tensor
-    side: Tensor
+    factor: Tensor
     decay: Tensor | None
     gate: GateNumbers
 
     def arguments(self) -> tuple:
-        return self.weight, self.P, self.side, self.decay, numbers(self.gate)
+        return self.weight, self.P, self.factor, self.decay, numbers(self.gate)
 
 
 def effective_weight(
@@ -236,33 +206,12 @@ def decode(x: Tensor, change: WeightChange, largest: Tensor | None) -> Tensor:
 
 
 def weight_core_gradient(
-    dy: Tensor, x: Tensor, change: WeightChange, largest: Tensor | None, full: bool
+    dy: Tensor, x: Tensor, change: WeightChange, largest: Tensor | None
 ) -> Tensor:
-    """Q (N, r'), so that d_core = alpha C^T Q; ``full``: with the gate's own derivative."""
+    """Q (N, r'), so that d_core = alpha C^T Q."""
     N, K = dy.shape[1], x.shape[1]
-    rows_of_w = 64 if full or dy.dtype == torch.float32 else 128
-    blocks = cdiv(N, rows_of_w)
-    groups = _groups(K, blocks)
-    through = None
-
-    def run(q, statistics=None):
-        call(
-            "weight_core_gradient",
-            dy,
-            dy,
-            x,
-            *change.arguments(),
-            largest,
-            through,
-            full,
-            q,
-            statistics,
-        )
-
+    rows_of_w = 64 if dy.dtype == torch.float32 else 128
+    groups = _groups(K, cdiv(N, rows_of_w))
     q = dy.new_zeros(groups, *change.P.shape, dtype=torch.float32)
-    if full and largest is not None:
-        statistics = dy.new_empty(groups * blocks, 2, dtype=torch.float32)
-        run(q, statistics)
-        through = through_largest(statistics, largest)
-    run(q)
+    call("weight_core_gradient", dy, dy, x, *change.arguments(), largest, q)
     return q.sum(0)

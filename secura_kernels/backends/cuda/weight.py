@@ -60,7 +60,7 @@ def backward(
     if needs[0]:
         dx = dy @ effective_weight(change, largest)
     if needs[1]:
-        Q = weight_core_gradient(dy, x, change, largest, full=not layer.norm.detach_gate)
+        Q = weight_core_gradient(dy, x, change, largest)
         # The pass takes its float32 matrix first, so what it gives is (alpha C^T Q)^T.
         dcore = core_gradient(Q[:, : layer.r], C, layer.alpha).T.contiguous()
         dcore = dcore.to(layer.core.dtype)

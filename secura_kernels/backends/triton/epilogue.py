@@ -16,7 +16,6 @@ from .passes import factors
 from .passes.core_gradient import core_gradient
 from .passes.down import down, project
 from .passes.epilogue import epilogue
-from .passes.factors import Factor
 from .passes.gate_backward import gate_backward
 from .tiles import tile_for
 
@@ -39,7 +38,7 @@ def outputs(
     """What the backward pass needs of the gate and the count, allocated; and the arguments by which
     a pass fills them. ``like``: (M, any), in the layer's dtype."""
     norm = layer.norm
-    saved, keep, save_base = saved_for_backward(like, N, norm, save)
+    saved, keep = saved_for_backward(like, N, norm, save)
     counting = bool(edge) and norm is not None
     moved = (
         like.new_zeros(1, dtype=torch.int64) if counting else like.new_empty(0, dtype=torch.int64)
@@ -52,7 +51,6 @@ def outputs(
             decay=layer.decay,
             gate=None if norm is None else GateNumbers.of(norm, like.dtype),
             saved=keep,
-            save_base=save_base,
             moved=moved if counting else None,
             edge=edge,
         ),
@@ -64,24 +62,10 @@ def apply_change(y: Tensor, h: Tensor, layer: CurOperands, change: dict) -> None
     M, N = y.shape
     C = factors.columns(layer, reads=cdiv(M, tile_for("epilogue", y, M, N, layer.r).m))
     if layer.norm is not None and layer.norm.ref == "max":
-        change["largest"] = _largest(y, h, C, layer, change["gate"])
+        change["largest"] = y.new_zeros(1, dtype=torch.int32)
+        find = {name: change[name] for name in ("adapter_bias", "gate", "largest")}
+        epilogue(y, h, C, layer.r, **find, find_largest=True)
     epilogue(y, h, C, layer.r, **change)
-
-
-def _largest(b: Tensor, h: Tensor, C: Factor, layer: CurOperands, gate: GateNumbers) -> Tensor:
-    """(1,) int32: the bits of max(rho)."""
-    largest = b.new_zeros(1, dtype=torch.int32)
-    epilogue(
-        b,
-        h,
-        C,
-        layer.r,
-        adapter_bias=layer.adapter_bias,
-        gate=gate,
-        largest=largest,
-        find_largest=True,
-    )
-    return largest
 
 
 def backward(
@@ -160,24 +144,15 @@ def _gated(
     needs: tuple[bool, bool, bool],
 ) -> Gradients:
     (M, N), r, core = dy.shape, layer.r, layer.core
-    gate = GateNumbers.of(norm, dy.dtype)
-    more = {}
-    if not norm.detach_gate:
-        _, h = project(t, None, core, layer.alpha, q_dtype=dy.dtype)
-        more = dict(h=h, adapter_bias=layer.adapter_bias)
-        if norm.ref == "max":
-            C = factors.columns(layer, reads=cdiv(M, tile_for("epilogue", dy, M, N, r).m))
-            more["largest"] = _largest(saved, h, C, layer, gate)
-    tile = tile_for("gate_backward" if norm.detach_gate else "gate_backward_full", dy, M, N, r)
+    tile = tile_for("gate_backward", dy, M, N, r)
     g, v, dadapter_bias = gate_backward(
         dy,
         saved,
         factors.columns(layer, reads=cdiv(M, tile.m)),
         r,
-        gate,
+        GateNumbers.of(norm, dy.dtype),
         decay=layer.decay,
         needs=needs,
-        **more,
     )
     q = dcore = None
     if v is not None:

@@ -62,15 +62,9 @@ _COMMON = {
         Tile(32, 64, warps=8, stages=2),
         Tile(16, 64, warps=8, stages=2),
     ),
-    "gate_backward_full": (
-        Tile(64, 32, warps=4, stages=1, max_rank=16),
-        Tile(16, 64, warps=4, stages=1, max_rank=64),
-        Tile(16, 64, warps=4, stages=1),
-    ),
     "core_gradient": (Tile(16, warps=8, max_rank=64), Tile(16, warps=4)),
     "effective_weight": (Tile(64, 64, warps=4),),
     "weight_core_gradient": (Tile(64, 32, warps=4, max_rank=64), Tile(32, 32, warps=8)),
-    "weight_core_gradient_full": (Tile(64, 32, warps=4, max_rank=64), Tile(32, 32, warps=8)),
     "decode": (Tile(64, k=64, warps=8, stages=2), Tile(32, k=64, warps=4, stages=2)),
     "batched": (
         Tile(64, 128, warps=8, max_rank=64),
@@ -81,7 +75,6 @@ _COMMON = {
 }
 _AMPERE = _COMMON | {
     "gate_backward": _COMMON["gate_backward"][1:],
-    "weight_core_gradient_full": _COMMON["weight_core_gradient_full"][1:],
     "batched": (*_COMMON["batched"][:2], Tile(16, 128, warps=8)),
     "product": (Tile(128, 128, 32, warps=8, stages=4), Tile(64, 64, 32, warps=4, stages=4)),
     "product_gate": (
@@ -133,11 +126,9 @@ _FLOAT32 = {
     "project": (Tile(16, warps=4, max_rank=64), Tile(16, warps=8)),
     "epilogue": (Tile(32, 64, warps=8), Tile(16, 32, warps=4)),
     "gate_backward": (Tile(16, 64, warps=4, stages=2, max_rank=64), Tile(16, 32, warps=8)),
-    "gate_backward_full": (Tile(16, 32, warps=8),),
     "core_gradient": (Tile(16, warps=8, max_rank=64), Tile(16, warps=4)),
     "effective_weight": (Tile(32, 64, warps=8),),
     "weight_core_gradient": (Tile(16, 32, warps=8),),
-    "weight_core_gradient_full": (Tile(16, 32, warps=8),),
     "decode": (Tile(32, k=32, warps=8),),
     "batched": (Tile(32, 64, warps=8), Tile(16, 64, warps=4)),
 }

@@ -68,9 +68,7 @@ def backward(
     if needs[0]:
         dx = dy @ effective_weight(*change.arguments(), decay=layer.decay)
     if needs[1]:
-        Q = weight_core_gradient(
-            dy.T @ x, *change.arguments(), decay=layer.decay, full=not layer.norm.detach_gate
-        )
+        Q = weight_core_gradient(dy.T @ x, *change.arguments(), decay=layer.decay)
         dcore = core_gradient(change.C, Q, layer.core, layer.alpha, dy)
     if needs[2]:
         dbias = dy.sum(0, dtype=torch.float32).to(layer.adapter_bias.dtype)

@@ -140,7 +140,6 @@ def _effective_weight_kernel(
             top,
             code_steps,
             edge,
-            False,
         )
 
 

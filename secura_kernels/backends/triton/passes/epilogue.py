@@ -49,7 +49,6 @@ def _epilogue_kernel(
     code_steps,
     edge,
     GATE: tl.constexpr,
-    SAVE_BASE: tl.constexpr,
     FIND_LARGEST: tl.constexpr,
     RANK: tl.constexpr,
     BLOCK_R: tl.constexpr,
@@ -112,7 +111,6 @@ def _epilogue_kernel(
             top,
             code_steps,
             edge,
-            SAVE_BASE,
         )
     else:
         _store(b + d, m, M, n, N, y_ptr)
@@ -130,7 +128,6 @@ def epilogue(
     gate: GateNumbers | None = None,
     largest: Tensor | None = None,
     saved: Tensor | None = None,
-    save_base: bool = False,
     moved: Tensor | None = None,
     edge: float = 0.0,
     find_largest: bool = False,
@@ -162,7 +159,6 @@ def epilogue(
             **(gate or NO_GATE).arguments(),
             edge=edge,
             GATE=gate is not None,
-            SAVE_BASE=save_base,
             FIND_LARGEST=find_largest,
             RANK=rank,
             BLOCK_R=min(rank, 64),

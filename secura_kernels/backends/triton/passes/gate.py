@@ -60,32 +60,3 @@ def _decode(saved, top, code_steps):
         if saved.dtype == tl.int16:
             code = (code & 0xFFFF) ^ 0x8000
         return _reciprocal(top - _from_unsigned(code) * (1 / code_steps))
-
-
-@triton.jit
-def _by_relative_magnitude(grad, b, d, decay, rho, slope, offset, beta):
-    """Gradient of rho, of a full-derivative gate; ``slope`` here is scale / ref, not in ln 2.
-
-    ds/dz = s^2 sigmoid(z) sigmoid(-z) = e / (2 + e)^2. Zero where d == 0, by rule.
-    """
-    # (2 + e)^2 must not overflow.
-    e = _exp2(
-        tl.minimum(
-            rho * (slope * 1.4426950408889634) - offset, 60.0, propagate_nan=tl.PropagateNan.ALL
-        )
-    )
-    # Exactly 0 where e is at its limit: a zero base divides what is left by eps.
-    by_z = tl.where(e < 1152921504606846976.0, e * _reciprocal((2 + e) * (2 + e)), 0.0)  # 2^60
-    numerator = (beta - 1 + decay) * b + decay * d
-    return tl.where(d == 0, 0.0, grad * numerator * by_z * slope)
-
-
-@triton.jit
-def _at_largest(rho, largest):
-    """1 where rho is the largest, else 0; up to the rounding by which two kernels may differ."""
-    return (rho >= largest * (1 - 2.0**-16)).to(tl.float32)
-
-
-@triton.jit
-def _sign(value):
-    return (value > 0).to(tl.float32) - (value < 0).to(tl.float32)

@@ -115,7 +115,6 @@ def _product_kernel(
     code_steps,
     edge,
     GATE: tl.constexpr,
-    SAVE_BASE: tl.constexpr,
     RANK: tl.constexpr,
     BLOCK_R: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -227,7 +226,6 @@ def _product_kernel(
                     top,
                     code_steps,
                     edge,
-                    SAVE_BASE,
                 )
 
 
@@ -246,7 +244,6 @@ def product(
     decay: Tensor | None = None,
     gate: GateNumbers | None = None,
     saved: Tensor | None = None,
-    save_base: bool = False,
     moved: Tensor | None = None,
     edge: float = 0.0,
 ) -> Launch:
@@ -295,7 +292,6 @@ def product(
             **(gate or NO_GATE).arguments(),
             edge=edge,
             GATE=gate is not None,
-            SAVE_BASE=save_base,
             RANK=rank,
             BLOCK_R=min(rank, 64),
             BLOCK_M=tile.m,

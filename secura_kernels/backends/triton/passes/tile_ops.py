@@ -89,24 +89,19 @@ def _gate_and_store(
     top,
     code_steps,
     largest_gate_moved,
-    SAVE_BASE: tl.constexpr,
 ):
-    """S-MagNorm of base ``b`` and change ``d``; stores the value, what backward needs, the count.
+    """S-MagNorm of base ``b`` and change ``d``; stores the value, the gate's code, the count.
 
     All are (M, N) matrices at rows ``m``, columns ``n``; ``decay`` broadcasts against b. saved_ptr
     and moved_ptr may be None.
     """
     g, s = _gate(b, d, slope, offset, eps, beta)
     if saved_ptr is not None:
-        if SAVE_BASE:
-            _store(b, m, M, n, N, saved_ptr)
-        else:
-            code = _encode(g, s, top, code_steps, saved_ptr.dtype.element_ty)
-            tl.store(
-                saved_ptr + m[:, None] * N + n[None, :],
-                code,
-                mask=(m < M)[:, None] & (n < N)[None, :],
-            )
+        tl.store(
+            saved_ptr + m[:, None] * N + n[None, :],
+            _encode(g, s, top, code_steps, saved_ptr.dtype.element_ty),
+            mask=(m < M)[:, None] & (n < N)[None, :],
+        )
     if moved_ptr is not None:  # integers: the order of additions does not matter
         moved = (g <= largest_gate_moved) & (m < M)[:, None] & (n < N)[None, :]
         tl.atomic_add(moved_ptr, tl.sum(moved.to(tl.int32)).to(tl.int64), sem="relaxed")

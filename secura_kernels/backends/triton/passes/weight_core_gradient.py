@@ -7,13 +7,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ...host import GateNumbers, cdiv, through_largest
+from ...host import GateNumbers, cdiv
 from ..chips import processors, rank_block
 from ..launch import WIDE_STEP, Launch, launched, wide_precision
-from ..tiles import Tile, tile_for
+from ..tiles import tile_for
 from .effective_weight import _delta_weight_tile, _weight_tile
 from .factors import Factor, _factor_tile
-from .gate import _at_largest, _by_relative_magnitude, _gate, _relative_magnitude, _sign
+from .gate import _gate
 from .tile_ops import _at_row, _divided_by_largest, _vector
 
 
@@ -26,9 +26,7 @@ def _weight_core_gradient_kernel(
     index_ptr,
     decay_ptr,
     largest_ptr,
-    through_ptr,
     q_ptr,
-    statistics_ptr,
     N,
     K,
     R,
@@ -45,8 +43,6 @@ def _weight_core_gradient_kernel(
     top,
     code_steps,
     tiles_per_program,
-    FULL: tl.constexpr,
-    STATISTICS: tl.constexpr,
     RANK: tl.constexpr,
     BLOCK_R: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -60,16 +56,7 @@ def _weight_core_gradient_kernel(
     r = tl.arange(0, RANK)
     c = _vector(decay_ptr, n0 + n, N, 1.0)[:, None]
     slope = _divided_by_largest(slope, largest_ptr)
-    slope_z = slope * 0.6931471805599453
-    largest = 0.0
-    through = 0.0
-    if FULL and largest_ptr is not None:
-        largest = tl.load(largest_ptr).to(tl.float32, bitcast=True)
-        if not STATISTICS:
-            through = tl.load(through_ptr)
     q = tl.zeros((BLOCK_N, RANK), tl.float32)
-    total = tl.zeros((BLOCK_N,), tl.float32)
-    maxima = tl.zeros((BLOCK_N,), tl.float32)
     for i in range(0, tiles_per_program):
         k0 = (group * tiles_per_program + i) * BLOCK_K
         inside = (n0 + n < N)[:, None] & (k0 + k < K)[None, :]
@@ -96,26 +83,10 @@ def _weight_core_gradient_kernel(
             WIDE,
         )
         dd = c * _gate(b, d, slope, offset, eps, beta)[1] * grad
-        if FULL:
-            rho = _relative_magnitude(b, d, eps)
-            by_rho = _by_relative_magnitude(grad, b, d, c, rho, slope_z, offset, beta)
-            if STATISTICS:
-                total += tl.sum(by_rho * rho, 1)
-                maxima += tl.sum(tl.where(inside, _at_largest(rho, largest), 0.0), 1)
-            elif largest_ptr is not None:
-                by_rho -= through * _at_largest(rho, largest)
-            dd += by_rho / (tl.abs(b) + eps) * _sign(d)
-        if not STATISTICS:
-            factor = _factor_tile(factor_ptr, index_ptr, stride_fl, stride_fr, k0, k, K, r, FR)
-            q = tl.dot(dd, factor.to(tl.float32), q, input_precision=WIDE)  # [BLOCK_N, RANK]
-    if STATISTICS:
-        tl.store(statistics_ptr + tl.program_id(0) * 2, tl.sum(total, 0))
-        tl.store(statistics_ptr + tl.program_id(0) * 2 + 1, tl.sum(maxima, 0))
-    else:
-        q_ptr += (group.to(tl.int64) * N + n0) * R
-        tl.store(
-            q_ptr + n[:, None] * R + r[None, :], q, mask=(n0 + n < N)[:, None] & (r < R)[None, :]
-        )
+        factor = _factor_tile(factor_ptr, index_ptr, stride_fl, stride_fr, k0, k, K, r, FR)
+        q = tl.dot(dd, factor.to(tl.float32), q, input_precision=WIDE)  # [BLOCK_N, RANK]
+    q_ptr += (group.to(tl.int64) * N + n0) * R
+    tl.store(q_ptr + n[:, None] * R + r[None, :], q, mask=(n0 + n < N)[:, None] & (r < R)[None, :])
 
 
 def weight_core_gradient(
@@ -128,33 +99,18 @@ def weight_core_gradient(
     largest: Tensor | None,
     *,
     decay: Tensor | None,
-    full: bool,
 ) -> Tensor:
-    """Q (N, r) float32. grad: dW_eff (N, K), contiguous; ``full``: with the gate's own derivative;
-    other arguments as in ``effective_weight``."""
-    N, wide = grad.shape[0], dict(dtype=torch.float32)
-    _, groups, programs = _split(grad, full, r)
-    inputs = (grad, weight, P, factor, decay, largest, r, gate, full)
-    through = None
-    if full and largest is not None:
-        statistics = grad.new_empty(programs, 2, **wide)
-        _launch_weight_core_gradient(*inputs, statistics=statistics)
-        through = through_largest(statistics, largest)
-    q = grad.new_empty(groups, N, r, **wide)
-    _launch_weight_core_gradient(*inputs, through=through, q=q)
+    """Q (N, r) float32. grad: dW_eff (N, K), contiguous; other arguments as in
+    ``effective_weight``."""
+    q = grad.new_empty(_split(grad, r)[1], grad.shape[0], r, dtype=torch.float32)
+    _launch_weight_core_gradient(grad, weight, P, factor, decay, largest, r, gate, q)
     return q.sum(0)
 
 
-def _tile(grad: Tensor, full: bool, r: int) -> Tile:
-    return tile_for(
-        "weight_core_gradient_full" if full else "weight_core_gradient", grad, *grad.shape, r
-    )
-
-
-def _split(grad: Tensor, full: bool, r: int) -> tuple[int, int, int]:
+def _split(grad: Tensor, r: int) -> tuple[int, int, int]:
     """Tiles of a program, groups of tiles along K, and programs: enough to fill the chip, no more,
     as each group writes a Q of its own."""
-    (N, K), tile = grad.shape, _tile(grad, full, r)
+    (N, K), tile = grad.shape, tile_for("weight_core_gradient", grad, *grad.shape, r)
     across = cdiv(K, tile.n)
     groups = min(across, max(1, 4 * processors(grad.device) // cdiv(N, tile.m)))
     tiles_per_program = cdiv(across, groups)
@@ -172,15 +128,11 @@ def _launch_weight_core_gradient(
     largest: Tensor | None,
     r: int,
     gate: GateNumbers,
-    full: bool,
-    *,
-    statistics: Tensor | None = None,
-    through: Tensor | None = None,
-    q: Tensor | None = None,
+    q: Tensor,
 ) -> Launch:
     (N, K), rank = grad.shape, rank_block(r)
-    tile = _tile(grad, full, r)
-    tiles_per_program, _, programs = _split(grad, full, r)
+    tile = tile_for("weight_core_gradient", grad, N, K, r)
+    tiles_per_program, _, programs = _split(grad, r)
     return Launch(
         programs,
         tile,
@@ -191,9 +143,7 @@ def _launch_weight_core_gradient(
             **factor.arguments(),
             decay_ptr=decay,
             largest_ptr=largest,
-            through_ptr=through,
             q_ptr=q,
-            statistics_ptr=statistics,
             N=N,
             K=K,
             R=r,
@@ -202,12 +152,10 @@ def _launch_weight_core_gradient(
             stride_pn=P.stride(0),
             **gate.arguments(),
             tiles_per_program=tiles_per_program,
-            FULL=full,
             RANK=rank,
             BLOCK_R=min(rank, WIDE_STEP),
             BLOCK_N=tile.m,
             BLOCK_K=tile.n,
             WIDE=wide_precision(grad.dtype),
-            STATISTICS=statistics is not None,
         ),
     )

@@ -13,7 +13,6 @@ import torch
 transformers = pytest.importorskip("transformers", reason="the encoder is one of transformers'")
 peft = pytest.importorskip("peft", reason="the strategies are tested with PEFT's LoRA")
 safetensors = pytest.importorskip("safetensors.torch")
-sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks" / "forgetting"))
 from forgetting_models import WORDS, write_encoder  # noqa: E402
 from strategies import EWC, ILoRA, Replay, Strategy, transformers_forward  # noqa: E402
 from study import classification, embedding_retention, encoder, hub_tasks  # noqa: E402

@@ -12,7 +12,6 @@ import torch.nn.functional as F
 from torch import nn
 
 pytest.importorskip("peft", reason="the methods compared are PEFT's and this package's")
-sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks" / "forgetting"))
 from study import methods, protocol, report, search
 from study.records import Records
 
@@ -101,7 +100,7 @@ class Subject:
 
 def script(name: str):
     """benchmarks/forgetting/<name>.py as a module."""
-    file = Path(__file__).parents[1] / "benchmarks" / "forgetting" / f"{name}.py"
+    file = Path(__file__).parents[1] / f"{name}.py"
     spec = importlib.util.spec_from_file_location(f"forgetting_{name}", file)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)

@@ -2,8 +2,6 @@
 transformers' Trainer against a plain loop."""
 
 import io
-import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -11,7 +9,6 @@ from torch import nn
 
 peft = pytest.importorskip("peft", reason="the strategies are tested with PEFT's LoRA")
 transformers = pytest.importorskip("transformers", reason="StrategyTrainer needs transformers")
-sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks/forgetting"))
 from forgetting_models import tiny_language_model  # noqa: E402
 from strategies import (  # noqa: E402
     EWC,

@@ -5,7 +5,6 @@ import json
 import math
 import sys
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
@@ -13,7 +12,6 @@ import torch
 transformers = pytest.importorskip("transformers", reason="the models are transformers'")
 pytest.importorskip("tokenizers", reason="texts need a tokenizer")
 pytest.importorskip("peft", reason="the methods compared are PEFT's and this package's")
-sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks" / "forgetting"))
 from forgetting_models import (  # noqa: E402
     WORDS,
     letters_tokenizer,

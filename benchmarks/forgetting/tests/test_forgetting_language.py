@@ -14,7 +14,6 @@ import torch
 transformers = pytest.importorskip("transformers", reason="the language models are transformers'")
 tokenizers = pytest.importorskip("tokenizers", reason="texts need a tokenizer")
 pytest.importorskip("peft", reason="the benchmark's package needs peft")
-sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks/forgetting"))
 from forgetting_models import (  # noqa: E402
     END,
     VOCABULARY,
