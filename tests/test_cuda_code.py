@@ -9,11 +9,9 @@ import sys
 from pathlib import Path
 
 import pytest
-import torch
 
 from secura_kernels.backends.cuda import compiler, passes
 from secura_kernels.backends.cuda.library import SCHEMAS
-from secura_kernels.backends.host import cdiv
 from secura_kernels.tools import inspect_cuda
 
 ROOT = Path(__file__).parents[1]
@@ -195,24 +193,3 @@ def header() -> str:
 )
 def test_constants_are_those_of_the_sources(name):
     assert re.findall(rf"constexpr int {name} = (\d+);", header()) == [str(getattr(passes, name))]
-
-
-@pytest.mark.parametrize("full", [False, True])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_rows_of_w_are_those_of_the_sources(monkeypatch, dtype, full):
-    """Seen in the groups of columns, of which there are 256 / (N / rows) in a wide enough W."""
-    condition, yes, no = re.search(
-        r"rows_of_w\(bool float32, bool full\) \{\s*return (.+?) \? (\d+) : (\d+);", header()
-    ).groups()
-    condition = condition.replace("||", "or").replace("&&", "and")
-    rows = int(yes if eval(condition, dict(float32=dtype == torch.float32, full=full)) else no)
-    groups = []
-    monkeypatch.setattr(passes, "call", lambda *arguments: groups.append(len(arguments[-2])))
-    N, K = 1280, 256 * passes.COLUMNS_OF_W
-    dy, x, weight, side = (
-        torch.empty(shape, dtype=dtype, device="meta")
-        for shape in ((1, N), (1, K), (N, K), (K, 16))
-    )
-    P = torch.empty(N, 16, device="meta")
-    passes.weight_core_gradient(dy, x, passes.WeightChange(weight, P, side, None, None), None, full)
-    assert groups == [cdiv(256, cdiv(N, rows))]

@@ -43,10 +43,12 @@ def test_faults_are_found():
     from secura_kernels.backends.triton.tiles import Tile
     from secura_kernels.tools.inspect_triton import INSTRUCTIONS, Compiled
 
-    def faults(stack=0, shared=0, tma=False, name="product", chip=90, **found):
+    def faults(stack=0, shared=0, tma=False, name="product", chip=90, registers=128, **found):
+        issued = found.pop("issued", 0)
         counts = dict.fromkeys(INSTRUCTIONS, 0) | found
+        tile = Tile(64, 64, tma=tma)
         return Compiled(
-            chip, name, name, Tile(64, tma=tma), "bfloat16", 64, 255, stack, shared, counts
+            chip, name, name, tile, "bfloat16", 64, registers, stack, shared, counts, True, issued
         ).faults()
 
     assert faults(HGMMA=4) == []
@@ -55,3 +57,26 @@ def test_faults_are_found():
     assert faults(HMMA=4) == ["no HGMMA"]  # a Hopper product on the older unit
     assert faults(HMMA=4, name="down") == []
     assert faults(HGMMA=4, tma=True) == ["no UTMALDG"]
+    # 32 elements a thread.
+    assert faults(HMMA=4, name="epilogue", issued=40 * 32) == []
+    assert faults(HMMA=4, name="epilogue", issued=41 * 32) == [
+        "41.0 instructions an element, above 40"
+    ]
+    assert faults(HMMA=4, name="gate_backward", shared=120 * 1024) == [
+        "1 block(s) an SM, needed: 2"
+    ]
+    assert faults(HMMA=4, name="gate_backward", registers=255) == []  # 2 blocks of 4 warps
+
+
+def test_what_an_element_costs_is_counted_by_pass():
+    from secura_kernels.tools.inspect_triton import _issued
+
+    code = "".join(
+        f" /*{16 * i:04x}*/  {text} ; /* 0x0 */\n"
+        for i, text in enumerate(
+            ("LDG R1", "HMMA R1", "@P0 BRA 0x10", "MUFU.RCP R1", "NOP", "BRA 0x50")
+        )
+    )
+    assert _issued(code, "epilogue") == 5
+    assert _issued(code, "gate_backward") == 2
+    assert _issued(code, "product_gate") == 3

@@ -41,7 +41,7 @@ def test_passes_with_a_gate_by_hand():
     assert times["backward library"] == pytest.approx(2 * MN * 4096 / 790e12 + model.LAUNCH)
 
 
-def test_special_functions_follow_one_pass_and_overlap_an_epilogue():
+def test_special_functions_follow_one_pass_and_instructions_bound_an_epilogue():
     # With little bandwidth the pass that an epilogue adds is worse than the slower product.
     slow = replace(H100, bandwidth=1e12, special=4 * H100.special)
     product = model.pass_times(LAYER, True, slow)["forward one pass"]
@@ -49,11 +49,11 @@ def test_special_functions_follow_one_pass_and_overlap_an_epilogue():
     assert special == pytest.approx(27e-6, rel=0.01)
     operations = 2 * 8192 * 4096 * (4096 + 64)
     assert product == pytest.approx(operations * 1.08 / 790e12 + special + model.LAUNCH)
-    # So few special functions that they bound the epilogue and gate backward.
+    # A clock so low that instructions bound the epilogue and gate backward.
     starved = replace(H100, special=1e11)
     times = model.pass_times(LAYER, True, starved)
-    assert times["forward epilogue"] == pytest.approx(4 * 8192 * 4096 / 1e11 + model.LAUNCH)
-    assert times["backward gate"] == pytest.approx(8192 * 4096 / 1e11 + model.LAUNCH)
+    assert times["forward epilogue"] == pytest.approx(40 * 8192 * 4096 / 8e11 + model.LAUNCH)
+    assert times["backward gate"] == pytest.approx(25 * 8192 * 4096 / 8e11 + model.LAUNCH)
     assert model.pass_times(LAYER, False, starved) == model.pass_times(LAYER, False, H100)
 
 

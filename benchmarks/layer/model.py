@@ -2,10 +2,11 @@
 
     python benchmarks/layer/model.py
 
-A pass takes the longest of its bytes over the copy bandwidth and its operations over the matrix
-rate, and a launch; a layer takes the sum of its passes. An H100 took 5 % longer without a gate and
-15 % with it (benchmarks/results, M, N, K = 8192, 4096, 4096, r = 64). The bytes and operations are
-those of ``secura_kernels/tools/costs.py``. Left out: what tiles lose at the edges of a shape,
+A pass takes the longest of its bytes over the copy bandwidth, its operations over the matrix rate
+and its instructions over what the schedulers issue, and a launch; a layer takes the sum of its
+passes. An H100 took 5 % longer without a gate and 15 % with it (benchmarks/results, M, N, K = 8192,
+4096, 4096, r = 64). The bytes and operations are those of ``secura_kernels/tools/costs.py``, the
+instructions those that ``make codegen`` allows. Left out: what tiles lose at the edges of a shape,
 float32 products with the core (several times slower than the matrix rate), and the 32-byte sectors
 that a column of W or y0 is read by.
 """
@@ -17,14 +18,11 @@ from rich.console import Console
 from rich.table import Table
 
 from secura_kernels.backends.triton.dispatch import ASSUMED_LOSS, GATE_IN_SPECIAL
+from secura_kernels.backends.triton.tiles import INSTRUCTIONS
 from secura_kernels.tools.costs import Cost, Layer
 
 # Seconds that a kernel takes beyond its bytes and operations: start, ramp and tail. Assumed.
 LAUNCH = 3e-6
-# Special functions per element of (M, N). Forming the gate: three reciprocals and an exp2
-# (backends/triton/passes/gate.py ``_gate``); decoding the saved gate: a reciprocal (``_decode``).
-SPECIAL_TO_GATE = 4
-SPECIAL_TO_DECODE = 1
 
 GPUS_PER_NODE = 8
 MOST_GPUS = 1024
@@ -66,17 +64,17 @@ CEILINGS = {
 
 
 def _seconds(
-    cost: Cost, ceilings: Ceilings, *, loss: float = 0.0, overlapped: int = 0, exposed: int = 0
+    cost: Cost, ceilings: Ceilings, *, loss: float = 0.0, instructions: int = 0, exposed: int = 0
 ) -> float:
     """Of one kernel. ``loss``: how much longer its operations take than the library's.
-    ``overlapped``, ``exposed``: special functions that run beside the rest, or after it."""
+    ``instructions``: of all lanes. ``exposed``: special functions that run after the rest."""
     return (
         LAUNCH
         + exposed / ceilings.special
         + max(
             cost.bytes / ceilings.bandwidth,
             cost.flops * (1 + loss) / ceilings.flops,
-            overlapped / ceilings.special,
+            instructions / (8 * ceilings.special),  # 128 lanes a cycle and processor
         )
     )
 
@@ -87,7 +85,7 @@ def _total(times: dict[str, float]) -> float:
 
 def forward_times(layer: Layer, gate: bool, ceilings: Ceilings) -> dict[str, float]:
     """Seconds of each forward pass, of whichever form is predicted faster."""
-    special = SPECIAL_TO_GATE * layer.M * layer.N if gate else 0
+    instructions = INSTRUCTIONS["epilogue"] * layer.M * layer.N * gate
     gather = {"forward gather": _seconds(layer.gather(), ceilings)}
     product = layer.product_gate() if gate else layer.product()
     one_pass = gather | {
@@ -100,7 +98,7 @@ def forward_times(layer: Layer, gate: bool, ceilings: Ceilings) -> dict[str, flo
     library = gather | {
         "forward library": _seconds(layer.library(layer.M, layer.N, layer.K), ceilings),
         "forward project": _seconds(layer.project(), ceilings),
-        "forward epilogue": _seconds(epilogue, ceilings, overlapped=special),
+        "forward epilogue": _seconds(epilogue, ceilings, instructions=instructions),
     }
     return min(one_pass, library, key=_total)
 
@@ -115,11 +113,15 @@ def backward_times(layer: Layer, gate: bool, ceilings: Ceilings) -> dict[str, fl
     }
     times = {"backward gather": _seconds(layer.gather(), ceilings)} | core
     if gate:
-        decoded = SPECIAL_TO_DECODE * layer.M * layer.N
+        instructions = INSTRUCTIONS["gate_backward"] * layer.M * layer.N
         return (
             times
             | library
-            | {"backward gate": _seconds(layer.gate_backward(), ceilings, overlapped=decoded)}
+            | {
+                "backward gate": _seconds(
+                    layer.gate_backward(), ceilings, instructions=instructions
+                )
+            }
         )
     times["backward down"] = _seconds(layer.down_of_gradient(), ceilings)
     one_pass = times | {
@@ -137,9 +139,8 @@ def pass_times(layer: Layer, gate: bool, ceilings: Ceilings) -> dict[str, float]
     """Seconds of each pass of forward and backward, of the forms predicted faster.
 
     Our one-pass product is ``ASSUMED_LOSS`` slower than the library's, and the gate's special
-    functions come after it. In passes bound by memory they run beside it. The choice is this
-    model's: ``dispatch.plan`` counts neither the special functions nor the pass that *project*
-    saves, and may choose otherwise.
+    functions come after it. The choice is this model's: ``dispatch.plan`` counts neither launches
+    nor the pass that *project* saves, and may choose otherwise.
     """
     return forward_times(layer, gate, ceilings) | backward_times(layer, gate, ceilings)
 

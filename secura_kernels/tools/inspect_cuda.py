@@ -55,7 +55,6 @@ PER_HMMA = {
 BLOCKS = {"product": 2, "epilogue": 2, "down": 1, "gate_backward": 1, "weight_core_gradient": 1}
 WIDE = ("product", "256")
 DTYPES = {"13__nv_bfloat16": "bfloat16", "6__half": "float16", "f": "float32"}
-FLAGS = {"product": "gate", "gate_backward": "full", "weight_core_gradient": "full"}
 ENUMS = {"NS_5AlongE": ("DEPTH", "ROWS"), "NS_5ReadsE": ("ANY", "CHUNKS")}
 
 
@@ -214,7 +213,7 @@ def _name(symbol: str) -> tuple[str, str, tuple[str, ...]]:
         if kind == "i":
             variant.append(value)
         elif kind == "b":
-            variant += [FLAGS[kernel]] * int(value)
+            variant += ["gate"] * int(value)  # of product
         else:
             variant.append(ENUMS[kind][int(value)])
     return kernel, DTYPES[dtype], tuple(variant)

@@ -1,9 +1,9 @@
 """Compiles every shipped configuration for every supported chip, without a GPU, and reads the code.
 
-``python -m secura_kernels.tools.inspect_triton`` prints registers, stack (spills), shared memory
-and instruction counts, and exits with 1 where a configuration has a fault: a spill, more shared
-memory than the chip gives a block, or a tensor-core or bulk-copy instruction that it claims and
-lacks.
+``python -m secura_kernels.tools.inspect_triton`` prints registers, stack (spills), shared memory,
+blocks an SM, instructions an element and instruction counts, and exits with 1 where a configuration
+has a fault: a spill, more shared memory than the chip gives a block, a tensor-core or bulk-copy
+instruction that it claims and lacks, or more instructions and fewer blocks than its pass may have.
 """
 
 import argparse
@@ -20,7 +20,8 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 
-from ..backends.triton import DTYPES, chips
+from ..backends.host import cdiv
+from ..backends.triton import DTYPES, chips, tiles
 from ..backends.triton.chips import CHIPS, INTERPRETER, rank_block
 from ..backends.triton.launch import INTERPRETED, instead_of_launching
 from ..backends.triton.tiles import Tile, rows_of
@@ -30,11 +31,15 @@ SHAPE = (8192, 4096, 4096)  # M, N, K: sizes that are multiples of 16 are compil
 RANKS = (16, 64, 150)
 INSTRUCTIONS = ("HMMA", "HGMMA", "UTCHMMA", "UTMALDG", "LDGSTS", "LDG", "STG", "LDL", "STL", "MUFU")
 TENSOR_CORES = ("HMMA", "HGMMA", "UTCHMMA")
+# Blocks an SM, at least, where ``tiles.INSTRUCTIONS`` hold.
+BLOCKS = {"epilogue": 2, "gate_backward": 2}
+BAR_RANK = 64
 
 
 @dataclass(frozen=True)
 class Compiled:
-    """One kernel as compiled for one chip. ``stack``, ``shared``: bytes."""
+    """One kernel as compiled for one chip. ``stack``, ``shared``: bytes. ``largest``: of the tile
+    that large matrices take. ``issued``: instructions of what ``tiles.INSTRUCTIONS`` counts."""
 
     chip: int
     name: str
@@ -46,6 +51,23 @@ class Compiled:
     stack: int
     shared: int
     instructions: dict[str, int]
+    largest: bool = False
+    issued: int = 0
+
+    @property
+    def blocks(self) -> int:
+        """That an SM holds: registers go by eights to a thread, and 1 KiB more to each block."""
+        chip, threads = CHIPS[self.chip], 32 * self.tile.warps
+        return min(
+            65536 // (threads * cdiv(self.registers, 8) * 8),
+            (chip.shared_memory + 1024) // (self.shared + 1024),
+            chip.threads // threads,
+        )
+
+    @property
+    def per_element(self) -> float:
+        """Of the tile."""
+        return self.issued * 32 * self.tile.warps / (self.tile.m * self.tile.n)
 
     def faults(self) -> list[str]:
         """What a shipped configuration must not have."""
@@ -60,16 +82,25 @@ class Compiled:
                 found.append(f"no {' or '.join(wanted)}")
         if self.tile.tma and not self.instructions.get("UTMALDG"):
             found.append("no UTMALDG")
+        if self.run in tiles.INSTRUCTIONS and self.r <= BAR_RANK and self.dtype != "float32":
+            most, least = tiles.INSTRUCTIONS[self.run], BLOCKS.get(self.run, 1)
+            if self.largest and self.per_element > most:
+                found.append(f"{self.per_element:.1f} instructions an element, above {most}")
+            if self.blocks < least:
+                found.append(f"{self.blocks} block(s) an SM, needed: {least}")
         return found
 
     def __str__(self) -> str:
         counts = " ".join(f"{i} {n}" for i, n in self.instructions.items() if n)
         t = self.tile
+        issued = (
+            f"{self.per_element:4.1f} an element" if self.run in tiles.INSTRUCTIONS else " " * 15
+        )
         return (
             f"sm_{self.chip:<3} {self.run:26} {self.dtype:8} r {self.r:<3} "
             f"{t.m}x{t.n}x{t.k} w{t.warps} s{t.stages}{' persistent' * t.persistent:11} "
-            f"{self.registers:3} registers {self.stack:5} stack {self.shared:6} shared  "
-            f"{counts}"
+            f"{self.registers:3} registers {self.stack:5} stack {self.shared:6} shared "
+            f"{self.blocks:2} blocks {issued} {counts}"
         )
 
 
@@ -95,7 +126,7 @@ def compile_rows(chip: int, name: str, dtype: torch.dtype, r: int) -> list[Compi
     found = []
     with chips.pretend(chip):
         inputs = Inputs(*SHAPE, r, dtype, "meta")
-        for tile in rows_of(name, chip, dtype, rank_block(r)):
+        for i, tile in enumerate(rows_of(name, chip, dtype, rank_block(r))):
             for function in RUNS[name]:
                 kernels = []
 
@@ -104,11 +135,13 @@ def compile_rows(chip: int, name: str, dtype: torch.dtype, r: int) -> list[Compi
 
                 with instead_of_launching(compile_instead):
                     run(name, inputs, tile, function)
-                found += [_read(k, chip, name, function.__name__, tile, dtype, r) for k in kernels]
+                found += [
+                    _read(k, chip, name, function.__name__, tile, dtype, r, i == 0) for k in kernels
+                ]
     return found
 
 
-def _read(kernel, chip, name, run_name, tile, dtype, r) -> Compiled:
+def _read(kernel, chip, name, run_name, tile, dtype, r, largest) -> Compiled:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(kernel.asm["cubin"])
         file.flush()
@@ -126,7 +159,34 @@ def _read(kernel, chip, name, run_name, tile, dtype, r) -> Compiled:
         stack,
         kernel.metadata.shared,
         counts,
+        largest,
+        _issued(code, name),
     )
+
+
+def _issued(code: str, name: str) -> int:
+    """Instructions of the part of a pass that an element costs: ``tiles.INSTRUCTIONS``."""
+    lines = [
+        (int(at, 16), text)
+        for at, text in re.findall(r"/\*([0-9a-f]{4,5})\*/ +(.*?);", code)
+        if "NOP" not in text
+    ]
+    tensor = [at for at, text in lines if re.search(rf"\b({'|'.join(TENSOR_CORES)})\b", text)]
+    loops = []
+    for end, text in lines:
+        to = re.search(r"\bBRA\b.* (0x[0-9a-f]+)", text)
+        if to and int(to[1], 16) < end:
+            loops.append((int(to[1], 16), end))
+
+    def length(loop: tuple[int, int]) -> int:
+        return sum(loop[0] <= at <= loop[1] for at, _ in lines)
+
+    main = [loop for loop in loops if any(loop[0] <= at <= loop[1] for at in tensor)]
+    if name == "gate_backward":
+        return length(max(main, key=length)) if main else len(lines)
+    if name == "product_gate":
+        return len(lines) - (length(min(main, key=length)) if main else 0)
+    return len(lines)
 
 
 def _cuobjdump(option: str, file: str) -> str:

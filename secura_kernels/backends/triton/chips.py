@@ -17,28 +17,34 @@ INTERPRETER = 0  # the "chip" of Triton's interpreter, which runs the kernels on
 class Chip:
     """What the tables and ``inspect`` need to know; the first GPU of the architecture's kind.
 
-    ``shared_memory``: bytes one block may use. Assumed sustained rates, for predictions: ``flops``,
-    dense bfloat16 products; ``bandwidth``, bytes/s of a copy; ``special``, special functions/s (16
-    a cycle and processor).
+    ``shared_memory``: bytes one block may use. ``threads``: that a processor holds. Assumed
+    sustained rates, for predictions: ``flops``, dense bfloat16 products; ``bandwidth``, bytes/s of
+    a copy; ``special``, special functions/s (16 a cycle and processor).
     """
 
     name: str
     processors: int
     shared_memory: int
+    threads: int
     tensor_core: str
     flops: float
     bandwidth: float
     special: float
 
+    @property
+    def issued(self) -> float:
+        """Instructions/s, counted a lane: 128 a cycle and processor."""
+        return 8 * self.special
+
 
 CHIPS = {
-    80: Chip("A100", 108, 163 * 1024, "HMMA", 250e12, 1.75e12, 108 * 16 * 1.41e9),
-    89: Chip("RTX 4090, L40S", 142, 99 * 1024, "HMMA", 300e12, 0.8e12, 142 * 16 * 2.5e9),
-    90: Chip("H100, H200", 132, 227 * 1024, "HGMMA", 790e12, 3.0e12, 132 * 16 * 1.755e9),
-    100: Chip("B200", 148, 227 * 1024, "UTCHMMA", 1600e12, 6.5e12, 148 * 16 * 1.85e9),
-    120: Chip("RTX 5090", 170, 99 * 1024, "HMMA", 220e12, 1.5e12, 170 * 16 * 2.4e9),
+    80: Chip("A100", 108, 163 * 1024, 2048, "HMMA", 250e12, 1.75e12, 108 * 16 * 1.41e9),
+    89: Chip("RTX 4090, L40S", 142, 99 * 1024, 1536, "HMMA", 300e12, 0.8e12, 142 * 16 * 2.5e9),
+    90: Chip("H100, H200", 132, 227 * 1024, 2048, "HGMMA", 790e12, 3.0e12, 132 * 16 * 1.755e9),
+    100: Chip("B200", 148, 227 * 1024, 2048, "UTCHMMA", 1600e12, 6.5e12, 148 * 16 * 1.85e9),
+    120: Chip("RTX 5090", 170, 99 * 1024, 1536, "HMMA", 220e12, 1.5e12, 170 * 16 * 2.4e9),
     # One pass wherever it can be, so that it is tested.
-    INTERPRETER: Chip("interpreter", 4, 227 * 1024, "", 790e12, 3.0e12, float("inf")),
+    INTERPRETER: Chip("interpreter", 4, 227 * 1024, 2048, "", 790e12, 3.0e12, float("inf")),
 }
 _LIKE = {86: 89, 87: 80, 103: 100, 121: 120}  # the row whose limits they keep
 

@@ -9,7 +9,7 @@ from ...settings import SMagNorm
 from . import chips, tune_cache
 from .passes.decode import MOST_TOKENS
 from .passes.product import has_descriptor
-from .tiles import Tile, programs, rows_of
+from .tiles import INSTRUCTIONS, Tile, programs, rows_of
 
 # Where nothing was tuned, taken from an H100 (benchmarks/results/nvidia-h100-80gb-hbm3): our
 # product's time over the library's, less 1; the gate's exposed time in special functions an
@@ -127,13 +127,15 @@ def predict(
     """Seconds in one pass, and by the library's product and the epilogue over it, in 16 bits.
 
     One pass writes and reads y0 no more, 4 M N bytes, but multiplies slower and has the gate's
-    instructions to itself, which the epilogue hides behind its memory. ``low_rank_too``: t costs a
-    reading of x in one pass, and r columns of y0 (a sector of 32 bytes an element) after the
-    library's product.
+    instructions to itself; the epilogue has the longer of those and its memory. ``low_rank_too``: t
+    costs a reading of x in one pass, and r columns of y0 (a sector of 32 bytes an element) after
+    the library's product.
     """
     product = 2 * M * N * K / chip.flops
     ours = (1 + ASSUMED_LOSS) * product + gate * GATE_IN_SPECIAL * M * N / chip.special
-    library = product + M * N * (4 + gate) / chip.bandwidth
+    library = product + max(
+        M * N * (4 + gate) / chip.bandwidth, gate * INSTRUCTIONS["epilogue"] * M * N / chip.issued
+    )
     if low_rank_too:
         ours += 2 * M * K / (DOWN_OF_COPY * chip.bandwidth)
         library += 32 * M * r / chip.bandwidth

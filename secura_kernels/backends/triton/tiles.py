@@ -109,7 +109,12 @@ _HOPPER = _COMMON | {
 _BLACKWELL = _HOPPER | {"down": _COMMON["down"]}
 # Blocks of which small matrices have several, and not too many: each operation is a numpy call.
 _INTERPRETER = {name: (Tile(64, 64, 64, parts=2, group=2),) for name in _HOPPER}
-_SMALL_BLACKWELL = _AMPERE | {"gate_backward": _COMMON["gate_backward"][2:]}
+_SMALL_BLACKWELL = _AMPERE | {
+    "gate_backward": (
+        Tile(64, 64, warps=4, stages=2, max_rank=64),
+        *_COMMON["gate_backward"][2:],
+    )
+}
 TABLES = {
     80: _AMPERE,
     89: _AMPERE,
@@ -132,6 +137,11 @@ _FLOAT32 = {
     "decode": (Tile(32, k=32, warps=8),),
     "batched": (Tile(32, 64, warps=8), Tile(16, 64, warps=4)),
 }
+# Instructions an element that a pass may issue, with the first of its rows in 16 bits at ranks up
+# to 64 (``tools/inspect_triton.py``): all of *epilogue*, the loop of *gate backward*, and in
+# *product_gate* what follows the loop over K. An H100 issues 49 in the time that the bytes of
+# *epilogue* or *gate backward* take.
+INSTRUCTIONS = {"epilogue": 40, "gate_backward": 25, "product_gate": 40}
 _TWO_DIMENSIONAL = ("product", "product_gate", "epilogue", "effective_weight", "batched")
 
 
