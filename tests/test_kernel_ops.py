@@ -195,7 +195,8 @@ def test_a_pass_finds_what_was_tuned(monkeypatch):
                 job.r,
                 job.dtype,
                 torch.device(DEVICE),
-                SMagNorm() if job.name == "product_gate" else None,
+                SMagNorm() if job.name.startswith("product_gate") else None,
+                needs_down=job.name.endswith("after_down"),
             )
         else:
             inputs = Inputs(job.M, job.N, job.K, job.r, job.dtype, "meta")

@@ -77,6 +77,14 @@ class Inputs:
         _, h = project(y, self.rows, self.core, 1.0, q_dtype=self.dtype)
         epilogue(y, h, self.C, self.r, gate=self.gate, saved=self.code)
 
+    def library_after_down(self) -> None:
+        """What ``product`` stands against where *down* comes before either."""
+        epilogue(F.linear(self.x, self.W), self.h, self.C, self.r)
+
+    def library_gate_after_down(self) -> None:
+        """The same of ``product_gate``."""
+        epilogue(F.linear(self.x, self.W), self.h, self.C, self.r, gate=self.gate, saved=self.code)
+
     def library_of_input_gradient(self) -> None:
         """What ``product_of_input_gradient`` stands against."""
         epilogue(self.dy @ self.W, self.h, self.R, self.r)

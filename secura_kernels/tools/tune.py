@@ -40,10 +40,18 @@ PASSES = (
     "effective_weight",
     "weight_core_gradient",
 )
-# A product, by the name of its run, and what the library's form of the same needs beside it.
+# Choices of a product: its row of the tile table, its run, what it needs before it, and the
+# library's form of the same. With a bias or a stored R *down* comes before either form.
 PRODUCTS = {
     "product": ("product", Inputs.product, Inputs.down, Inputs.library),
     "product_gate": ("product_gate", Inputs.product_gate, Inputs.down, Inputs.library_gate),
+    "product_after_down": ("product", Inputs.product, None, Inputs.library_after_down),
+    "product_gate_after_down": (
+        "product_gate",
+        Inputs.product_gate,
+        None,
+        Inputs.library_gate_after_down,
+    ),
     "product_of_input_gradient": (
         "product",
         Inputs.product_of_input_gradient,
@@ -75,10 +83,9 @@ class Job:
             "product_of_input_gradient": (self.M, self.K),
         }.get(self.name, (self.M, self.N))
         name = self.name
-        if name == "product_of_input_gradient":
-            name = tuned_name("product", self.N, input_gradient=True)
-        elif name in PRODUCTS:
-            name = tuned_name(name, self.K, input_gradient=False)
+        if name in PRODUCTS:
+            dX, after_down = name.endswith("input_gradient"), name.endswith("after_down")
+            name = tuned_name(PRODUCTS[name][0], self.N if dX else self.K, dX, after_down)
         return tune_cache.key(name, self.dtype, rows, columns, chips.rank_block(self.r))
 
 

@@ -93,7 +93,8 @@ def _plan(
     name = "product_gate" if gate else "product"
     rank = chips.rank_block(r)
     candidates = rows_of(name, chip, dtype, rank)
-    best = tune_cache.choice(device, tuned_name(name, K, input_gradient), dtype, M, N, rank)
+    tuned = tuned_name(name, K, input_gradient, needs_down)
+    best = tune_cache.choice(device, tuned, dtype, M, N, rank)
     if best == tune_cache.LIBRARY:
         return Plan(None, "library product: faster than one pass when tuned on this GPU")
     for tile in candidates:
@@ -142,6 +143,6 @@ def predict(
     return ours, library
 
 
-def tuned_name(name: str, K: int, input_gradient: bool) -> str:
+def tuned_name(name: str, K: int, input_gradient: bool, needs_down: bool) -> str:
     """What a product's choice is tuned under."""
-    return f"{name}{' dX' * input_gradient} k{K}"
+    return f"{name}{' dX' * input_gradient}{' after down' * needs_down} k{K}"
