@@ -23,26 +23,38 @@ class Routing:
         tokens: (S,) int64, the token that each row is of.
         order: (S,) int64, a row's place among the S choices before sorting.
         ends: (E,) int32, where each expert's rows end.
+        k: how many experts a token has.
     """
 
     experts: Tensor
     tokens: Tensor
     order: Tensor
     ends: Tensor
+    k: int
 
     @classmethod
     def of(cls, chosen: Tensor, experts: int) -> "Routing":
         """``chosen``: (tokens, k) int64, the experts of each token, each in [0, experts)."""
+        k = chosen.shape[-1]
         sorted_experts, order = chosen.reshape(-1).sort(stable=True)
-        every = torch.arange(experts, device=chosen.device)
-        ends = torch.searchsorted(sorted_experts, every, right=True).to(torch.int32)
-        return cls(sorted_experts, order // chosen.shape[-1], order, ends)
+        return cls(sorted_experts, order // k, order, _ends(sorted_experts, experts), k)
+
+    def only(self, kept: Tensor) -> "Routing":
+        """Of some of the rows: (S,) bool."""
+        experts = self.experts[kept]
+        ends = _ends(experts, len(self.ends))
+        return Routing(experts, self.tokens[kept], self.order[kept], ends, self.k)
 
     def back(self, rows: Tensor) -> Tensor:
         """Rows (S, ...) in the order of the choices again."""
         place = torch.empty_like(self.order)
         place[self.order] = torch.arange(len(place), device=place.device)
         return rows[place]
+
+
+def _ends(sorted_experts: Tensor, experts: int) -> Tensor:
+    every = torch.arange(experts, device=sorted_experts.device)
+    return torch.searchsorted(sorted_experts, every, right=True).to(torch.int32)
 
 
 def grouped_product(x: Tensor, matrices: Tensor, ends: Tensor) -> Tensor:

@@ -65,7 +65,8 @@ class Factors:
 
     def _set_unit(self, unit: float | Tensor) -> None:
         wide = torch.promote_types(self.core_parameter().dtype, torch.float32)
-        self.unit = torch.as_tensor(unit, dtype=wide, device=self.cols.device)
+        unit = torch.as_tensor(unit, dtype=wide, device=self.cols.device)
+        self.unit = unit.expand(self.stack).clone()
         self.shared_key, self.calibrated = None, True
 
     @torch.no_grad()

@@ -148,7 +148,7 @@ class SecuraConfig(PeftConfig):
             self.importance_decay = None
         self.decay_settings()
         if self.target_parameters is not None:
-            self._check_target_parameters()
+            self._check_target_parameters(self.target_parameters)
         if isinstance(self.target_modules, list):
             self.target_modules = set(self.target_modules)
         if isinstance(self.exclude_modules, list):
@@ -189,17 +189,13 @@ class SecuraConfig(PeftConfig):
         config.from_file = True
         return config
 
-    def _check_target_parameters(self) -> None:
-        names = self.target_parameters
+    def _check_target_parameters(self, names: list[str]) -> None:
         if isinstance(names, str) or not all(isinstance(name, str) for name in names):
             raise fail("target_parameters", names, "None or a list of names of parameters")
+        if names and self.impl not in ("auto", "reference"):
+            allowed = "'auto' or 'reference' with target_parameters, whose products are torch's own"
+            raise fail("impl", self.impl, allowed)
         self.target_parameters = sorted(names)
-        if self.target_parameters and self.impl not in ("auto", "reference"):
-            raise fail(
-                "impl",
-                self.impl,
-                "'auto' or 'reference' with target_parameters, whose products are torch's own",
-            )
 
     def norm_settings(self) -> SMagNorm | None:
         """The gate's settings, or None."""
