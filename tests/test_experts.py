@@ -105,12 +105,13 @@ def test_each_group_with_its_own_matrix(dtype, sizes):
 
 @pytest.mark.parametrize("chosen", [None, "rows"])
 @pytest.mark.parametrize("transposed", [False, True])
-def test_derivatives_of_products_with_frozen_matrices(chosen, transposed):
-    routing = Routing.of(CHOSEN[:3], E)
+@pytest.mark.parametrize("tokens", [2, 3])  # fewer rows than experts, and more
+def test_derivatives_of_products_with_frozen_matrices(chosen, transposed, tokens):
+    routing = Routing.of(CHOSEN[-tokens:], E)
     weight = stack(shape=(E, 6, 4))
     index = None if chosen is None else torch.stack([torch.randperm(6)[:3] for _ in range(E)])
     width = 4 if transposed else 6 if index is None else 3
-    x = stack(seed=1, shape=(6, width)).requires_grad_()
+    x = stack(seed=1, shape=(2 * tokens, width)).requires_grad_()
 
     def product(x):
         return frozen_product(x, weight, routing.ends, index, transposed)
@@ -123,10 +124,11 @@ def test_derivatives_of_products_with_frozen_matrices(chosen, transposed):
     assert torch.autograd.gradgradcheck(product, x)
 
 
-def test_derivatives_of_the_change_within_the_product():
-    weight, routing = stack(shape=(E, 6, 5)), Routing.of(CHOSEN[:3], E)
+@pytest.mark.parametrize("tokens", [2, 3])
+def test_derivatives_of_the_change_within_the_product(tokens):
+    weight, routing = stack(shape=(E, 6, 5)), Routing.of(CHOSEN[-tokens:], E)
     cols, rows = (torch.stack([torch.randperm(n)[:3] for _ in range(E)]) for n in (5, 6))
-    x = stack(seed=1, shape=(6, 5)).requires_grad_()
+    x = stack(seed=1, shape=(2 * tokens, 5)).requires_grad_()
     core = stack(seed=2, shape=(E, 3, 3)).requires_grad_()
 
     def product(x, core):

@@ -24,12 +24,12 @@ NO_GATE = [name for name in FORMS if name != "gate"]
 HIDDEN = torch.linspace(-1, 1, 9 * 32, dtype=torch.float64).mul(40).sin().view(9, 32)
 
 
-def routed(experts, seed=0):
+def routed(experts, tokens=len(HIDDEN)):
     """Some choice of 2 of 6 experts, of which the last is never taken, and weights."""
-    generator = torch.Generator().manual_seed(seed)
-    chosen = torch.stack([torch.randperm(5, generator=generator)[:2] for _ in HIDDEN])
-    weights = torch.rand(len(HIDDEN), 2, generator=generator, dtype=torch.float64)
-    return experts(HIDDEN.to(next(experts.parameters()).dtype), chosen, weights)
+    generator = torch.Generator().manual_seed(0)
+    chosen = torch.stack([torch.randperm(5, generator=generator)[:2] for _ in range(tokens)])
+    weights = torch.rand(tokens, 2, generator=generator, dtype=torch.float64)
+    return experts(HIDDEN[:tokens].to(next(experts.parameters()).dtype), chosen, weights)
 
 
 @torch.no_grad()
@@ -136,13 +136,40 @@ def test_autocast_runs_experts_in_their_own_dtype():
     """As transformers' grouped experts do, of which autocast knows nothing."""
     model = move(adapted(moe(run="grouped_mm"))).train()
     wrapped = next(iter(experts_of(model).values()))
-    expected = routed(wrapped)
+    for count in (1, len(HIDDEN)):
+        expected = routed(wrapped, count)
+        with torch.autocast("cpu", torch.bfloat16):
+            found = routed(wrapped, count)
+        assert torch.equal(found, expected) and found.dtype == torch.float32
     with torch.autocast("cpu", torch.bfloat16):
-        found = routed(wrapped)
         loss_of(model, tokens()).backward()
-    assert torch.equal(found, expected) and found.dtype == torch.float32
     grads = [p.grad for p in model.parameters() if p.grad is not None]
     assert len(grads) == 4 and all(g.isfinite().all() and g.dtype == torch.float32 for g in grads)
+
+
+def test_compiled_in_bfloat16_without_a_break():
+    """torch compiles its grouped product in bfloat16 alone."""
+    settings = dict(r=8, alpha=0.5)
+    model = move(adapted(moe(dtype=torch.bfloat16), **settings), std=0.1).train()
+    wrapped = next(iter(experts_of(model).values()))
+    cores = [stack.secura_adapter["default"].U for stack in wrapped.stacks()]
+    compiled = torch.compile(wrapped, fullgraph=True, backend="aot_eager")
+    plain, found = routed(wrapped), routed(compiled)
+    assert torch.equal(found, plain)
+    expected, grads = (torch.autograd.grad(y.float().square().sum(), cores) for y in (plain, found))
+    assert all(map(torch.equal, grads, expected)) and all(g.any() for g in grads)
+
+
+def test_one_token_by_itself():
+    """Fewer rows than experts: their own columns and rows are gathered alone."""
+    for form in FORMS.values():
+        model = move(adapted(moe(dtype=torch.float64), **form))
+        wrapped = next(iter(experts_of(model).values()))
+        chosen, weights = torch.tensor([[3, 1]] * 5), torch.rand(5, 2, dtype=torch.float64)
+        together = wrapped(HIDDEN[:5], chosen, weights)
+        for i in range(5):
+            alone = wrapped(HIDDEN[i : i + 1], chosen[:1], weights[i : i + 1])
+            torch.testing.assert_close(alone[0], together[i], rtol=1e-12, atol=1e-12)
 
 
 # Merging.

@@ -143,6 +143,7 @@ def measure(name: str, method: str, r: int, steps: int, device: torch.device) ->
     if not torch.isfinite(loss):
         raise RuntimeError(f"the loss of {method} is {loss.item()}")
     above = peak(device) - before
+    token = one_token(model, device)
     off = error(model, method)
     if off is not None and off > ALLOWED[dtype]:
         raise RuntimeError(f"{method} is off from float64 by {off:.1e}")
@@ -155,10 +156,25 @@ def measure(name: str, method: str, r: int, steps: int, device: torch.device) ->
         median_s=median,
         low_s=low,
         high_s=high,
+        token_s=token,
         kept_bytes=kept,
         peak_bytes=above,
         error=off,
     )
+
+
+@torch.no_grad()
+def one_token(model: nn.Module, device: torch.device) -> float:
+    """Median seconds of a forward pass of one token, without gradients."""
+    seconds, inputs = [], torch.ones(1, 1, dtype=torch.long, device=device)
+    model.eval()
+    for _ in range(32):
+        start = time.perf_counter()
+        model(input_ids=inputs)
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        seconds.append(time.perf_counter() - start)
+    return statistics.median(seconds[2:])
 
 
 def kept_bytes(model: nn.Module, forward) -> int:
@@ -199,8 +215,8 @@ def table(rows: list[dict]) -> str:
         f"One step, r = {rows[0]['r']}, the experts' two weights adapted:",
         "",
         "| model | method | trained | step ms | quartiles | / frozen | kept for backward, MB | "
-        "peak above start, MB | error |",
-        "|---|---|---|---|---|---|---|---|---|",
+        "peak above start, MB | one token, ms | error |",
+        "|---|---|---|---|---|---|---|---|---|---|",
     ]
     frozen = {row["model"]: row["median_s"] for row in rows if row["method"] == "frozen"}
     for row in rows:
@@ -209,7 +225,7 @@ def table(rows: list[dict]) -> str:
             f"| {row['model']} | {row['method']} | {row['trained']:,} | "
             f"{1e3 * row['median_s']:.0f} | {1e3 * row['low_s']:.0f}-{1e3 * row['high_s']:.0f} | "
             f"{'' if ratio is None else f'{ratio:.2f}'} | {row['kept_bytes'] / 1e6:.0f} | "
-            f"{row['peak_bytes'] / 1e6:.0f} | "
+            f"{row['peak_bytes'] / 1e6:.0f} | {1e3 * row['token_s']:.1f} | "
             f"{'' if row['error'] is None else format(row['error'], '.0e')} |"
         )
     return "\n".join(lines) + "\n"

@@ -104,14 +104,25 @@ class _FrozenProduct(torch.autograd.Function):
     def forward(ctx, x, stack, ends, index, transposed):
         ctx.save_for_backward(stack, ends, index)
         ctx.transposed = transposed
-        matrices = stack if index is None else rows_of(stack, index)
-        return grouped_product(x, matrices.mT if transposed else matrices, ends)
+        return _product(x, stack, ends, index, transposed)
 
     @staticmethod
     def backward(ctx, grad):
         stack, ends, index = ctx.saved_tensors
         grad = grad.contiguous()
         return _FrozenProduct.apply(grad, stack, ends, index, not ctx.transposed), *[None] * 4
+
+
+def _product(
+    x: Tensor, stack: Tensor, ends: Tensor, index: Tensor | None, transposed: bool
+) -> Tensor:
+    if index is not None and len(x) <= len(stack):  # one token: most experts have no row
+        experts = torch.searchsorted(ends, torch.arange(len(x), device=x.device), right=True)
+        own = stack[experts[:, None], index[experts]]  # (S, r, Q)
+        with torch.autocast(x.device.type, enabled=False):
+            return (x[:, None] @ (own.mT if transposed else own))[:, 0]
+    matrices = stack if index is None else rows_of(stack, index)
+    return grouped_product(x, matrices.mT if transposed else matrices, ends)
 
 
 def rows_of(stack: Tensor, index: Tensor) -> Tensor:
@@ -145,7 +156,7 @@ class _CurExperts(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, weight, core, cols, rows, experts, ends):
-        t = grouped_product(x, rows_of(weight, rows).mT, ends)
+        t = _product(x, weight, ends, rows, transposed=True)
         h = grouped_product(t, core.mT, ends)
         ctx.save_for_backward(t, weight, core, cols, rows, experts, ends)
         ctx.set_materialize_grads(False)
