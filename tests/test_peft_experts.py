@@ -10,6 +10,8 @@ from peft_models import assert_same_state, layers, llama, logits, move, state, t
 from safetensors.torch import load_file
 from test_experts import core_of
 from torch import nn
+from transformers import PretrainedConfig
+from transformers.integrations import use_experts_implementation
 
 from secura_kernels.peft import SecuraConfig, SecuraExperts, hotswap_adapter, save_as_lora
 
@@ -24,7 +26,7 @@ NO_GATE = [name for name in FORMS if name != "gate"]
 HIDDEN = torch.linspace(-1, 1, 9 * 32, dtype=torch.float64).mul(40).sin().view(9, 32)
 
 
-def routed(experts, tokens=len(HIDDEN)):
+def routed(experts, tokens=9):
     """Some choice of 2 of 6 experts, of which the last is never taken, and weights."""
     generator = torch.Generator().manual_seed(0)
     chosen = torch.stack([torch.randperm(5, generator=generator)[:2] for _ in range(tokens)])
@@ -136,7 +138,7 @@ def test_autocast_runs_experts_in_their_own_dtype():
     """As transformers' grouped experts do, of which autocast knows nothing."""
     model = move(adapted(moe(run="grouped_mm"))).train()
     wrapped = next(iter(experts_of(model).values()))
-    for count in (1, len(HIDDEN)):
+    for count in (1, 9):
         expected = routed(wrapped, count)
         with torch.autocast("cpu", torch.bfloat16):
             found = routed(wrapped, count)
@@ -218,6 +220,42 @@ def test_the_change_as_a_matrix_is_in_the_layout_of_the_parameter():
 
 def owner(model, stack):
     return next(m for m in model.modules() if isinstance(m, SecuraExperts) and stack in m.stacks())
+
+
+@use_experts_implementation(has_gate=False, has_post_expert_norm=True)
+class UngatedExperts(nn.Module):
+    """The layout without a gate, and a norm after each expert."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.num_experts = 6
+        self.up_proj = nn.Parameter(torch.randn(6, 24, 32) / 5)
+        self.down_proj = nn.Parameter(torch.randn(6, 32, 24) / 5)
+        self.act_fn = nn.ReLU()
+        self.post_expert_norm = nn.LayerNorm(32)
+
+    def forward(self, hidden, chosen, weights):
+        out = torch.zeros_like(hidden)
+        for token, (experts, shares) in enumerate(zip(chosen, weights, strict=True)):
+            for e, share in zip(experts, shares, strict=True):
+                y = self.down_proj[e] @ self.act_fn(self.up_proj[e] @ hidden[token])
+                out[token] += share * self.post_expert_norm(y)
+        return out
+
+
+def test_experts_without_a_gate_and_with_a_norm():
+    config = PretrainedConfig()
+    config._experts_implementation = "eager"
+    torch.manual_seed(0)
+    base = nn.ModuleDict(dict(experts=UngatedExperts(config))).double()
+    model = move(adapted(base, target_parameters=["up_proj", "down_proj"]))
+    wrapped = model.base_model.model["experts"]
+    expected = routed(with_change(wrapped))
+    torch.testing.assert_close(routed(wrapped), expected, rtol=1e-12, atol=1e-12)
+    model = move(adapted(model.unload(), target_parameters=["experts.down_proj"]))
+    wrapped = model.base_model.model["experts"]  # the other weight is the base's
+    expected = routed(with_change(wrapped))
+    torch.testing.assert_close(routed(wrapped), expected, rtol=1e-12, atol=1e-12)
 
 
 # Files.
@@ -361,7 +399,14 @@ def parallel():
     return model
 
 
-def in_integers():
+def partitioned():
+    """As DeepSpeed's ZeRO-3 marks a parameter of which each rank has a part."""
+    model = moe()
+    model.model.layers[1].mlp.experts.down_proj.ds_id = 7
+    return model
+
+
+def in_float8():
     model = moe()
     whole = model.model.layers[1].mlp.experts.down_proj.data.to(torch.float8_e4m3fn)
     model.model.layers[1].mlp.experts.down_proj = nn.Parameter(whole, requires_grad=False)
@@ -394,7 +439,8 @@ def in_integers():
             "experts.gate_up_proj of a OwnExperts, whose forward pass is not known",
         ),
         (parallel, dict(), TypeError, "layers.1.mlp.experts.gate_up_proj, whose experts lie on"),
-        (in_integers, dict(), TypeError, "down_proj, a Parameter torch.float8_e4m3fn: only"),
+        (partitioned, dict(), TypeError, "matches down_proj, which is sharded over ranks"),
+        (in_float8, dict(), TypeError, "down_proj, a Parameter torch.float8_e4m3fn: only"),
         (moe, dict(basis="natural"), ValueError, "basis='natural' is not allowed"),
         (moe, dict(norm="figure"), ValueError, "norm=.*is not allowed.*domain 'output'"),
         (
@@ -441,6 +487,10 @@ def test_refused_while_running(tmp_path):
     with pytest.raises(RuntimeError, match="down_proj of Qwen3MoeExperts requires a gradient"):
         model(tokens())
     experts.down_proj.requires_grad_(False)
+    experts.down_proj.ds_id = 7
+    with pytest.raises(RuntimeError, match="down_proj of Qwen3MoeExperts is sharded over ranks"):
+        model(tokens())
+    del experts.down_proj.ds_id
     experts.forward = lambda *args: args[0]
     with pytest.raises(RuntimeError, match="forward pass of Qwen3MoeExperts has been replaced"):
         model(tokens())

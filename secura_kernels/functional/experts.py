@@ -1,8 +1,8 @@
 """The products of a mixture of experts: each row with the matrix of its own expert.
 
 Rows are sorted by expert, so that an expert's rows lie together (``Routing``). A change of rank r
-is then four grouped products beside the base's, whatever the number of experts; no change
-(E, N, K) is ever formed.
+is then two small grouped products beside the base's own, and three in the backward pass, whatever
+the number of experts; no change (E, N, K) is ever formed.
 """
 
 from dataclasses import dataclass

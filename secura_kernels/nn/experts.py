@@ -26,10 +26,9 @@ class ExpertsAdapter(Adapter):
             ``CURLoRAAdapter`` or ``SECURAAdapter``.
 
     Raises:
-        ValueError: ``basis="natural"``, whose C and R for every expert, with moments of N + K
-            dimensions, take as much as the experts themselves; a gate on the weight, which would
-            form W_eff (E, N, K) in each forward pass, or with ``ref="max"``; importance decay,
-            whose gate is counted over one matrix.
+        ValueError: ``basis="natural"``, whose moments for every expert take (N + K)(rank + 1)
+            numbers; a gate on the weight, which would form W_eff (E, N, K) in each forward pass, or
+            with ``ref="max"``; importance decay, whose gate is counted over one matrix.
     """
 
     def __init__(self, weight: Tensor, cols: Tensor, rows: Tensor, **settings) -> None:

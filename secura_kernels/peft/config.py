@@ -193,8 +193,11 @@ class SecuraConfig(PeftConfig):
         if isinstance(names, str) or not all(isinstance(name, str) for name in names):
             raise fail("target_parameters", names, "None or a list of names of parameters")
         if names and self.impl not in ("auto", "reference"):
-            allowed = "'auto' or 'reference' with target_parameters, whose products are torch's own"
-            raise fail("impl", self.impl, allowed)
+            raise fail(
+                "impl",
+                self.impl,
+                "'auto' or 'reference' with target_parameters, whose products are torch's own",
+            )
         self.target_parameters = sorted(names)
 
     def norm_settings(self) -> SMagNorm | None:

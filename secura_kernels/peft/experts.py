@@ -80,6 +80,11 @@ class SecuraStack(SecuraLinear):
                 "the whole batch; call set_adapter() for each"
             )
         base, names = self.base_layer, self.names_in_use()
+        if self.is_spread():
+            raise RuntimeError(
+                f"{base.parameter} of {type(base.experts).__name__} is sharded over ranks: stacked "
+                "experts run whole"
+            )
         if len(names) > 1:
             self._check_several(names)
         weight = base.matrix()
