@@ -25,34 +25,35 @@ def orthonormal_basis(C: Tensor, R: Tensor) -> tuple[Tensor, Tensor, Tensor, Ten
     The diagonals of S are made positive, so that the factors do not depend on the machine's QR.
 
     Args:
-        C: (N, r). R: (r, K). Any floating dtype; computed in float64.
+        C: (..., N, r). R: (..., r, K). Any floating dtype; computed in float64.
 
     Returns:
-        Q_c (N, r), S_c (r, r), Q_r (K, r), S_r (r, r), float64; S upper triangular.
+        Q_c (..., N, r), S_c (..., r, r), Q_r (..., K, r), S_r (..., r, r), float64; S upper
+        triangular.
 
     Raises:
         ValueError: the columns of C or the rows of R are linearly dependent.
     """
     out = []
-    for name, basis in (("columns", C), ("rows", R.T)):
+    for name, basis in (("columns", C), ("rows", R.mT)):
         q, s = torch.linalg.qr(basis.double())
-        rank = int(torch.linalg.matrix_rank(s))
-        if rank < s.shape[0]:
+        rank = int(torch.linalg.matrix_rank(s).min())
+        if rank < s.shape[-1]:
             raise ValueError(
-                f"basis='orthonormal' is not allowed: the {s.shape[0]} chosen {name} of the weight "
-                f"are linearly dependent (rank {rank}); choose others (selection, a smaller r, "
-                "replace=False) or basis='raw'"
+                f"basis='orthonormal' is not allowed: the {s.shape[-1]} chosen {name} of the "
+                f"weight are linearly dependent (rank {rank}); choose others (selection, a "
+                "smaller r, replace=False) or basis='raw'"
             )
-        sign = torch.where(s.diagonal() < 0, -1.0, 1.0).to(s.dtype)
-        out += [q * sign, s * sign[:, None]]
+        sign = torch.where(s.diagonal(dim1=-2, dim2=-1) < 0, -1.0, 1.0).to(s.dtype)
+        out += [q * sign[..., None, :], s * sign[..., None]]
     return tuple(out)
 
 
 def orthonormal_folds(S_c: Tensor, S_r: Tensor) -> tuple[Tensor, Tensor]:
-    """S_c^-1 and S_r^-T (r, r) of ``orthonormal_basis``'s factors: the folds of that basis."""
-    unit = torch.eye(len(S_c), dtype=S_c.dtype, device=S_c.device)
+    """S_c^-1 and S_r^-T (..., r, r) of ``orthonormal_basis``'s factors: the folds of that basis."""
+    unit = torch.eye(S_c.shape[-1], dtype=S_c.dtype, device=S_c.device)
     fold_c, fold_r = (torch.linalg.solve_triangular(S, unit, upper=True) for S in (S_c, S_r))
-    return fold_c, fold_r.T.contiguous()
+    return fold_c, fold_r.mT.contiguous()
 
 
 def inverse_root(moment: Tensor, damping: float) -> Tensor:
@@ -65,9 +66,10 @@ def inverse_root(moment: Tensor, damping: float) -> Tensor:
     delta_W = C A V B R with these two as A and B that is ||V||_F^2 / 2, but for the damping.
 
     Args:
-        moment: (r, r), symmetric, positive semidefinite, not zero. damping: > 0.
+        moment: (..., r, r), symmetric, positive semidefinite, not zero. damping: > 0.
     """
     moment = moment.double()
-    values, vectors = torch.linalg.eigh((moment + moment.T) / 2)
-    values = values.clamp_min(0) + damping * moment.diagonal().mean()
-    return (vectors * values.rsqrt()) @ vectors.T
+    values, vectors = torch.linalg.eigh((moment + moment.mT) / 2)
+    diagonal = moment.diagonal(dim1=-2, dim2=-1)
+    values = values.clamp_min(0) + damping * diagonal.mean(-1, keepdim=True)
+    return (vectors * values.rsqrt()[..., None, :]) @ vectors.mT

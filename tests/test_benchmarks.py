@@ -462,3 +462,36 @@ def test_what_calibration_costs(tmp_path):
     assert memory["whitened", None] < memory["natural", 0] < memory["natural", 256] < 10
     assert all(row["calibrate_s"] > 0 for row in found["rows"])
     assert (tmp_path / "calibration.md").read_text() in done.stdout
+
+
+def test_a_step_of_a_mixture_of_experts(tmp_path):
+    done = subprocess.run(
+        [
+            sys.executable,
+            LAYER.parent / "experts" / "run.py",
+            "--quick",
+            "--rank",
+            "2",
+            "--steps",
+            "2",
+            "--device",
+            "cpu",
+            "--out",
+            tmp_path,
+        ],
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    rows = json.loads((tmp_path / "experts.json").read_text())["rows"]
+    trained = {row["method"]: row["trained"] for row in rows}
+    # E = 8, W (32, 32) and (32, 16): r r; m r twice and N, with m = 3; r (N + K).
+    assert trained == {
+        "frozen": 0,
+        "CURLoRA": 8 * 2 * 4,
+        "CURLoRA, 4 r": 8 * 2 * 64,
+        "SECURA": 8 * (2 * 12 + 64),
+        "LoRA (PEFT)": 8 * 2 * (64 + 48),
+    }
+    assert all(row["median_s"] > 0 and row["kept_bytes"] > 0 for row in rows)
+    assert (tmp_path / "experts.md").read_text() in done.stdout

@@ -4,6 +4,7 @@ import importlib.util
 
 import parallel_calibration
 import parallel_data
+import parallel_experts
 import parallel_fsdp1
 import parallel_tensor
 import pytest
@@ -17,7 +18,13 @@ pytestmark = [
     ),
 ]
 pytest.importorskip("peft", reason="peft is not installed")
-PARTS = (parallel_data, parallel_fsdp1, parallel_calibration, parallel_tensor)
+PARTS = (
+    parallel_data,
+    parallel_fsdp1,
+    parallel_calibration,
+    parallel_tensor,
+    parallel_experts,
+)
 CHECKS = {check.__name__: check for part in PARTS for check in part.CHECKS}
 
 

@@ -30,6 +30,7 @@ LAYERS = [
     ],
     ["nn.adapter"],
     ["nn.cores"],
+    ["nn.experts"],
     ["nn.linear"],
     ["nn.checkpoint"],
     ["nn", "peft"],

@@ -49,11 +49,7 @@ class Adapter(OptionalTensors, Factors, MatrixForm, Past, nn.Module):
         importance_decay: ImportanceDecay | None = None,
     ) -> None:
         super().__init__()
-        check_weight(weight)
-        check_indices("cols", cols, weight.shape[1])
-        check_indices("rows", rows, weight.shape[0])
-        if cols.shape != rows.shape:
-            raise fail("rows.shape", tuple(rows.shape), f"{tuple(cols.shape)}, the shape of cols")
+        self.check(weight, cols, rows)
         check_choice("basis", basis, BASES)
         norm = SMagNorm.of(norm)
         if importance_decay is not None and not isinstance(importance_decay, ImportanceDecay):
@@ -62,8 +58,9 @@ class Adapter(OptionalTensors, Factors, MatrixForm, Past, nn.Module):
             raise fail(
                 "importance_decay", importance_decay, "None without a norm, whose gate it counts"
             )
-        self.out_features, self.in_features = weight.shape
-        self.r = cols.numel()
+        *stack, self.out_features, self.in_features = weight.shape
+        self.stack = tuple(stack)  # (), or (E,) of experts: see ``nn/experts.py``
+        self.r = cols.shape[-1]
         self.alpha = check_number("alpha", alpha, "a finite number", -torch.inf)
         self.basis, self.norm = basis, norm
         self.importance_decay = importance_decay
@@ -86,6 +83,14 @@ class Adapter(OptionalTensors, Factors, MatrixForm, Past, nn.Module):
             self.importance = ImportanceState(weight, self.r, importance_decay)
         self.stale = False  # cols, rows or a dtype are new, and ``derive`` has not been called
         self.shared_key: tuple | None = None  # see peft/batched.py
+
+    def check(self, weight: Tensor, cols: Tensor, rows: Tensor) -> None:
+        """Raises what is wrong with a weight and the indices into it."""
+        check_weight(weight)
+        check_indices("cols", cols, weight.shape[1])
+        check_indices("rows", rows, weight.shape[0])
+        if cols.shape != rows.shape:
+            raise fail("rows.shape", tuple(rows.shape), f"{tuple(cols.shape)}, the shape of cols")
 
     # What a subclass says of its trained core.
 
@@ -226,7 +231,7 @@ class Adapter(OptionalTensors, Factors, MatrixForm, Past, nn.Module):
     def core_size(self) -> Tensor:
         """||V||_F^2 unit^2 / 2 of a calibrated basis's core, (): about the change of the base
         model's predictions by this layer alone, in nats a token."""
-        return (self._whole_core() * self.unit).square().sum() / 2
+        return (self._whole_core() * self.unit[..., None, None]).square().nansum() / 2
 
     @torch.no_grad()
     def shrink(self, factor: float) -> None:

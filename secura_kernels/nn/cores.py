@@ -16,7 +16,8 @@ class CURLoRAAdapter(Adapter):
     def __init__(self, weight: Tensor, cols: Tensor, rows: Tensor, **settings) -> None:
         super().__init__(weight, cols, rows, **settings)
         dtype = torch.promote_types(weight.dtype, torch.float32)
-        self.U = nn.Parameter(torch.zeros(self.r, self.r, dtype=dtype, device=weight.device))
+        U = torch.zeros(*self.stack, self.r, self.r, dtype=dtype, device=weight.device)
+        self.U = nn.Parameter(U)
         self.register_buffer("U_long", None)
         self._watch()
 
@@ -37,7 +38,7 @@ class CURLoRAAdapter(Adapter):
         self.U_long = core
 
     def optional_groups(self) -> list[dict[str, tuple[int, ...]]]:
-        return [*super().optional_groups(), {"U_long": (self.r, self.r)}]
+        return [*super().optional_groups(), {"U_long": (*self.stack, self.r, self.r)}]
 
     def accumulate(self, kind: str) -> None:
         self.U_long = self.U.detach() + (0 if self.U_long is None else self.U_long)
@@ -78,9 +79,9 @@ class SECURAAdapter(Adapter):
         check_choice("adapter_bias", adapter_bias, (True, False))
         A = self._start(weight, a_init)
         self.A = nn.Parameter(A)
-        self.B = nn.Parameter(A.new_zeros(self.r, self.m))
+        self.B = nn.Parameter(A.new_zeros(*self.stack, self.r, self.m))
         if adapter_bias:
-            self.adapter_bias = nn.Parameter(A.new_zeros(self.out_features))
+            self.adapter_bias = nn.Parameter(A.new_zeros(*self.stack, self.out_features))
         for name in ("A_long", "B_long", "core_long"):
             self.register_buffer(name, None)
         self._watch()
@@ -90,14 +91,14 @@ class SECURAAdapter(Adapter):
         dtype = torch.promote_types(weight.dtype, torch.float32)
         if a_init == "published":
             # A copy, even where the slice lies in memory as A would: A is trained, W is not.
-            return weight[: self.r, : self.m].T.to(
+            return weight[..., : self.r, : self.m].mT.to(
                 dtype, copy=True, memory_format=torch.contiguous_format
             )
         devices = [weight.device] if weight.is_cuda else []
         with torch.random.fork_rng(devices):  # the randomised SVD draws from the global generator
             torch.manual_seed(0)
             U, S, V = torch.svd_lowrank(weight.to(dtype), q=self.r)
-        return ((U[: self.r] * S) @ V[: self.m].T).T.contiguous()
+        return ((U[..., : self.r, :] * S[..., None, :]) @ V[..., : self.m, :].mT).mT.contiguous()
 
     def settings(self) -> dict:
         return super().settings() | dict(adapter_bias=self.adapter_bias is not None)
@@ -124,8 +125,8 @@ class SECURAAdapter(Adapter):
     def optional_groups(self) -> list[dict[str, tuple[int, ...]]]:
         return [
             *super().optional_groups(),
-            {"core_long": (self.r, self.r)},
-            {"A_long": (self.m, self.r), "B_long": (self.r, self.m)},
+            {"core_long": (*self.stack, self.r, self.r)},
+            {"A_long": (*self.stack, self.m, self.r), "B_long": (*self.stack, self.r, self.m)},
         ]
 
     def accumulate(self, kind: str) -> None:

@@ -22,16 +22,20 @@ class Factors:
         """C (N, r) and R (r, K)."""
         if self.C is not None:
             return self.C, self.R
-        return weight.index_select(1, self.cols), weight.index_select(0, self.rows)
+        return self.slices(weight, self.cols, self.rows)
+
+    def slices(self, weight: Tensor, cols: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
+        """W's columns (N, r) and rows (r, K)."""
+        return weight.index_select(1, cols), weight.index_select(0, rows)
 
     @torch.no_grad()
     def _set_basis(self, weight: Tensor) -> None:
         """Folds the r x r factors of the orthonormal bases into the core, or stores the bases
         where the factors are ill conditioned for the weight's dtype."""
         Q_c, S_c, Q_r, S_r = orthonormal_basis(*self.C_and_R(weight))
-        worst = max(float(torch.linalg.cond(S)) for S in (S_c, S_r))
+        worst = max(float(torch.linalg.cond(S).max()) for S in (S_c, S_r))
         if worst > LARGEST_CONDITION.get(weight.dtype, LARGEST_CONDITION_WIDE):
-            self._store(Q_c, Q_r.T, weight.dtype)
+            self._store(Q_c, Q_r.mT, weight.dtype)
             return
         wide = torch.promote_types(weight.dtype, torch.float32)
         self.fold_c, self.fold_r = (fold.to(wide) for fold in orthonormal_folds(S_c, S_r))
@@ -42,7 +46,7 @@ class Factors:
             self.fold_c = self.fold_r = None
 
     @torch.no_grad()
-    def whiten(self, fold_c: Tensor, fold_r: Tensor, unit: float) -> None:
+    def whiten(self, fold_c: Tensor, fold_r: Tensor, unit: float | Tensor) -> None:
         """Sets the folds of the whitened basis; what earlier stages have learned stays the change
         that it is.
 
@@ -59,9 +63,10 @@ class Factors:
         self.fold_c, self.fold_r = fold_c.to(wide), fold_r.to(wide)
         self._set_unit(unit)
 
-    def _set_unit(self, unit: float) -> None:
+    def _set_unit(self, unit: float | Tensor) -> None:
         wide = torch.promote_types(self.core_parameter().dtype, torch.float32)
-        self.unit = torch.tensor(unit, dtype=wide, device=self.cols.device)
+        unit = torch.as_tensor(unit, dtype=wide, device=self.cols.device)
+        self.unit = unit.expand(self.stack).clone()
         self.shared_key, self.calibrated = None, True
 
     @torch.no_grad()
@@ -81,10 +86,10 @@ class Factors:
     def _C_and_R_of(self, weight: Tensor) -> tuple[Tensor, Tensor]:
         """C (N, r) and R (r, K) that the columns and rows of W give: orthonormal ones for that
         basis."""
-        C, R = weight[:, self.cols.to(weight.device)], weight[self.rows.to(weight.device)]
+        C, R = self.slices(weight, *(i.to(weight.device) for i in (self.cols, self.rows)))
         if self.basis == "orthonormal":
             C, _, Q_r, _ = orthonormal_basis(C, R)
-            R = Q_r.T
+            R = Q_r.mT
         return C.to(weight.dtype), R.to(weight.dtype)
 
     def untie(self, weight: Tensor) -> None:
@@ -119,7 +124,7 @@ class Factors:
         elif self.basis == "orthonormal":
             self._set_basis(weight)
         if self.basis in CALIBRATED:  # a unit of zero is a place that no file has filled
-            self.calibrated = self.unit is not None and bool(self.unit)
+            self.calibrated = self.unit is not None and bool(self.unit.any())
         if self.importance is not None:
             self.importance.measure(weight)
             self._watch()  # loading may have replaced the parameter

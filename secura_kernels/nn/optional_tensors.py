@@ -11,12 +11,13 @@ class OptionalTensors:
     def optional_groups(self) -> list[dict[str, tuple[int | None, ...]]]:
         """Names and shapes of saved tensors that exist only once bases are stored or calibrated or
         a stage has been taken; those of a group exist together. A size of None is any."""
-        square, (N, K) = (self.r, self.r), (self.out_features, self.in_features)
+        stack, r, N, K = self.stack, self.r, self.out_features, self.in_features
+        square = (*stack, r, r)
         calibrated = {
-            "whitened": [{"fold_c": square, "fold_r": square, "unit": ()}],
+            "whitened": [{"fold_c": square, "fold_r": square, "unit": stack}],
             "natural": [{"unit": ()}, {"C_past": (N, None), "R_past": (None, K)}],
         }
-        return [{"C": (N, self.r), "R": (self.r, K)}, *calibrated.get(self.basis, [])]
+        return [{"C": (*stack, N, r), "R": (*stack, r, K)}, *calibrated.get(self.basis, [])]
 
     def optional_shapes(self) -> dict[str, tuple[int | None, ...]]:
         return {name: shape for group in self.optional_groups() for name, shape in group.items()}

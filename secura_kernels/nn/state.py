@@ -89,7 +89,7 @@ def check_tensors(
             )
     for name, size in (("cols", adapter.in_features), ("rows", adapter.out_features)):
         if name in found:
-            check_indices(name, found[name], size)
+            check_indices(name, found[name].flatten(), size)  # (r,), or (E, r) of experts
 
 
 def fits(found: Tensor, shape: tuple[int | None, ...]) -> bool:

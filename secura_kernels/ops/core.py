@@ -14,12 +14,12 @@ from .registry import transformed
 def folded_core(
     trained: tuple[Tensor, ...], fold_c: Tensor | None, fold_r: Tensor | None
 ) -> Tensor:
-    """fold_c V fold_r (r, r) with V = U, or A^T B^T; V itself without folds.
+    """fold_c V fold_r (..., r, r) with V = U, or A^T B^T; V itself without folds.
 
     Args:
-        trained: (U,) with U (r, r), or (A, B) with A (m, r) and B (r, m).
-        fold_c, fold_r: (r, r), constants; or both None. What is computed is in the wider of their
-            dtype and that of what is trained.
+        trained: (U,) with U (..., r, r), or (A, B) with A (..., m, r) and B (..., r, m).
+        fold_c, fold_r: (..., r, r), constants; or both None. What is computed is in the wider of
+            their dtype and that of what is trained.
     """
     if len(trained) == 1 and fold_c is None:
         return trained[0]
@@ -47,6 +47,6 @@ class _FoldedCore(torch.autograd.Function):
         fold_c, fold_r, *trained = ctx.saved_tensors
         if fold_c is not None:
             wide = grad.dtype
-            grad = (fold_c.to(wide).T @ (grad @ fold_r.to(wide).T)).to(trained[0].dtype)
+            grad = (fold_c.to(wide).mT @ (grad @ fold_r.to(wide).mT)).to(trained[0].dtype)
         found = (grad,) if len(trained) == 1 else cabr_core_backward(grad, *trained)
         return (None, None, *found)

@@ -124,7 +124,12 @@ def matrix(base: nn.Module, backend=None, kept: Kept | None = None) -> Tensor:
     else:
         weight = quantised.dequantised(weight, backend)
     weight = weight.to(base.weight.device)
-    return weight.T if isinstance(base, Conv1D) else weight
+    return weight.mT if is_transposed(base) else weight
+
+
+def is_transposed(base) -> bool:
+    """Whether a layer keeps W as (K, N), as transformers' ``Conv1D`` and gpt-oss's experts do."""
+    return isinstance(base, Conv1D) or getattr(base, "is_transposed", False)
 
 
 def keep(base: nn.Module, backend=None) -> Kept:
@@ -142,8 +147,8 @@ def replace(layer: nn.Module, weight: Tensor, bias: Tensor | None, backend=None)
         ValueError: it cannot be quantised again; nothing is changed then.
     """
     base = layer.get_base_layer()
-    if isinstance(base, Conv1D):
-        weight = weight.T.contiguous()
+    if is_transposed(base):
+        weight = weight.mT.contiguous()
     if backend is None:
         base.weight = nn.Parameter(weight.to(base.weight.dtype), requires_grad=False)
     else:

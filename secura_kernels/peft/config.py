@@ -43,6 +43,9 @@ class SecuraConfig(PeftConfig):
         target_modules: ``"all-linear"``, which forgets least, names, or a regular expression; None:
             the model type's usual ones. exclude_modules, layers_to_transform (with names in a
             list), layers_pattern, modules_to_save: as in PEFT's ``LoraConfig``.
+        target_parameters: stacked weights of experts, (E, N, K), by name, as
+            ``["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]``: each expert gets a core and
+            columns and rows of its own. Beside ``target_modules``, which may be ``[]``.
         rank_pattern: r of single layers, by a layer's name or a regular expression.
         selection: ``"lowest"`` (SECURA's default), ``"inverted"`` (CURLoRA's) or ``"highest"``.
         seed: of ``"inverted"``, together with the layer's name: two adapters of one seed, rule and
@@ -84,6 +87,7 @@ class SecuraConfig(PeftConfig):
     alpha: float = 1.0
     target_modules: set[str] | list[str] | str | None = "all-linear"
     exclude_modules: set[str] | list[str] | str | None = None
+    target_parameters: list[str] | None = None
     layers_to_transform: list[int] | int | None = None
     layers_pattern: list[str] | str | None = None
     modules_to_save: list[str] | None = None
@@ -143,6 +147,8 @@ class SecuraConfig(PeftConfig):
         if self.importance_decay is False:
             self.importance_decay = None
         self.decay_settings()
+        if self.target_parameters is not None:
+            self._check_target_parameters(self.target_parameters)
         if isinstance(self.target_modules, list):
             self.target_modules = set(self.target_modules)
         if isinstance(self.exclude_modules, list):
@@ -182,6 +188,17 @@ class SecuraConfig(PeftConfig):
         config.force = check_choice("force", force, (True, False))
         config.from_file = True
         return config
+
+    def _check_target_parameters(self, names: list[str]) -> None:
+        if isinstance(names, str) or not all(isinstance(name, str) for name in names):
+            raise fail("target_parameters", names, "None or a list of names of parameters")
+        if names and self.impl not in ("auto", "reference"):
+            raise fail(
+                "impl",
+                self.impl,
+                "'auto' or 'reference' with target_parameters, whose products are torch's own",
+            )
+        self.target_parameters = sorted(names)
 
     def norm_settings(self) -> SMagNorm | None:
         """The gate's settings, or None."""

@@ -97,7 +97,7 @@ def _sides(
         if config.save_projection or weight is None or not adapter.has_C_and_R_of(weight):
             return {}
         return dict(C=None, R=None)
-    if not config.save_projection:
+    if not config.save_projection or adapter.stack:  # no stack of experts is quantised
         return {}
     C, R = adapter.untied_C_and_R(weight)
     return dict(C=C.contiguous(), R=R.contiguous())

@@ -37,6 +37,7 @@ class SecuraLinear(nn.Module, Mergeable, Stages, BaseTunerLayer):
 
     adapter_layer_names = ("secura_adapter",)
     other_param_names = ("impl",)
+    backend_of = staticmethod(base_weight.backend_of)
 
     def __init__(
         self,
@@ -49,7 +50,7 @@ class SecuraLinear(nn.Module, Mergeable, Stages, BaseTunerLayer):
     ) -> None:
         super().__init__()
         self.base_layer = base_layer
-        self.quantization_backend = base_weight.backend_of(self.get_base_layer(), **quantization)
+        self.quantization_backend = self.backend_of(self.get_base_layer(), **quantization)
         self.secura_adapter = nn.ModuleDict()
         self.impl: dict[str, str] = {}
         self.merged_adapters = []
@@ -70,7 +71,7 @@ class SecuraLinear(nn.Module, Mergeable, Stages, BaseTunerLayer):
         r = config.rank_pattern.get(get_pattern_key(config.rank_pattern, key), config.r)
         resolve(config.impl, weight.device, weight.dtype, r)
         try:
-            adapter = _build(weight, r, config, key, empty)
+            adapter = self.build(weight, r, config, key, empty)
         except (ValueError, TypeError) as error:
             raise type(error)(f"layer {key!r}: {error}") from error
         if self._keeps_C_and_R():
@@ -81,6 +82,21 @@ class SecuraLinear(nn.Module, Mergeable, Stages, BaseTunerLayer):
         self.impl[adapter_name] = config.impl
         self.secura_adapter[adapter_name] = adapter.train(self.training)
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
+
+    @staticmethod
+    def build(weight: Tensor, r: int, config: SecuraConfig, key: str, empty: bool) -> Adapter:
+        """An adapter of W (N, K). ``empty``: of any columns and rows."""
+        if empty:
+            check_rank(r, weight)
+            cols = rows = torch.arange(r)
+            return of_any_indices(KINDS[config.variant], weight, cols, rows, config)
+        generator = generator_of(config, key)
+        # With replacement as published, where duplicates do no harm.
+        replace = (
+            config.variant == "curlora" and config.selection == "inverted" and config.basis == "raw"
+        )
+        cols, rows = select(weight, r, config.selection, replace=replace, generator=generator)
+        return KINDS[config.variant](weight, cols, rows, **config.adapter_settings())
 
     def base_matrix(self) -> Tensor:
         """W (N, K); dequantised where the base is quantised. Of a merged layer the W from before: C
@@ -232,24 +248,27 @@ class SecuraLinear(nn.Module, Mergeable, Stages, BaseTunerLayer):
         return quantization_extra_repr(self)
 
 
-def _build(weight: Tensor, r: int, config: SecuraConfig, key: str, empty: bool) -> Adapter:
-    if empty:  # any indices will do
-        if r > min(weight.shape):
-            raise fail("r", r, f"at most {min(weight.shape)} for a weight {tuple(weight.shape)}")
-        cols = rows = torch.arange(r)
-        settings = config.adapter_settings()
-        if config.basis == "orthonormal":  # of whatever columns and rows the state brings
-            settings["basis"] = "raw"
-        adapter = KINDS[config.variant](weight, cols, rows, **settings)
-        adapter.basis = config.basis
-        return adapter
-    generator = torch.Generator().manual_seed(zlib.crc32(f"{config.seed}:{key}".encode()))
-    # With replacement as published, where duplicates do no harm.
-    replace = (
-        config.variant == "curlora" and config.selection == "inverted" and config.basis == "raw"
-    )
-    cols, rows = select(weight, r, config.selection, replace=replace, generator=generator)
-    return KINDS[config.variant](weight, cols, rows, **config.adapter_settings())
+def check_rank(r: int, weight: Tensor) -> None:
+    if r > min(weight.shape[-2:]):
+        allowed = f"at most {min(weight.shape[-2:])} for a weight {tuple(weight.shape)}"
+        raise fail("r", r, allowed)
+
+
+def of_any_indices(
+    kind: type[Adapter], weight: Tensor, cols: Tensor, rows: Tensor, config: SecuraConfig
+) -> Adapter:
+    """An adapter that a state will be loaded into, which brings its own columns and rows."""
+    settings = config.adapter_settings()
+    if config.basis == "orthonormal":  # of whatever columns and rows the state brings
+        settings["basis"] = "raw"
+    adapter = kind(weight, cols, rows, **settings)
+    adapter.basis = config.basis
+    return adapter
+
+
+def generator_of(config: SecuraConfig, key: str) -> torch.Generator:
+    """Of the choice of a layer's columns and rows."""
+    return torch.Generator().manual_seed(zlib.crc32(f"{config.seed}:{key}".encode()))
 
 
 def _after_loading(layer: SecuraLinear, _) -> None:

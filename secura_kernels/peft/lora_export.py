@@ -14,6 +14,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from ..checks import fail
+from .experts import SecuraStack
 from .file_format import PREFIX, adapters_of
 from .layer import SecuraLinear
 
@@ -25,7 +26,8 @@ def save_as_lora(model: PeftModel, path: str | os.PathLike, adapter_name: str = 
     ``lora_bias``, which PEFT loads and vLLM does not.
 
     Raises:
-        ValueError: no such adapter, or one with a gate, which no LoRA equals; nothing is written.
+        ValueError: no such adapter, one with a gate, which no LoRA equals, or one of stacked
+            experts; nothing is written.
     """
     if adapter_name not in model.peft_config:
         raise fail("adapter_name", adapter_name, f"one of {sorted(model.peft_config)}")
@@ -38,6 +40,12 @@ def save_as_lora(model: PeftModel, path: str | os.PathLike, adapter_name: str = 
         raise ValueError(
             f"adapter {adapter_name!r} cannot be saved as a LoRA: "
             + (what if layers else "it is not a SECURA adapter of this model")
+        )
+    stacked = [name for name, layer in layers.items() if isinstance(layer, SecuraStack)]
+    if stacked:
+        raise ValueError(
+            f"adapter {adapter_name!r} cannot be saved as a LoRA: it has target_parameters "
+            f"({stacked[0]}), whose LoRA files are of another form for each program"
         )
     own = get_peft_model_state_dict(model, adapter_name=adapter_name)
     tensors = {k: v.contiguous().cpu() for k, v in own.items() if ".secura_adapter." not in k}

@@ -127,7 +127,7 @@ class Mergeable:
             change = ready.merged_matrix(weight).sub_(weight)
         else:
             change = ready.whole_delta(weight)
-        return change.T if isinstance(self.get_base_layer(), base_weight.Conv1D) else change
+        return change.mT if base_weight.is_transposed(self.get_base_layer()) else change
 
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
         """Whether the change is a matrix: no gate on outputs, and no bias."""

@@ -1,15 +1,17 @@
 """The PEFT tuner: which layers are replaced, mixed batches, merging, and what a file holds."""
 
-from contextlib import contextmanager
+import warnings
+from contextlib import contextmanager, nullcontext
 from functools import partial
 
+from accelerate import init_empty_weights
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING, get_quantization_kwargs
 from peft.utils.other import AuxiliaryTrainingWrapper, get_pattern_key
 from torch import Tensor, nn
 
 from ..checks import fail
-from . import base_weight, file_format, quantised, sharding
+from . import base_weight, experts, file_format, quantised, sharding
 from .config import SecuraConfig
 from .layer import SecuraLinear
 from .undo import await_file, undone_on_error, undone_on_refusal
@@ -27,7 +29,9 @@ class SecuraModel(BaseTuner):
         config = self.peft_config[adapter_name]
         with undone_on_error(self, model, adapter_name) as before:
             quantised.keep_unpacked(model)
-            super().inject_adapter(model, adapter_name, *args, **kwargs)
+            with warnings.catch_warnings():  # PEFT looks among modules alone; an error follows
+                warnings.filterwarnings("ignore", "The following rank_pattern keys")
+                super().inject_adapter(model, adapter_name, *args, **kwargs)
             _check_rank_pattern(config, model, adapter_name)
         if config.from_file:
             await_file(self, adapter_name, before)
@@ -45,6 +49,8 @@ class SecuraModel(BaseTuner):
         # With low_cpu_mem_usage PEFT puts new parameters on the meta device and loads a state into
         # them: choosing columns and rows would be for nothing.
         empty = nn.Linear(1, 1).weight.is_meta
+        if isinstance(target, experts.SecuraStack):
+            return  # a parameter, of which target_modules says nothing
         base_weight.check_parent(parent, target_name)
         if isinstance(target, SecuraLinear):
             target.update_layer(adapter_name, config, current_key, empty)
@@ -59,6 +65,22 @@ class SecuraModel(BaseTuner):
         else:
             self._replace_module(parent, target_name, layer, target)
 
+    def _inject_parameters(self, peft_config, model, adapter_name, low_cpu_mem_usage) -> list[str]:
+        with init_empty_weights() if low_cpu_mem_usage else nullcontext():
+            return experts.inject(
+                model,
+                peft_config,
+                adapter_name,
+                active=adapter_name in self.active_adapters,
+                empty=low_cpu_mem_usage,
+            )
+
+    def _replace_module(self, parent: nn.Module, name: str, new: nn.Module, old: nn.Module) -> None:
+        if isinstance(old, experts.SecuraExperts):
+            setattr(parent, name, new)  # PEFT would look for a weight
+        else:
+            super()._replace_module(parent, name, new, old)
+
     def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
         """PEFT's ``autocast_adapter_dtype``: trained tensors are float32, or wider; with False they
         are in the dtype of the base's weight, where that is floating point."""
@@ -66,7 +88,7 @@ class SecuraModel(BaseTuner):
         if autocast_adapter_dtype:
             return
         for _, layer, adapter in file_format.adapters_of(self.model, adapter_name):
-            dtype = layer.get_base_layer().weight.dtype
+            dtype = layer.weight.dtype
             for parameter in adapter.parameters():
                 if dtype.is_floating_point:
                     parameter.data = parameter.data.to(dtype)

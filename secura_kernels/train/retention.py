@@ -10,6 +10,7 @@ from functools import reduce
 from math import inf, nan
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..checks import fail
@@ -249,12 +250,17 @@ def _changed_layers(model: nn.Module) -> Iterator[tuple[str, nn.Module, list[str
 
 
 def _singular_values(factors: list[tuple[Tensor, Tensor, Tensor]]) -> Tensor:
-    """Those of the sum of C (N, r) core (r, r) R (r, K), in float64, largest first. A sum of
-    changes is one: its C's side by side, its R's below each other, its cores on a diagonal."""
+    """Those of the sum of C (N, r) core (r, r) R (r, K), in float64, largest first; of a stack of
+    such sums, those of all of its matrices. A sum of changes is one: its C's side by side, its R's
+    below each other, its cores on a diagonal."""
     Cs, cores, Rs = zip(*([part.double() for part in parts] for parts in factors), strict=True)
-    S_c = torch.linalg.qr(torch.cat(Cs, dim=1), mode="r")[1]
-    S_r = torch.linalg.qr(torch.cat(Rs).T, mode="r")[1]
-    return _svdvals(S_c @ torch.block_diag(*cores) @ S_r.T)
+    S_c = torch.linalg.qr(torch.cat(Cs, dim=-1), mode="r")[1]
+    S_r = torch.linalg.qr(torch.cat(Rs, dim=-2).mT, mode="r")[1]
+    on_diagonal = cores[0]
+    for core in cores[1:]:
+        beside, below = on_diagonal.shape[-1], core.shape[-1]
+        on_diagonal = F.pad(on_diagonal, (0, below, 0, below)) + F.pad(core, (beside, 0, beside, 0))
+    return _svdvals(S_c @ on_diagonal @ S_r.mT).flatten().sort(descending=True).values
 
 
 def _svdvals(matrix: Tensor) -> Tensor:

@@ -13,13 +13,13 @@ from .gate import apply_gate, inverse_gate, relative_magnitude
 
 
 def cabr_core(A: Tensor, B: Tensor) -> Tensor:
-    """core = A^T B^T (r, r) from A (m, r) and B (r, m) [SECURA, CABR decomposition]."""
-    return A.T @ B.T
+    """core = A^T B^T (..., r, r) from A (..., m, r) and B (..., r, m) [SECURA, CABR]."""
+    return A.mT @ B.mT
 
 
 def cabr_core_backward(dcore: Tensor, A: Tensor, B: Tensor) -> tuple[Tensor, Tensor]:
     """Gradients (dA, dB) of ``cabr_core``: core^T = B A, so dA = B^T dcore^T, dB = dcore^T A^T."""
-    return B.T @ dcore.T, dcore.T @ A.T
+    return B.mT @ dcore.mT, dcore.mT @ A.mT
 
 
 def delta_weight(core: Tensor, C: Tensor, R: Tensor, alpha: float) -> Tensor:

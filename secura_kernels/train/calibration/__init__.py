@@ -8,6 +8,7 @@ and takes passes over some batches of the task. Nothing of K x K or N x N is for
 """
 
 import math
+import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
@@ -20,11 +21,11 @@ from ...checks import check_choice, check_int, check_number, fail
 from ...nn.adapter import Adapter
 from ..own_text import own_text
 from ..retention import without_adapters
-from . import natural, quiet, whitened
+from . import experts, natural, quiet, whitened
 from .measuring import Layers, measure, own_loss, task_loss
 
 DAMPING = {"whitened": 0.01, "natural": 0.1}
-Moments = whitened.Moments | natural.Moments
+Moments = whitened.Moments | natural.Moments | experts.Moments
 
 
 @dataclass(frozen=True)
@@ -35,8 +36,8 @@ class Calibration:
         tokens: how many tokens of general text each layer saw, by its name.
         unit: of the cores, the same in every layer: ||V||_F^2 unit^2 / 2 is about the change of the
             base model's predictions, in nats a token, for a layer's trained core V.
-        left_out: layers that saw too few tokens, or that the task does not reach; their bases are
-            orthonormal.
+        left_out: layers that saw too few tokens, or that the task does not reach, and experts that
+            did, as ``"name[3]"``; their bases are orthonormal.
         moments: what ``keep`` of a later call joins to what it measures: sums, no text.
     """
 
@@ -102,7 +103,7 @@ def calibrate(
         too_few: where a layer saw fewer tokens than its rank (an expert that general text never
             reaches), or the task never reaches it: ``"error"``, or ``"orthonormal"`` for that
             basis's coordinates there, with the same size of a change; ``left_out`` of what is
-            returned names such layers.
+            returned names such layers. One of stacked experts always takes it, with a warning.
         restart: calibrate although training has begun; the cores are zero again, and nothing is
             left of what was learned.
         adapter_name: of a PEFT model; None: the active one.
@@ -139,6 +140,8 @@ def calibrate(
         )
     else:
         task = _listed(task)
+    if selection == "quiet" and any(adapter.stack for _, adapter in layers.values()):
+        raise fail("selection", selection, "None with stacked experts (target_parameters)")
     if selection == "quiet" and keep is not None:
         raise fail(
             "keep",
@@ -187,9 +190,11 @@ def calibrate(
         tests: dict[tuple[int, int], Tensor] = {}
         if general is not None:
             moments = {
-                name: whitened.Moments(*layer, chosen.get(name))
-                if basis == "whitened"
-                else natural.Moments(layer[1], rank, seed, tests)
+                name: natural.Moments(layer[1], rank, seed, tests)
+                if basis == "natural"
+                else experts.Moments(*layer)
+                if layer[1].stack
+                else whitened.Moments(*layer, chosen.get(name))
                 for name, layer in layers.items()
             }
             over_general(moments)
@@ -213,6 +218,7 @@ def calibrate(
                 else natural.sides_without_metric(*layers[name])
             )
             whole[name] = (*orthonormal, math.nan)
+        few += _complete_experts(whole, moments)
         learned = any(_has_learned(adapter) for _, adapter in layers.values())
     for name, (module, adapter) in layers.items():
         if basis == "natural":
@@ -384,6 +390,24 @@ def _too_few(
     if len(found) == len(layers):
         raise ValueError("no layer saw enough general text: bring more")
     return found
+
+
+def _complete_experts(whole: dict[str, tuple], moments: dict[str, Any]) -> list[str]:
+    """Gives experts that general text says too little of orthonormal folds, with a warning."""
+    left_out = []
+    for name, sums in moments.items():
+        if not isinstance(sums, experts.Moments) or not sums.reached():
+            continue
+        whole[name] = sums.completed(*whole[name])
+        unknown = (~sums.known()).nonzero().flatten().tolist()
+        left_out += [f"{name}[{e}]" for e in unknown]
+    if left_out:
+        warnings.warn(
+            f"{len(left_out)} experts saw fewer tokens of general text than their rank and have "
+            f"orthonormal bases, as {left_out[0]}: bring more text where they matter",
+            stacklevel=3,
+        )
+    return left_out
 
 
 def _unreached(found: dict[str, Any], too_few: str) -> list[str]:

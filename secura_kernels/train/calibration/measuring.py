@@ -6,6 +6,7 @@ Nothing is trained, and nothing is left behind.
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from typing import Protocol
 
 import torch
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from ...checks import fail
+from ...functional.experts import Routing
 from ...nn.adapter import Adapter
 from ..retention import evaluating
 
@@ -78,13 +80,24 @@ def measure(
     def probe(layer_name: str):
         (module, adapter), collector = layers[layer_name], collectors[layer_name]
 
-        def add(kept: Tensor, whole: Tensor | None, g: Tensor) -> None:
+        def add(kept: Tensor, whole: Tensor | None, g: Tensor, routing=None) -> None:
             kept, g = kept.reshape(-1, kept.shape[-1]), g.reshape(-1, g.shape[-1])
+            if routing is not None:
+                add_rows(kept, g, routing)
+                return
             if mask[0] is not None and mask[0].numel() == len(g):
                 kept, g = kept[mask[0].reshape(-1)], g[mask[0].reshape(-1)]
             reached.add_(len(g))
             with torch.autocast(device.type, enabled=False):
                 collector.add(kept, whole, g)
+
+        def add_rows(kept: Tensor, g: Tensor, routing: Routing) -> None:
+            if mask[0] is not None and mask[0].numel() * routing.k == len(g):
+                counts = mask[0].reshape(-1)[routing.tokens]
+                kept, g, routing = kept[counts], g[counts], routing.only(counts)
+            reached.add_(len(g))
+            with torch.autocast(device.type, enabled=False):
+                collector.add(kept, g, routing)
 
         def hook(_, args, kwargs, y):
             x = args[0] if args else next(iter(kwargs.values()))
@@ -93,9 +106,10 @@ def measure(
                     f"layer {layer_name!r} is sharded by tensor parallelism, which "
                     "calibrate() does not know: calibrate one whole model"
                 )
+            routing = args[1:] if adapter.stack else ()  # of the rows, where experts have some each
             with torch.autocast(device.type, enabled=False):
-                kept = collector.keep(x.detach())
-            return _Probe.apply(y, *kept, anchor, add)
+                kept = collector.keep(x.detach(), *routing)
+            return _Probe.apply(y, *kept, anchor, partial(add, routing=next(iter(routing), None)))
 
         return module.register_forward_hook(hook, with_kwargs=True)
 
