@@ -15,7 +15,7 @@ from ..nn.cores import CURLoRAAdapter, SECURAAdapter
 from ..nn.stages import Stages
 from ..nn.state import fingerprint
 from ..ops import resolve
-from ..selection import select
+from ..selection import select, select_none
 from . import base_weight, batched, places, sharding
 from .config import SecuraConfig
 from .merge import Mergeable
@@ -73,7 +73,7 @@ class SecuraLinear(nn.Module, Mergeable, Stages, BaseTunerLayer):
             adapter = _build(weight, r, config, key, empty)
         except (ValueError, TypeError) as error:
             raise type(error)(f"layer {key!r}: {error}") from error
-        if self._keeps_C_and_R():
+        if self._keeps_C_and_R() and not adapter.awaits_C_and_R():
             adapter.untie(weight)
         self._fingerprint = fingerprint(weight)
         adapter.reserve(config.optional_tensors, weight)
@@ -156,7 +156,8 @@ class SecuraLinear(nn.Module, Mergeable, Stages, BaseTunerLayer):
             self._settle(adapter)
         if self.is_spread():
             sharding.prepare(self, adapter)
-        if adapter.C is None and (self._keeps_C_and_R() or self.is_spread()):
+        stored = self._keeps_C_and_R() or self.is_spread() or adapter.basis == "svd"
+        if adapter.C is None and stored:
             adapter.untie(self.base_matrix())
         return adapter
 
@@ -169,7 +170,7 @@ class SecuraLinear(nn.Module, Mergeable, Stages, BaseTunerLayer):
         if adapter.C is not None and not kept and adapter.has_C_and_R_of(weight):
             adapter.C = adapter.R = None
         adapter.derive(weight)
-        if kept:
+        if kept or adapter.basis == "svd":
             adapter.untie(weight)
 
     def _keeps_C_and_R(self) -> bool:
@@ -223,7 +224,8 @@ class SecuraLinear(nn.Module, Mergeable, Stages, BaseTunerLayer):
         if any(p.is_meta for p in adapter.parameters()):
             return  # a state is yet to be loaded
         adapter.to(self.base_matrix().device if device is None else device)
-        self._settle(adapter)
+        if not adapter.awaits_C_and_R():  # an SVD may still be for nothing
+            self._settle(adapter)
 
     def __repr__(self) -> str:
         return "secura." + super().__repr__()
@@ -233,16 +235,21 @@ class SecuraLinear(nn.Module, Mergeable, Stages, BaseTunerLayer):
 
 
 def _build(weight: Tensor, r: int, config: SecuraConfig, key: str, empty: bool) -> Adapter:
+    # A file of the svd basis says in the settings that it has C and R: no SVD is for nothing.
+    empty = empty or (config.basis == "svd" and "C" in config.optional_tensors)
     if empty:  # any indices will do
         if r > min(weight.shape):
             raise fail("r", r, f"at most {min(weight.shape)} for a weight {tuple(weight.shape)}")
         cols = rows = torch.arange(r)
         settings = config.adapter_settings()
-        if config.basis == "orthonormal":  # of whatever columns and rows the state brings
+        if config.basis in ("orthonormal", "svd"):  # of whatever the state brings
             settings["basis"] = "raw"
         adapter = KINDS[config.variant](weight, cols, rows, **settings)
         adapter.basis = config.basis
         return adapter
+    if config.basis == "svd":
+        cols, rows = select_none(weight, r)
+        return KINDS[config.variant](weight, cols, rows, **config.adapter_settings())
     generator = torch.Generator().manual_seed(zlib.crc32(f"{config.seed}:{key}".encode()))
     # With replacement as published, where duplicates do no harm.
     replace = (
