@@ -27,7 +27,15 @@ register_peft_method(
     name="secura", config_cls=SecuraConfig, model_cls=SecuraModel, prefix="secura_"
 )
 
+from .conversion import from_peft  # noqa: E402
 from .hotswap import hotswap_adapter  # noqa: E402
 from .lora_export import save_as_lora  # noqa: E402
 
-__all__ = ["SecuraConfig", "SecuraLinear", "SecuraModel", "hotswap_adapter", "save_as_lora"]
+__all__ = [
+    "SecuraConfig",
+    "SecuraLinear",
+    "SecuraModel",
+    "from_peft",
+    "hotswap_adapter",
+    "save_as_lora",
+]
