@@ -1,5 +1,6 @@
 """``python -m secura_kernels``: ``info``, what runs here and a self-check of it; ``tune``, the
-kernels' tiles measured on this machine's GPU."""
+kernels' tiles measured on this machine's GPU; ``finetune``, a model fine-tuned by several methods,
+compared."""
 
 import argparse
 import importlib.metadata
@@ -117,7 +118,12 @@ def positive(text: str) -> int:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(prog="python -m secura_kernels", description=__doc__)
+    program = "python -m secura_kernels"
+    if sys.argv[1:2] == ["finetune"]:  # which has a parser of its own
+        from .finetune.command import main as finetune
+
+        return finetune(sys.argv[2:], f"{program} finetune")
+    parser = argparse.ArgumentParser(prog=program, description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
     commands.add_parser("info", help="what runs here, and a self-check of it")
     tuning = commands.add_parser(
@@ -136,6 +142,7 @@ def main() -> int:
     )
     tuning.add_argument("--dtype", choices=["bfloat16", "float16", "float32"], default="bfloat16")
     tuning.add_argument("--again", action="store_true", help="measure what is known as well")
+    commands.add_parser("finetune", help="fine-tune a model by several methods, and compare them")
     options = parser.parse_args()
     return info() if options.command == "info" else tune(options)
 

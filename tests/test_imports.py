@@ -39,6 +39,7 @@ LAYERS = [
     ["train"],
     [""],
     ["tools"],
+    ["finetune"],
     ["__main__"],
 ]
 LEVEL = {name: i for i, names in enumerate(LAYERS) for name in names}
