@@ -11,6 +11,7 @@ import torch
 
 from . import __version__
 from .ops import IMPLS, why_unavailable
+from .tools.advice import advice
 from .tools.selfcheck import FORMS, SHAPES, relative_errors
 
 PACKAGES = ("torch", "triton", "safetensors", "transformers", "peft")
@@ -18,7 +19,8 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def info() -> int:
-    """Prints versions, devices and backends, then checks each backend; 1 where a check fails."""
+    """Prints versions, devices and backends, checks each backend, and ends with one line of advice;
+    1 where a check fails."""
     print(
         f"secura_kernels {__version__}, Python {platform.python_version()}, {platform.platform()}"
     )
@@ -50,6 +52,7 @@ def info() -> int:
             available += [(impl, device)] if reason is None else []
     failures = sum(check(impl, device) for impl, device in available)
     print(f"\n{failures} check(s) failed" if failures else "\nall checks passed")
+    print(f"advice: {advice(available)}")
     return 1 if failures else 0
 
 
