@@ -35,7 +35,7 @@ LAYERS = [
     ["nn", "peft"],
     ["train.retention", "train.own_text"],
     ["train.budget"],
-    ["train.callbacks", "train.calibration"],
+    ["train.callbacks", "train.calibration", "train.plot"],
     ["train"],
     [""],
     ["tools"],
