@@ -156,8 +156,9 @@ class SecuraLinear(nn.Module, Mergeable, Stages, BaseTunerLayer):
             self._settle(adapter)
         if self.is_spread():
             sharding.prepare(self, adapter)
-        stored = self._keeps_C_and_R() or self.is_spread() or adapter.basis == "svd"
-        if adapter.C is None and stored:
+        if adapter.C is None and (
+            adapter.basis == "svd" or self._keeps_C_and_R() or self.is_spread()
+        ):
             adapter.untie(self.base_matrix())
         return adapter
 
