@@ -61,6 +61,8 @@ def plot_layers(model: nn.Module, path: str | os.PathLike) -> None:
 
 def _draw(axes: "Axes", values: dict[str, float], kinds: list[str]) -> None:
     """A line a kind of layer, which looks the same in every panel."""
+    from matplotlib.ticker import MaxNLocator
+
     lines: dict[str, list[tuple[int, float]]] = {}
     for place, (name, value) in enumerate(values.items()):
         kind, block = kind_and_block(name)
@@ -78,7 +80,7 @@ def _draw(axes: "Axes", values: dict[str, float], kinds: list[str]) -> None:
             label=kind or "the layer",  # a layer alone has no name
         )
     axes.set_ylim(bottom=0)
-    axes.xaxis.get_major_locator().set_params(integer=True)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.grid(axis="y", color="#E6E6E6", linewidth=0.8)
     axes.spines[["top", "right"]].set_visible(False)
 
