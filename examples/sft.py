@@ -10,13 +10,14 @@ import argparse
 from pathlib import Path
 
 import torch
-from corpus import read_text
 from datasets import Dataset
-from gutenberg import shakespeare
-from smollm2 import smollm2_folder
 from trainer import config
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from trl import SFTConfig, SFTTrainer
+
+from secura_kernels.finetune.corpus import read_text
+from secura_kernels.finetune.gutenberg import shakespeare
+from secura_kernels.finetune.smollm2 import smollm2_folder
 
 LINES = 6  # of a prompt, and of a completion
 

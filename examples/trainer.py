@@ -12,11 +12,11 @@ import argparse
 from pathlib import Path
 
 import torch
-from corpus import Corpus, build_corpus, read_text
 from peft import PeftModel, get_peft_model
-from smollm2 import smollm2_folder
 from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer, TrainingArguments
 
+from secura_kernels.finetune.corpus import Corpus, build_corpus, read_text
+from secura_kernels.finetune.smollm2 import smollm2_folder
 from secura_kernels.peft import SecuraConfig
 from secura_kernels.train.callbacks import RetentionCallback
 

@@ -1,5 +1,6 @@
 """``python -m secura_kernels``: ``info``, what runs here and a self-check of it; ``tune``, the
-kernels' tiles measured on this machine's GPU."""
+kernels' tiles measured on this machine's GPU; ``finetune``, a model fine-tuned by several methods,
+compared."""
 
 import argparse
 import importlib.metadata
@@ -10,6 +11,7 @@ import torch
 
 from . import __version__
 from .ops import IMPLS, why_unavailable
+from .tools.advice import advice
 from .tools.selfcheck import FORMS, SHAPES, relative_errors
 
 PACKAGES = ("torch", "triton", "safetensors", "transformers", "peft")
@@ -17,7 +19,8 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def info() -> int:
-    """Prints versions, devices and backends, then checks each backend; 1 where a check fails."""
+    """Prints versions, devices and backends, checks each backend, and ends with one line of advice;
+    1 where a check fails."""
     print(
         f"secura_kernels {__version__}, Python {platform.python_version()}, {platform.platform()}"
     )
@@ -49,6 +52,7 @@ def info() -> int:
             available += [(impl, device)] if reason is None else []
     failures = sum(check(impl, device) for impl, device in available)
     print(f"\n{failures} check(s) failed" if failures else "\nall checks passed")
+    print(f"advice: {advice(available)}")
     return 1 if failures else 0
 
 
@@ -119,7 +123,12 @@ def positive(text: str) -> int:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(prog="python -m secura_kernels", description=__doc__)
+    program = "python -m secura_kernels"
+    if sys.argv[1:2] == ["finetune"]:  # which has a parser of its own
+        from .finetune.command import main as finetune
+
+        return finetune(sys.argv[2:], f"{program} finetune")
+    parser = argparse.ArgumentParser(prog=program, description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
     commands.add_parser("info", help="what runs here, and a self-check of it")
     tuning = commands.add_parser(
@@ -138,6 +147,7 @@ def main() -> int:
     )
     tuning.add_argument("--dtype", choices=["bfloat16", "float16", "float32"], default="bfloat16")
     tuning.add_argument("--again", action="store_true", help="measure what is known as well")
+    commands.add_parser("finetune", help="fine-tune a model by several methods, and compare them")
     options = parser.parse_args()
     return info() if options.command == "info" else tune(options)
 

@@ -7,15 +7,23 @@
   ``calibrate``.
 - ``"natural"``: C and R of their own, in the same metric: the directions in which a task is learned
   most for each nat of general change. It needs ``calibrate`` with batches of the task.
+- ``"svd"``: C and R from W's leading singular directions, as LoRA-XS has them (arXiv 2405.17604).
 
 The first three are C A and B R with r x r factors A, B ("folds"), which are multiplied into the
-core: C and R stay exact slices of W. Those of the last are stored.
+core: C and R stay exact slices of W. Those of the last two are stored.
+
+One learning rate serves all but ``"raw"``: C and R are scaled so that ||C||_F ||R||_F = r, as of
+orthonormal ones. A core of random direction and given norm then changes W by as much.
 """
 
 import torch
 from torch import Tensor
 
-BASES = ("raw", "orthonormal", "whitened", "natural")
+BASES = ("raw", "orthonormal", "whitened", "natural", "svd")
+# min(N, K) up to which the SVD is exact. One CPU thread takes 0.1 s for 1536 x 576 and 21 s for
+# 4096 x 4096; the randomised one takes 1.9 s there, and finds 99.1 % of the energy of a matrix of
+# random numbers, the worst case.
+EXACT_SVD = 2048
 
 
 def orthonormal_basis(C: Tensor, R: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -73,3 +81,41 @@ def inverse_root(moment: Tensor, damping: float) -> Tensor:
     diagonal = moment.diagonal(dim1=-2, dim2=-1)
     values = values.clamp_min(0) + damping * diagonal.mean(-1, keepdim=True)
     return (vectors * values.rsqrt()[..., None, :]) @ vectors.mT
+
+
+def svd_sides(weight: Tensor, r: int) -> tuple[Tensor, Tensor]:
+    """C = U_r Sigma_r / s and R = V_r^T of W's truncated SVD, as LoRA-XS (arXiv 2405.17604) but
+    for s, the root mean square of the r singular values, by which ||C||_F = ||R||_F = sqrt(r).
+
+    Two calls on one machine give the same bits: the randomised SVD has a seed of its own, and the
+    largest element of each row of R is positive.
+
+    Args:
+        weight: W (N, K), floating point, not zero. r: 1 to min(N, K).
+
+    Returns:
+        C (N, r) and R (r, K), float64 where the SVD is exact, else float32 or W's wider dtype.
+    """
+    tall = weight.shape[0] >= weight.shape[1]
+    short = _leading_directions(weight if tall else weight.T, r)  # (min(N, K), r)
+    long = weight.to(short.dtype) @ short if tall else weight.T.to(short.dtype) @ short  # U Sigma
+    sizes = torch.linalg.vector_norm(long, dim=0)  # the singular values
+    mean = sizes.square().mean().sqrt()
+    if tall:
+        C, R = long / mean, short.T
+    else:
+        C, R = short * (sizes / mean), (long / sizes.clamp_min(torch.finfo(long.dtype).tiny)).T
+    largest = R.gather(1, R.abs().argmax(1, keepdim=True))
+    sign = torch.where(largest < 0, -1.0, 1.0).to(R.dtype)  # (r, 1)
+    return C * sign.T, R * sign
+
+
+def _leading_directions(tall: Tensor, r: int) -> Tensor:
+    """The r leading right singular vectors (K, r) of W (N, K), N >= K."""
+    if tall.shape[1] <= EXACT_SVD:
+        wide = tall.double()
+        return torch.linalg.eigh(wide.T @ wide).eigenvectors[:, -r:].flip(1)
+    wide = tall.to(torch.promote_types(tall.dtype, torch.float32))
+    with torch.random.fork_rng([tall.device] if tall.is_cuda else []):  # it draws from the global
+        torch.manual_seed(0)
+        return torch.svd_lowrank(wide, q=min(2 * r, tall.shape[1]), niter=10)[2][:, :r]

@@ -39,7 +39,7 @@ def select(
         ValueError: an argument outside these; TypeError: a weight that is not floating point.
     """
     check_weight(weight)
-    check_int("r", r, 1, min(weight.shape), f", min(N, K) of a weight {tuple(weight.shape)}")
+    _check_r(r, weight)
     check_choice("selection", rule, RULES)
     if replace and rule != "inverted":
         raise fail("replace", replace, f"False with selection={rule!r}, which draws nothing")
@@ -49,6 +49,27 @@ def select(
     else:
         cols, rows = (n.argsort(stable=True, descending=rule == "highest")[:r] for n in norms)
     return cols, rows
+
+
+def select_none(
+    weight: Tensor, r: int, rule: str | None = None, replace: bool | None = None
+) -> tuple[Tensor, Tensor]:
+    """Indices 0 to r-1 in the place of ``select``'s, for a basis that takes no columns and rows.
+
+    Raises:
+        ValueError: a rule or ``replace``; r outside 1 to min(N, K).
+    """
+    for name, value in (("selection", rule), ("replace", replace)):
+        if value:
+            raise fail(name, value, "None with basis='svd', which takes no columns and rows of W")
+    check_weight(weight)
+    _check_r(r, weight)
+    indices = torch.arange(r, device=weight.device)
+    return indices, indices
+
+
+def _check_r(r: int, weight: Tensor) -> None:
+    check_int("r", r, 1, min(weight.shape), f", min(N, K) of a weight {tuple(weight.shape)}")
 
 
 def _sample_inverted(norms: Tensor, r: int, replace: bool, generator) -> Tensor:

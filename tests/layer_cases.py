@@ -13,6 +13,7 @@ from torch import Tensor
 from secura_kernels import SMagNorm, cur_linear
 from secura_kernels.backends import reference
 from secura_kernels.backends.operands import CurOperands
+from secura_kernels.bases import svd_sides
 
 NORMS = {"no gate": None} | {
     f"{preset}, {domain}, ref {ref}, {'detached' if detach else 'full'}": SMagNorm.preset(
@@ -29,7 +30,8 @@ DETACHED = {name: norm for name, norm in NORMS.items() if norm is None or norm.d
 
 @dataclass
 class Case:
-    """Random arguments of one layer; W (N, K), x (M, K), duplicates among cols and rows."""
+    """Random arguments of one layer; W (N, K), x (M, K), duplicates among cols and rows. ``sides``:
+    a stored C (N, r) and R (r, K) that are no slices of W."""
 
     x: Tensor
     W: Tensor
@@ -41,9 +43,12 @@ class Case:
     decay: Tensor | None
     alpha: float = 0.7
     tied: bool = True
+    sides: tuple[Tensor, Tensor] | None = None
 
     @property
     def C_and_R(self) -> tuple[Tensor, Tensor]:
+        if self.sides is not None:
+            return self.sides
         return self.W[:, self.cols], self.W[self.rows, :]
 
     @property
@@ -252,6 +257,12 @@ def small_change(*shape: int, dtype: torch.dtype, tied: bool, biases: bool, devi
     with torch.no_grad():
         c.core.mul_(0.3 / shape[-1])
     return c
+
+
+def between_singular_directions(c: Case) -> Case:
+    """The case with the svd basis's C and R, as a layer stores them."""
+    sides = svd_sides(c.W, c.core.shape[0])
+    return replace(c, tied=False, sides=tuple(side.to(c.W.dtype) for side in sides))
 
 
 def check_derivatives(c, norm: SMagNorm | None) -> None:

@@ -167,11 +167,19 @@ def adapter_folder(model) -> str:
     return "adapter"
 
 
+def psoft_folder(model) -> str:
+    from peft import PsoftConfig, get_peft_model
+
+    get_peft_model(copy.deepcopy(model), PsoftConfig(r=4)).save_pretrained("psoft")
+    return "psoft"
+
+
 MAKERS: dict[str, Callable] = {
     "model": lambda page: llama(),
     "fresh_model": lambda page: llama(),
     "adapted": lambda page: adapted(llama()),
     "path": lambda page: adapter_folder(llama()),
+    "psoft_path": lambda page: psoft_folder(page["fresh_model"]),
     "linear": lambda page: torch.nn.Linear(64, 80),
     "tokenizer": lambda page: Tokenizer(),
     "trainer": lambda page: trainer(page["model"]),

@@ -25,12 +25,6 @@ EXAMPLES = ROOT / "examples"
 METHODS = ("natural", "curlora", "secura", "lora", "dora", "full")
 
 
-@pytest.fixture
-def examples(monkeypatch):
-    """Makes the example's own modules importable, as they are for the script beside them."""
-    monkeypatch.syspath_prepend(str(EXAMPLES))
-
-
 @pytest.fixture(scope="module")
 def tiny(tmp_path_factory) -> Path:
     """A folder with a random two-layer Llama in model/, and text.txt, both made here."""
@@ -60,7 +54,7 @@ def tiny(tmp_path_factory) -> Path:
 
 
 def arguments_of(tiny: Path, *more: str) -> list[str]:
-    """sys.argv of a small run; later arguments win."""
+    """Of a small run; later ones win."""
     small = {
         "steps": 3,
         "batch-size": 2,
@@ -75,16 +69,19 @@ def arguments_of(tiny: Path, *more: str) -> list[str]:
         "general-text": tiny / "text.txt",
     }
     given = [part for name, value in small.items() for part in (f"--{name}", str(value))]
-    return ["finetune.py", *given, *more]
+    return [*given, *more]
 
 
-def start(tiny: Path, *more: str) -> subprocess.Popen:
+COMMAND = ("-m", "secura_kernels", "finetune")
+SCRIPT = (str(EXAMPLES / "finetune.py"),)
+
+
+def start(program: tuple[str, ...], tiny: Path, *more: str) -> subprocess.Popen:
     """Starts the command as a user would, offline, in a session of its own."""
     path = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
     env = os.environ | {"HF_HUB_OFFLINE": "1", "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
-    script, *arguments = arguments_of(tiny, *more)
     return subprocess.Popen(
-        [sys.executable, str(EXAMPLES / script), *arguments],
+        [sys.executable, *program, *arguments_of(tiny, *more)],
         env=env,
         text=True,
         stdout=subprocess.PIPE,
@@ -96,7 +93,7 @@ def start(tiny: Path, *more: str) -> subprocess.Popen:
 def compared_run(tiny) -> tuple[Path, str, str]:
     """The output folder of one `--compare` run, what it printed, and what it said beside."""
     out = tiny / "out"
-    running = start(tiny, "--compare", "--out", str(out))
+    running = start(COMMAND, tiny, "--compare", "--out", str(out))
     printed, beside = running.communicate(timeout=300)
     assert running.returncode == 0, beside
     return out, printed, beside
@@ -138,10 +135,11 @@ def test_no_library_speaks_between_the_progress_bars(compared_run):
     assert not re.search("(?i)warn|deprecat|failed to load", "".join(compared_run[1:]))
 
 
-def test_agreement_is_with_the_untrained_model(examples, compared):
-    from measure import evaluate
+def test_agreement_is_with_the_untrained_model(compared):
     from safetensors.torch import load_file
-    from settings import BASE, LIKELIEST
+
+    from secura_kernels.finetune.measure import evaluate
+    from secura_kernels.finetune.settings import BASE, LIKELIEST
 
     out, _ = compared
     model = transformers.AutoModelForCausalLM.from_pretrained(out.parent / "model")
@@ -170,22 +168,21 @@ def test_compare_draws_a_picture(compared):
     assert (out / "comparison.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_finished_methods_are_not_run_again(examples, tiny, compared, monkeypatch, capsys):
-    import finetune as command
+def test_finished_methods_are_not_run_again(tiny, compared, monkeypatch, capsys):
+    from secura_kernels.finetune import command
 
     out, _ = compared
     dates = {m: (out / m / "result.json").stat().st_mtime_ns for m in METHODS}
-    monkeypatch.setattr(sys, "argv", arguments_of(tiny, "--compare", "--out", str(out)))
-    assert command.main() == 0
+    assert command.main(arguments_of(tiny, "--compare", "--out", str(out))) == 0
     # All of them and the untrained model.
     assert capsys.readouterr().out.count("finished before") == len(METHODS) + 1
     assert dates == {m: (out / m / "result.json").stat().st_mtime_ns for m in METHODS}
 
 
-def test_another_setting_is_another_run(examples, compared):
+def test_another_setting_is_another_run(compared):
     from dataclasses import replace
 
-    from settings import Job
+    from secura_kernels.finetune.settings import Job
 
     out, _ = compared
     kept = json.loads((out / "lora" / "result.json").read_text())
@@ -198,7 +195,7 @@ def test_another_setting_is_another_run(examples, compared):
 @pytest.mark.skipif(os.name != "posix", reason="sends SIGINT")
 def test_interrupted_run_says_so_and_leaves_nothing_half_written(tiny):
     out = tiny / "interrupted"
-    running = start(tiny, "--method", "lora", "--out", str(out))
+    running = start(SCRIPT, tiny, "--method", "lora", "--out", str(out))
     running.stdout.readline()  # the headline: the text is prepared, processes follow
     running.send_signal(signal.SIGINT)
     said, trouble = running.communicate(timeout=30)
@@ -219,15 +216,43 @@ def test_interrupted_run_says_so_and_leaves_nothing_half_written(tiny):
     ],
     ids=lambda value: value[0],
 )
-def test_bad_arguments_are_named(examples, monkeypatch, capsys, arguments, named):
-    import cli
+def test_bad_arguments_are_named(capsys, arguments, named):
+    from secura_kernels.finetune import cli
 
-    monkeypatch.setattr(sys, "argv", ["finetune.py", *arguments])
     with pytest.raises(SystemExit) as stopped:
-        cli.parse("")
+        cli.parse("", arguments, "finetune")
     said = capsys.readouterr().err
     assert stopped.value.code == 2
     assert len(said.splitlines()) == 1 and all(part in said for part in named), said
+
+
+def test_a_missing_package_is_named_before_any_work():
+    """The packages of the extra are asked for, not imported: ``--help`` needs none."""
+    program = (
+        "import importlib.util as util, sys\n"
+        "find = util.find_spec\n"
+        "util.find_spec = lambda name, *more: None if name == 'rich' else find(name, *more)\n"
+        "sys.argv[1:] = ['finetune', *sys.argv[1:]]\n"
+        "import secura_kernels.__main__ as command\n"
+        "sys.exit(command.main())"
+    )
+
+    def run(*arguments: str) -> subprocess.CompletedProcess:
+        path = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
+        return subprocess.run(
+            [sys.executable, "-c", program, *arguments],
+            env=os.environ | {"PYTHONPATH": path},
+            capture_output=True,
+            text=True,
+        )
+
+    done = run("--method", "lora")
+    assert done.returncode == 2 and not done.stdout
+    assert done.stderr == (
+        "python -m secura_kernels finetune: error: the package rich is missing: "
+        "pip install 'secura-kernels[demo]', or in the repository pip install -e '.[demo]'\n"
+    )
+    assert "--general-text" in run("--help").stdout
 
 
 @pytest.mark.parametrize(
@@ -243,32 +268,30 @@ def test_bad_arguments_are_named(examples, monkeypatch, capsys, arguments, named
     ],
     ids=lambda value: "=".join(value[:2]) if value[0].startswith("--") else "",
 )
-def test_arguments_that_do_not_fit_are_named(examples, tiny, monkeypatch, capsys, arguments, named):
-    import finetune
+def test_arguments_that_do_not_fit_are_named(tiny, capsys, arguments, named):
+    from secura_kernels.finetune import command
 
     (tiny / "latin.txt").write_bytes(b"caf\xe9")
     (tiny / "short.txt").write_text("one two three")
     more = [argument.format(tiny=tiny) for argument in arguments]
-    monkeypatch.setattr(
-        sys, "argv", arguments_of(tiny, "--compare", "--out", str(tiny / "never"), *more)
-    )
     with pytest.raises(SystemExit) as stopped:
-        finetune.main()
+        command.main(arguments_of(tiny, "--compare", "--out", str(tiny / "never"), *more))
     said = capsys.readouterr().err
     assert stopped.value.code == 2
     assert len(said.splitlines()) == 1 and all(part in said for part in named), said
     assert not (tiny / "never").exists()
 
 
-def test_a_reload_that_differs_is_an_error(examples, tiny, compared):
+def test_a_reload_that_differs_is_an_error(tiny, compared):
     from safetensors.torch import load_file, save_file
-    from settings import Job
-    from train import load_model, prove_reload
+
+    from secura_kernels.finetune.settings import Job
+    from secura_kernels.finetune.train import load_model, prove_reload
 
     out, _ = compared
     settings = json.loads((out / "lora" / "result.json").read_text())["settings"]
     job = Job.from_json(json.dumps(settings | {"tokens": "", "out": str(out)}))
-    from methods import load
+    from secura_kernels.finetune.methods import load
 
     trained = load(load_model(job), job.method, job.folder / "adapter")
     sample = torch.arange(8)[None]
@@ -281,8 +304,8 @@ def test_a_reload_that_differs_is_an_error(examples, tiny, compared):
     save_file(good, file)
 
 
-def test_wikitext_becomes_prose(examples):
-    from wikipedia import strip_markup
+def test_wikitext_becomes_prose():
+    from secura_kernels.finetune.wikipedia import strip_markup
 
     source = """{{Infobox person|name={{nowrap|Ada}}|born={{birth date|1815}}}}
 [[File:Ada.jpg|thumb|A portrait of [[Ada Lovelace|her]] at a desk, as long as a paragraph of prose]]
@@ -305,8 +328,8 @@ Whatever follows the first closing section is a list of links, however long its 
     )
 
 
-def test_gutenberg_header_and_licence_are_stripped(examples):
-    from gutenberg import strip_gutenberg
+def test_gutenberg_header_and_licence_are_stripped():
+    from secura_kernels.finetune.gutenberg import strip_gutenberg
 
     work = "MACBETH\n\nWhen shall we three meet again?\n"
     book = (
@@ -319,9 +342,8 @@ def test_gutenberg_header_and_licence_are_stripped(examples):
     assert strip_gutenberg(work) == work
 
 
-def test_shakespeare_is_split_by_whole_plays(examples, tmp_path, monkeypatch):
-    import downloads
-    import gutenberg
+def test_shakespeare_is_split_by_whole_plays(tmp_path, monkeypatch):
+    from secura_kernels.finetune import downloads, gutenberg
 
     monkeypatch.setenv("SECURA_CACHE", str(tmp_path))
     monkeypatch.setattr(downloads, "check_sha256", lambda *_: None)
@@ -344,8 +366,8 @@ def test_shakespeare_is_split_by_whole_plays(examples, tmp_path, monkeypatch):
     }
 
 
-def test_a_file_with_another_hash_is_refused(examples, tmp_path):
-    from downloads import DownloadError, check_sha256
+def test_a_file_with_another_hash_is_refused(tmp_path):
+    from secura_kernels.finetune.downloads import DownloadError, check_sha256
 
     path = tmp_path / "archive.tar.gz"
     path.write_bytes(b"abc")
@@ -356,8 +378,8 @@ def test_a_file_with_another_hash_is_refused(examples, tmp_path):
     assert all(part in str(raised.value) for part in (str(path), right, "0" * 64))
 
 
-def test_a_folder_appears_whole_or_not_at_all(examples, tmp_path):
-    from downloads import folder_in_one_step
+def test_a_folder_appears_whole_or_not_at_all(tmp_path):
+    from secura_kernels.finetune.downloads import folder_in_one_step
 
     with pytest.raises(RuntimeError), folder_in_one_step(tmp_path / "model") as filling:
         (filling / "half").write_text("x")
@@ -368,8 +390,8 @@ def test_a_folder_appears_whole_or_not_at_all(examples, tmp_path):
     assert [path.name for path in tmp_path.rglob("*")] == ["model", "whole"]
 
 
-def test_held_out_windows_do_not_overlap_and_span_the_text(examples):
-    from corpus import Corpus
+def test_held_out_windows_do_not_overlap_and_span_the_text():
+    from secura_kernels.finetune.corpus import Corpus
 
     corpus = Corpus({"task": torch.arange(105, dtype=torch.int32)})
     windows = corpus.held_out("task", seq_len=10, tokens=40)
@@ -377,8 +399,8 @@ def test_held_out_windows_do_not_overlap_and_span_the_text(examples):
     assert corpus.held_out("task", seq_len=10, tokens=1000).shape == (10, 10)
 
 
-def test_saved_bytes_count_each_storage_once_and_no_weights(examples):
-    from measure import saved_for_backward
+def test_saved_bytes_count_each_storage_once_and_no_weights():
+    from secura_kernels.finetune.measure import saved_for_backward
 
     linear = torch.nn.Linear(4, 8).requires_grad_(False)
     x = torch.randn(2, 4, requires_grad=True)

@@ -36,10 +36,11 @@ LAYERS = [
     ["nn", "peft"],
     ["train.retention", "train.own_text"],
     ["train.budget"],
-    ["train.callbacks", "train.calibration"],
+    ["train.callbacks", "train.calibration", "train.plot"],
     ["train"],
     [""],
     ["tools"],
+    ["finetune"],
     ["__main__"],
 ]
 LEVEL = {name: i for i, names in enumerate(LAYERS) for name in names}

@@ -14,7 +14,7 @@ from secura_kernels.nn import factors
 
 GATED = dict(norm="calibrated")
 KINDS = [(CURLoRALinear, {}), (SECURALinear, {}), (SECURALinear, GATED)]
-BASES = ["raw", "orthonormal"]
+BASES = ["raw", "orthonormal", "svd"]
 WEIGHT = SMagNorm(domain="weight")
 MERGEABLE = [
     (CURLoRALinear, {}),
@@ -82,7 +82,7 @@ def test_known_defect_of_the_published_preset():
 def test_trains(kind, settings, basis, dtype):
     layer = make(kind, dtype=dtype, basis=basis, r=8, **settings)
     weight, x = layer.weight.clone(), torch.randn(64, 24).to(dtype)
-    C, R = layer.weight[:, layer.cols], layer.weight[layer.rows]
+    C, R = (side.detach() for side in layer.C_and_R(layer.weight))
     target = (layer(x) + 0.2 * x @ R.T @ torch.randn(8, 8).to(dtype) @ C.T).detach().float()
     optimizer = torch.optim.Adam([p for p in layer.parameters() if p.requires_grad], lr=0.02)
     losses = []

@@ -27,6 +27,7 @@ FORMS = {
     "secura": GATED,
     "orthonormal": GATE_FREE | dict(basis="orthonormal"),
     "weight": WEIGHT,
+    "svd": dict(variant="curlora", basis="svd"),
 }
 MERGEABLE = WEIGHT | dict(adapter_bias=True)
 

@@ -20,7 +20,7 @@ import torch
 from torch import nn
 
 ROOT = Path(__file__).parents[2]
-sys.path[:0] = [str(ROOT / "examples"), str(ROOT / "benchmarks" / "layer")]
+sys.path.insert(0, str(ROOT / "benchmarks" / "layer"))
 import machine  # noqa: E402
 
 from secura_kernels import calibrate  # noqa: E402
@@ -196,7 +196,7 @@ def model_of(quick: bool) -> tuple[nn.Module, int]:
             num_attention_heads=4,
         )
         return LlamaForCausalLM(config).to(device), 16
-    from smollm2 import smollm2_folder
+    from secura_kernels.finetune.smollm2 import smollm2_folder
 
     model = AutoModelForCausalLM.from_pretrained(smollm2_folder(), dtype=torch.float32)
     return model.to(device), R

@@ -34,7 +34,8 @@ class Adapter(OptionalTensors, Factors, MatrixForm, Past, nn.Module):
     """What CURLoRA's and SECURA's changes share.
 
     Args:
-        weight: W (N, K), read only. cols, rows: (r,) int64. Others: see ``CURLoRALinear``.
+        weight: W (N, K), read only. cols, rows: (r,) int64, of which the svd basis takes only how
+        many they are. Others: see ``CURLoRALinear``.
     """
 
     def __init__(
@@ -78,6 +79,8 @@ class Adapter(OptionalTensors, Factors, MatrixForm, Past, nn.Module):
         self.register_parameter("adapter_bias", None)
         if basis == "orthonormal":
             self._set_basis(weight)
+        elif basis == "svd":
+            self.untie(weight)
         self.importance = None
         if importance_decay is not None:
             self.importance = ImportanceState(weight, self.r, importance_decay)

@@ -157,17 +157,20 @@ def _build(base: nn.Module, found: dict[str, Tensor], impl: str) -> CURLinear:
     extra = {}
     if kind == "SECURALinear":
         extra = dict(m=found["A"].shape[0], adapter_bias=settings.get("adapter_bias"))
-    return KINDS[kind](
+    basis = str(settings.get("basis"))
+    layer = KINDS[kind](
         base,
         found["cols"],
         found["rows"],
         alpha=settings.get("alpha"),
-        basis=settings.get("basis"),
+        basis="raw" if basis == "svd" else basis,  # the file has C and R: no SVD
         norm=settings.get("norm"),
         importance_decay=None if decay is None else ImportanceDecay(**decay),
         impl=impl,
         **extra,
     )
+    layer.basis = basis
+    return layer
 
 
 def _join(name: str, key: str) -> str:

@@ -27,17 +27,17 @@ class ExpertsAdapter(Adapter):
 
     Raises:
         ValueError: ``basis="natural"``, whose moments for every expert take (N + K)(rank + 1)
-            numbers; a gate on the weight, which would form W_eff (E, N, K) in each forward pass, or
+            numbers, or ``"svd"``, with C and R for every expert; a gate on the weight, which would form W_eff (E, N, K) in each forward pass, or
             with ``ref="max"``; importance decay, whose gate is counted over one matrix.
     """
 
     def __init__(self, weight: Tensor, cols: Tensor, rows: Tensor, **settings) -> None:
-        self._check_settings(**settings)
+        self.check_settings(**settings)
         super().__init__(weight, cols, rows, **settings)
 
     @staticmethod
-    def _check_settings(basis="orthonormal", norm=None, importance_decay=None, **_) -> None:
-        if basis == "natural":
+    def check_settings(basis="orthonormal", norm=None, importance_decay=None, **_) -> None:
+        if basis in ("natural", "svd"):
             raise fail("basis", basis, "'orthonormal', 'whitened' or 'raw' for stacked experts")
         norm = SMagNorm.of(norm)
         if norm is not None and (norm.domain == "weight" or norm.ref == "max"):

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from ..bases import orthonormal_basis, orthonormal_folds
+from ..bases import orthonormal_basis, orthonormal_folds, svd_sides
 from ..ops import folded_core
 
 # Folding S^-1 into the core magnifies rounding with cond(S); past these values the orthonormal
@@ -77,15 +77,23 @@ class Factors:
         if stored:
             self.untie(weight)
 
+    def awaits_C_and_R(self) -> bool:
+        """Whether those of the svd basis are yet to be loaded or computed: none, or zeros, which
+        are places for a file's."""
+        return self.basis == "svd" and (self.C is None or not self.C.any())
+
     def untied_C_and_R(self, weight: Tensor) -> tuple[Tensor, Tensor]:
         """C and R as ``untie`` would store them: orthonormal ones for that basis."""
-        if self.C is not None:
+        if self.C is not None and not self.awaits_C_and_R():
             return self.C, self.R
         return self._C_and_R_of(weight)
 
     def _C_and_R_of(self, weight: Tensor) -> tuple[Tensor, Tensor]:
         """C (N, r) and R (r, K) that the columns and rows of W give: orthonormal ones for that
-        basis."""
+        basis; those of W's truncated SVD for that one."""
+        if self.basis == "svd":
+            C, R = svd_sides(weight.detach(), self.r)
+            return C.to(weight.dtype), R.to(weight.dtype)
         C, R = self.slices(weight, *(i.to(weight.device) for i in (self.cols, self.rows)))
         if self.basis == "orthonormal":
             C, _, Q_r, _ = orthonormal_basis(C, R)
@@ -94,15 +102,15 @@ class Factors:
 
     def untie(self, weight: Tensor) -> None:
         """Stores C and R, so that W may change."""
-        if self.C is None:
+        if self.C is None or self.awaits_C_and_R():
             self._store(*self.untied_C_and_R(weight), weight.dtype)
 
     def has_C_and_R_of(self, weight: Tensor) -> bool:
         """Whether the stored C and R are what the columns and rows of W give: to the bit in the
         coarser dtype of the two; orthonormal ones to a rounding of each element, and where W is in
         another dtype to a rounding of the whole, which quantising W exceeds. Those of a natural
-        basis are of no columns and rows."""
-        if self.basis == "natural" and self.calibrated:
+        or an svd basis are of no columns and rows."""
+        if self.basis == "svd" or (self.basis == "natural" and self.calibrated):
             return False
         for here, stored in zip(self._C_and_R_of(weight), (self.C, self.R), strict=True):
             same = here.dtype == stored.dtype

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from ..checks import check_choice, fail
 from ..ops import IMPLS, resolve
-from ..selection import select
+from ..selection import select, select_none
 from . import state
 from .adapter import Adapter
 from .cores import CURLoRAAdapter, SECURAAdapter
@@ -174,7 +174,8 @@ class CURLoRALinear(CURLinear, CURLoRAAdapter):
         basis: ``"orthonormal"``: U lives between orthonormal bases of the columns and rows, which
             conditions it well. ``"whitened"``: measured by what general text needs of them, after
             ``calibrate``. ``"natural"``: between directions of its own, see ``calibrate``.
-            ``"raw"``: C and R as they are, as published.
+            ``"svd"``: between W's leading singular directions, as LoRA-XS; cols and rows then say
+            only how many. ``"raw"``: C and R as they are, as published.
         norm: S-MagNorm's settings, a preset's name, or None for no gate, as published.
         importance_decay: see ``ImportanceDecay``; needs a norm.
         impl: the backend, see ``functional.cur_linear``.
@@ -189,7 +190,7 @@ class CURLoRALinear(CURLinear, CURLoRAAdapter):
         linear: nn.Module,
         r: int,
         *,
-        selection: str = "inverted",
+        selection: str | None = None,
         replace: bool | None = None,
         generator: torch.Generator | None = None,
         **settings,
@@ -197,15 +198,20 @@ class CURLoRALinear(CURLinear, CURLoRAAdapter):
         """Chooses r columns and rows of ``linear`` and builds the layer.
 
         Args:
-            selection: ``"inverted"`` (as published), ``"lowest"`` or ``"highest"`` norms.
+            selection: ``"inverted"`` (as published, the default), ``"lowest"`` or ``"highest"``
+                norms; None with the svd basis, which takes no columns and rows.
             replace: sample with replacement; None: True for the raw basis, as published, but False
-                for the orthonormal one, which has no use for duplicates, and for the other rules.
+                for the others, which have no use for duplicates, and for the other rules.
             generator: for ``"inverted"``: makes the choice repeatable.
             settings: alpha, basis, norm, importance_decay, impl of the class.
         """
+        weight, basis = matrix_of(linear), settings.get("basis")
+        if basis == "svd":
+            return cls(linear, *select_none(weight, r, selection, replace), **settings)
+        selection = "inverted" if selection is None else selection
         if replace is None:
-            replace = selection == "inverted" and settings.get("basis") == "raw"
-        cols, rows = select(matrix_of(linear), r, selection, replace=replace, generator=generator)
+            replace = selection == "inverted" and basis == "raw"
+        cols, rows = select(weight, r, selection, replace=replace, generator=generator)
         return cls(linear, cols, rows, **settings)
 
 
@@ -234,7 +240,7 @@ class SECURALinear(CURLinear, SECURAAdapter):
         linear: nn.Module,
         r: int,
         *,
-        selection: str = "lowest",
+        selection: str | None = None,
         replace: bool = False,
         generator: torch.Generator | None = None,
         **settings,
@@ -242,12 +248,17 @@ class SECURALinear(CURLinear, SECURAAdapter):
         """Chooses r columns and rows of ``linear`` and builds the layer.
 
         Args:
-            selection: ``"lowest"`` norms (as published), ``"highest"`` or ``"inverted"``.
+            selection: ``"lowest"`` norms (as published, the default), ``"highest"`` or
+                ``"inverted"``; None with the svd basis, which takes no columns and rows.
             replace, generator: for ``"inverted"``, see ``selection.select``.
             settings: m, alpha, basis, norm, a_init, adapter_bias, importance_decay, impl of the
                 class.
         """
-        cols, rows = select(matrix_of(linear), r, selection, replace=replace, generator=generator)
+        weight = matrix_of(linear)
+        if settings.get("basis") == "svd":
+            return cls(linear, *select_none(weight, r, selection, replace), **settings)
+        selection = "lowest" if selection is None else selection
+        cols, rows = select(weight, r, selection, replace=replace, generator=generator)
         return cls(linear, cols, rows, **settings)
 
     def extra_repr(self) -> str:

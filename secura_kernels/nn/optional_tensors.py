@@ -60,7 +60,8 @@ class OptionalTensors:
 
     @torch.no_grad()
     def reserve(self, names: list[str], weight: Tensor) -> None:
-        """Gives optional tensors values that change nothing, to be replaced by those of a file.
+        """Gives optional tensors values that change nothing, to be replaced by those of a file:
+        C and R of W, or zeros where they would cost an SVD.
 
         Args:
             names: of ``optional_shapes``, as ``optional_name`` writes them; others are left out.
@@ -68,14 +69,18 @@ class OptionalTensors:
         sizes = dict(name.split("*") for name in names if "*" in name)
         names = {name.split("*")[0] for name in names}
         for name, shape in self.optional_shapes().items():
-            if name in ("C", "R") and name in names:
+            if name in ("C", "R") and name in names and not self.awaits_C_and_R():
                 self.untie(weight)
             elif name in names:
                 shape = [int(sizes.get(name, 1)) * self.r if n is None else n for n in shape]
                 setattr(
                     self,
                     name,
-                    torch.zeros(shape, dtype=self.core_parameter().dtype, device=self.cols.device),
+                    torch.zeros(
+                        shape,
+                        dtype=weight.dtype if name in ("C", "R") else self.core_parameter().dtype,
+                        device=self.cols.device,
+                    ),
                 )
             self.stale = self.stale or name in names
 

@@ -82,6 +82,8 @@ def check_tensors(
             raise fail(f"{name}.shape", tuple(found[name].shape), f"{shape} for this layer")
         elif found[name].is_floating_point() != _floating(name, own):
             raise fail(f"{name}.dtype", found[name].dtype, "the kind of number the layer holds")
+    if adapter.basis == "svd" and "cols" in found and "C" not in found:
+        raise ValueError("the state has no C and R, which basis='svd' stores")
     for group in map(set, adapter.optional_groups()):
         if group & set(found) and not group <= set(found):
             raise ValueError(

@@ -28,6 +28,7 @@ register_peft_method(
     name="secura", config_cls=SecuraConfig, model_cls=SecuraModel, prefix="secura_"
 )
 
+from .conversion import from_peft  # noqa: E402
 from .hotswap import hotswap_adapter  # noqa: E402
 from .lora_export import save_as_lora  # noqa: E402
 
@@ -36,6 +37,7 @@ __all__ = [
     "SecuraExperts",
     "SecuraLinear",
     "SecuraModel",
+    "from_peft",
     "hotswap_adapter",
     "save_as_lora",
 ]

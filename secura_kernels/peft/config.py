@@ -47,14 +47,16 @@ class SecuraConfig(PeftConfig):
             ``["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]``: each expert gets a core and
             columns and rows of its own. Beside ``target_modules``, which may be ``[]``.
         rank_pattern: r of single layers, by a layer's name or a regular expression.
-        selection: ``"lowest"`` (SECURA's default), ``"inverted"`` (CURLoRA's) or ``"highest"``.
+        selection: ``"lowest"`` (SECURA's default), ``"inverted"`` (CURLoRA's) or ``"highest"``;
+            None with the svd basis, which takes no columns and rows.
         seed: of ``"inverted"``, together with the layer's name: two adapters of one seed, rule and
             r share their indices.
         basis: ``"orthonormal"``: the core lives between orthonormal bases of the chosen columns and
             rows; ``"whitened"``: measured by what general text needs of them, after
             ``secura_kernels.calibrate(model)``; ``"natural"``: between directions of their own, in
             which a task is learned most for what general text needs, after
-            ``calibrate(model, task=batches)``; or ``"raw"`` as published, which is far worse
+            ``calibrate(model, task=batches)``; ``"svd"``: between W's leading singular directions,
+            as LoRA-XS (arXiv 2405.17604); or ``"raw"`` as published, which is far worse
             conditioned.
         norm: None for no gate, which forgets less than one; a preset's name, or a dict of
             ``SMagNorm``'s fields.
@@ -64,7 +66,8 @@ class SecuraConfig(PeftConfig):
         importance_decay: True, a dict of ``ImportanceDecay``'s fields, or None for none.
         impl: the backend, ``"auto"``, ``"triton"``, ``"cuda"`` or ``"reference"``.
         save_projection: write C and R into the adapter's file, so that it can be loaded on a base
-            that has been quantised since; False: the indices only. A fingerprint of the base is
+            that has been quantised since; False: the indices only, but for bases that are of no
+            columns and rows (natural, svd). A fingerprint of the base is
             written in both forms, and checked when loading: to the bit without C and R, with them
             as nearly as quantising to 4 bits leaves it.
         optional_tensors: written when saving, not by hand: which tensors the file has beyond those
@@ -127,10 +130,16 @@ class SecuraConfig(PeftConfig):
             check_int("m", self.m, self.r + 1, 2**31, f", above r={self.r}")
         check_number("alpha", self.alpha, "a finite number", -float("inf"))
         check_int("seed", self.seed, 0, 2**63 - 1)
-        if self.selection is None:
+        if check_choice("basis", self.basis, BASES) == "svd":
+            if self.selection is not None:
+                raise fail(
+                    "selection",
+                    self.selection,
+                    "None with basis='svd', which takes no columns and rows of W",
+                )
+        elif self.selection is None:
             self.selection = "lowest" if secura else "inverted"
-        check_choice("selection", self.selection, RULES)
-        check_choice("basis", self.basis, BASES)
+        check_choice("selection", self.selection, (None, *RULES))
         check_choice("a_init", self.a_init, A_INITS)
         check_choice("impl", self.impl, IMPLS)
         check_choice("save_projection", self.save_projection, (True, False))

@@ -112,6 +112,7 @@ class SecuraStack(SecuraLinear):
     def build(weight: Tensor, r: int, config: SecuraConfig, key: str, empty: bool) -> Adapter:
         check_rank(r, weight)
         kind = KINDS[config.variant]
+        kind.check_settings(**config.adapter_settings())
         if empty:
             any_rows = torch.arange(r).expand(len(weight), r)
             return of_any_indices(kind, weight, any_rows, any_rows, config)

@@ -15,7 +15,7 @@ from ..nn.cores import CURLoRAAdapter, SECURAAdapter
 from ..nn.stages import Stages
 from ..nn.state import fingerprint
 from ..ops import resolve
-from ..selection import select
+from ..selection import select, select_none
 from . import base_weight, batched, places, sharding
 from .config import SecuraConfig
 from .merge import Mergeable
@@ -74,7 +74,7 @@ class SecuraLinear(nn.Module, Mergeable, Stages, BaseTunerLayer):
             adapter = self.build(weight, r, config, key, empty)
         except (ValueError, TypeError) as error:
             raise type(error)(f"layer {key!r}: {error}") from error
-        if self._keeps_C_and_R():
+        if self._keeps_C_and_R() and not adapter.awaits_C_and_R():
             adapter.untie(weight)
         self._fingerprint = fingerprint(weight)
         adapter.reserve(config.optional_tensors, weight)
@@ -86,10 +86,14 @@ class SecuraLinear(nn.Module, Mergeable, Stages, BaseTunerLayer):
     @staticmethod
     def build(weight: Tensor, r: int, config: SecuraConfig, key: str, empty: bool) -> Adapter:
         """An adapter of W (N, K). ``empty``: of any columns and rows."""
-        if empty:
+        # A file of the svd basis says in the settings that it has C and R: no SVD is for nothing.
+        if empty or (config.basis == "svd" and "C" in config.optional_tensors):
             check_rank(r, weight)
             cols = rows = torch.arange(r)
             return of_any_indices(KINDS[config.variant], weight, cols, rows, config)
+        if config.basis == "svd":
+            cols, rows = select_none(weight, r)
+            return KINDS[config.variant](weight, cols, rows, **config.adapter_settings())
         generator = generator_of(config, key)
         # With replacement as published, where duplicates do no harm.
         replace = (
@@ -172,7 +176,9 @@ class SecuraLinear(nn.Module, Mergeable, Stages, BaseTunerLayer):
             self._settle(adapter)
         if self.is_spread():
             sharding.prepare(self, adapter)
-        if adapter.C is None and (self._keeps_C_and_R() or self.is_spread()):
+        if adapter.C is None and (
+            adapter.basis == "svd" or self._keeps_C_and_R() or self.is_spread()
+        ):
             adapter.untie(self.base_matrix())
         return adapter
 
@@ -185,7 +191,7 @@ class SecuraLinear(nn.Module, Mergeable, Stages, BaseTunerLayer):
         if adapter.C is not None and not kept and adapter.has_C_and_R_of(weight):
             adapter.C = adapter.R = None
         adapter.derive(weight)
-        if kept:
+        if kept or adapter.basis == "svd":
             adapter.untie(weight)
 
     def _keeps_C_and_R(self) -> bool:
@@ -239,7 +245,8 @@ class SecuraLinear(nn.Module, Mergeable, Stages, BaseTunerLayer):
         if any(p.is_meta for p in adapter.parameters()):
             return  # a state is yet to be loaded
         adapter.to(self.base_matrix().device if device is None else device)
-        self._settle(adapter)
+        if not adapter.awaits_C_and_R():  # an SVD may still be for nothing
+            self._settle(adapter)
 
     def __repr__(self) -> str:
         return "secura." + super().__repr__()
@@ -259,7 +266,7 @@ def of_any_indices(
 ) -> Adapter:
     """An adapter that a state will be loaded into, which brings its own columns and rows."""
     settings = config.adapter_settings()
-    if config.basis == "orthonormal":  # of whatever columns and rows the state brings
+    if config.basis in ("orthonormal", "svd"):  # of whatever the state brings
         settings["basis"] = "raw"
     adapter = kind(weight, cols, rows, **settings)
     adapter.basis = config.basis

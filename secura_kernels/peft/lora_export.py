@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model_state_dict
 from safetensors.torch import save_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..checks import fail
 from .experts import SecuraStack
@@ -58,15 +58,13 @@ def save_as_lora(model: PeftModel, path: str | os.PathLike, adapter_name: str = 
         if adapter.adapter_bias is not None:
             biased = True
             tensors[f"{start}lora_B.bias"] = adapter.adapter_bias.detach().float().cpu()
-    first = next(iter(ranks.values()))
-    # PEFT takes a key for the end of a name: "^" makes it the whole name.
-    others = {"^" + re.escape(name): r for name, r in ranks.items() if r != first}
+    first, others = rank_pattern(ranks)
     lora = LoraConfig(
         r=first,
         lora_alpha=first,
         rank_pattern=others,
         alpha_pattern=dict(others),
-        target_modules=_targets(model, ranks),
+        target_modules=target_modules(model, ranks),
         lora_bias=biased,
         modules_to_save=config.modules_to_save,
         task_type=config.task_type,
@@ -82,9 +80,16 @@ def save_as_lora(model: PeftModel, path: str | os.PathLike, adapter_name: str = 
     lora.save_pretrained(str(path))
 
 
-def _targets(model: PeftModel, names: Iterable[str]) -> list[str] | str:
-    """The layers by name; as a regular expression where PEFT would take a name for the end of
-    another layer's."""
+def rank_pattern(ranks: dict[str, int]) -> tuple[int, dict[str, int]]:
+    """A configuration's r and ``rank_pattern``, of the layers' ranks by name."""
+    first = next(iter(ranks.values()))
+    # PEFT takes a key for the end of a name: "^" makes it the whole name.
+    return first, {"^" + re.escape(name): r for name, r in ranks.items() if r != first}
+
+
+def target_modules(model: nn.Module, names: Iterable[str]) -> list[str] | str:
+    """A configuration's ``target_modules``: the layers by name; as a regular expression where PEFT
+    would take a name for the end of another layer's."""
     ends = tuple("." + name for name in names)
     others = [n.removeprefix(PREFIX) for n, _ in model.named_modules()]
     if any(n.endswith(ends) and n not in names for n in others):

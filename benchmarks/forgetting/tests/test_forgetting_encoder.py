@@ -25,7 +25,7 @@ from study.embedding_retention import (  # noqa: E402
 )
 from study.encoder import EncoderClassifier  # noqa: E402
 
-downloads = sys.modules["downloads"]  # of examples/, which study makes importable
+from secura_kernels.finetune import downloads  # noqa: E402
 
 
 def rows(labels="ab", count=40) -> list[tuple[str, str]]:

@@ -101,7 +101,7 @@ def test_kl_is_a_lower_bound_that_rises_with_k_to_the_whole(passages):
 
 
 def test_perplexity_is_that_of_the_examples():
-    from measure import evaluate
+    from secura_kernels.finetune.measure import evaluate
 
     windows = torch.randint(VOCABULARY, (6, 10), generator=torch.Generator().manual_seed(0))
     base, tuned = tiny_language_model(0), tiny_language_model(1)
@@ -364,7 +364,7 @@ def test_the_bible_is_split_by_books(monkeypatch, tmp_path):
 
 
 def test_another_archive_in_the_cache_is_refused(monkeypatch, tmp_path):
-    from downloads import DownloadError
+    from secura_kernels.finetune.downloads import DownloadError
 
     made_up_wheel(monkeypatch, tmp_path, "DJANGO", {"django/a.py": "a\n"})
     (tmp_path / "made_up.whl").write_bytes(b"other")
@@ -392,7 +392,7 @@ def test_another_archive_in_the_cache_is_refused(monkeypatch, tmp_path):
     ids=["python", "wycliffe"],
 )
 def test_real_domains(name, of_train, of_validation, of_test):
-    from downloads import DownloadError
+    from secura_kernels.finetune.downloads import DownloadError
 
     try:
         texts = language.DOMAINS[name]()

@@ -7,8 +7,9 @@ import matplotlib
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
-from report import Results, trained
-from settings import BASE, METHODS
+
+from .report import Results, trained
+from .settings import BASE, METHODS
 
 INK, GREY = "#222222", "#8A8A8A"
 # Okabe and Ito's colours, distinct for colour-blind readers; the marker says the same again, and

@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from xml.etree import ElementTree
 
-from downloads import cache_folder, check_sha256, pip_download
+from .downloads import cache_folder, check_sha256, pip_download
 
 REQUIREMENT = "gensim==4.4.0"
 WHEEL_OPTIONS = ("--only-binary", ":all:", "--platform", "manylinux_2_28_x86_64")

@@ -5,11 +5,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from gutenberg import shakespeare, strip_gutenberg
 from safetensors.torch import load_file, save_file
-from settings import InputError
 from torch import Tensor
-from wikipedia import wikipedia
+
+from .gutenberg import shakespeare, strip_gutenberg
+from .settings import InputError
+from .wikipedia import wikipedia
 
 
 @dataclass(frozen=True)

@@ -4,8 +4,9 @@ from pathlib import Path
 
 import torch
 from safetensors.torch import load_file, save_file
-from settings import METHODS, Job
 from torch import Tensor, nn
+
+from .settings import METHODS, Job
 
 WEIGHTS = "adapter.safetensors"
 OWN_TOKENS = 1024  # which the model writes to show what it is to keep
@@ -29,7 +30,7 @@ def attach(model: nn.Module, job: Job, batches: list[Tensor]) -> nn.Module:
         config = LoraConfig(target_modules=list(job.targets), task_type="CAUSAL_LM", **job.options)
         return get_peft_model(model, config)
 
-    from secura_kernels import CURLoRALinear, SECURALinear
+    from .. import CURLoRALinear, SECURALinear
 
     layer = SECURALinear if job.method == "secura" else CURLoRALinear
     generator = torch.Generator().manual_seed(job.seed)
@@ -44,7 +45,7 @@ def calibrate_bases(model: nn.Module, job: Job, batches: list[Tensor]) -> None:
     """Measure what `model` is to keep, on text that it writes itself, and what it is to learn."""
     from transformers import AutoTokenizer
 
-    from secura_kernels import calibrate
+    from .. import calibrate
 
     calibrate(
         model,
@@ -63,7 +64,7 @@ def save(model: nn.Module, method: str, folder: Path) -> None:
     elif METHODS[method].package == "peft":
         model.save_pretrained(folder)
     else:
-        from secura_kernels import save_adapter
+        from .. import save_adapter
 
         save_adapter(model, folder / WEIGHTS)
 
@@ -78,7 +79,7 @@ def load(fresh: nn.Module, method: str, folder: Path) -> nn.Module:
 
         return PeftModel.from_pretrained(fresh, folder)
 
-    from secura_kernels import load_adapter
+    from .. import load_adapter
 
     load_adapter(fresh, folder / WEIGHTS)
     return fresh

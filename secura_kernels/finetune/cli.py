@@ -1,4 +1,4 @@
-"""The command line of finetune.py: its arguments, its defaults, and what it refuses."""
+"""The command line of ``finetune``: its arguments, its defaults, and what it refuses."""
 
 import argparse
 import importlib.util
@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable
 from pathlib import Path
 
-from settings import HELD_OUT, METHODS, SIZES, InputError
+from .settings import HELD_OUT, METHODS, SIZES, InputError
 
 ALL_LINEAR = ("all-linear",)
 PACKAGES = ("torch", "transformers", "safetensors", "rich", "matplotlib")
@@ -19,9 +19,13 @@ class Parser(argparse.ArgumentParser):
         self.exit(2, f"{self.prog}: error: {message}\n")
 
 
-def parse(description: str) -> tuple[argparse.Namespace, Parser]:
-    """Read sys.argv; sizes that were not given come from --quick or from the full preset."""
+def parse(
+    description: str, given: list[str] | None = None, program: str | None = None
+) -> tuple[argparse.Namespace, Parser]:
+    """Read the arguments `given`, those of sys.argv by default; sizes that were not given come from
+    --quick or from the full preset."""
     parser = Parser(
+        prog=program,
         description=description,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
@@ -104,7 +108,7 @@ def parse(description: str) -> tuple[argparse.Namespace, Parser]:
         help=f"r of LoRA and DoRA, and their lora_alpha ({ranks['lora']})",
     )
 
-    arguments = parser.parse_args()
+    arguments = parser.parse_args(given)
     if arguments.lr and not arguments.method:
         parser.error(f"argument --lr: {arguments.lr:g} needs --method: each method has its own")
     if not (arguments.method or arguments.compare):
@@ -147,7 +151,10 @@ def check_packages(arguments: argparse.Namespace, parser: Parser) -> None:
     """Name a missing package before any work is done."""
     for package in (*PACKAGES, *(METHODS[method].package for method in arguments.methods)):
         if importlib.util.find_spec(package) is None:
-            parser.error(f"the package {package} is missing: pip install -e '.[demo]'")
+            parser.error(
+                f"the package {package} is missing: pip install 'secura-kernels[demo]', or in the "
+                "repository pip install -e '.[demo]'"
+            )
 
 
 def check_layers(shapes: dict[str, tuple[int, int]], arguments: argparse.Namespace) -> None:
