@@ -442,6 +442,7 @@ def in_float8():
         (partitioned, dict(), TypeError, "matches down_proj, which is sharded over ranks"),
         (in_float8, dict(), TypeError, "down_proj, a Parameter torch.float8_e4m3fn: only"),
         (moe, dict(basis="natural"), ValueError, "basis='natural' is not allowed"),
+        (moe, dict(basis="svd"), ValueError, "basis='svd' is not allowed"),
         (moe, dict(norm="figure"), ValueError, "norm=.*is not allowed.*domain 'output'"),
         (
             moe,
