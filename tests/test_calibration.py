@@ -21,8 +21,8 @@ from secura_kernels import (
 )
 from secura_kernels.bases import inverse_root
 from secura_kernels.peft import SecuraConfig, save_as_lora
-from secura_kernels.train import calibration
 from secura_kernels.train.calibration import measuring
+from secura_kernels.train.calibration.layers import calibrated_layers
 from secura_kernels.train.own_text import own_text
 
 WHITENED = dict(r=4, basis="whitened")
@@ -68,7 +68,7 @@ def likeliest(monkeypatch):
 def folds(model):
     return {
         f"{name}.{key}": getattr(adapter, key)
-        for name, (_, adapter) in calibration._layers(model, None)
+        for name, (_, adapter) in calibrated_layers(model, None)
         for key in ("fold_c", "fold_r", "unit")
     }
 
@@ -374,7 +374,7 @@ def test_a_layer_that_general_text_never_reaches():
     batches = [torch.randn(20, 10)]
     with pytest.raises(ValueError, match=r"experts.1' saw 0 tokens.*too_few='orthonormal'"):
         calibrate(model, batches, progress=False)
-    assert not any(a.calibrated for _, (_, a) in calibration._layers(model, None))
+    assert not any(a.calibrated for _, (_, a) in calibrated_layers(model, None))
     found = calibrate(model, batches, too_few="orthonormal", progress=False)
     assert found.left_out == ("base_model.model.experts.1",)
     left = layers(model)[found.left_out[0]]

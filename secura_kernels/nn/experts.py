@@ -27,8 +27,9 @@ class ExpertsAdapter(Adapter):
 
     Raises:
         ValueError: ``basis="natural"``, whose moments for every expert take (N + K)(rank + 1)
-            numbers, or ``"svd"``, with C and R for every expert; a gate on the weight, which would form W_eff (E, N, K) in each forward pass, or
-            with ``ref="max"``; importance decay, whose gate is counted over one matrix.
+            numbers, or ``"svd"``, which stores C and R; a gate on the weight, which would form
+            W_eff (E, N, K) in each forward pass, or with ``ref="max"``; importance decay, whose
+            gate is counted over one matrix.
     """
 
     def __init__(self, weight: Tensor, cols: Tensor, rows: Tensor, **settings) -> None:

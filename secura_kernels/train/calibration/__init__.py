@@ -8,24 +8,22 @@ and takes passes over some batches of the task. Nothing of K x K or N x N is for
 """
 
 import math
-import warnings
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Iterable
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from ...checks import check_choice, check_int, check_number, fail
-from ...nn.adapter import Adapter
 from ..own_text import own_text
 from ..retention import without_adapters
 from . import experts, natural, quiet, whitened
+from .coverage import check_finite, complete_experts, unreached, without_enough
+from .layers import calibrated_layers, check_start, from_the_start, has_learned, one_basis, refresh
 from .measuring import Layers, measure, own_loss, task_loss
 
 DAMPING = {"whitened": 0.01, "natural": 0.1}
-Moments = whitened.Moments | natural.Moments | experts.Moments
 
 
 @dataclass(frozen=True)
@@ -125,9 +123,9 @@ def calibrate(
     check_choice("selection", selection, (None, "quiet"))
     check_choice("too_few", too_few, ("error", "orthonormal"))
     check_choice("restart", restart, (True, False))
-    layers = dict(_layers(model, adapter_name))
-    basis = _one_basis(model, layers)
-    _check_start(layers, restart)
+    layers = dict(calibrated_layers(model, adapter_name))
+    basis = one_basis(model, layers)
+    check_start(layers, restart)
     if basis == "whitened":
         for argument, value in (("task", task), ("loss", loss)):
             if value is not None:
@@ -170,7 +168,7 @@ def calibrate(
             labels=True,
         )
 
-    with _from_the_start(layers) if restart else nullcontext():
+    with from_the_start(layers) if restart else nullcontext():
         if general is None and keep is None:
             with without_adapters(model):  # what the base would say, and sooner
                 general = list(
@@ -198,17 +196,17 @@ def calibrate(
                 for name, layer in layers.items()
             }
             over_general(moments)
-            _check_finite(moments)
+            check_finite(moments)
         seen = {name: int(each.tokens) for name, each in moments.items()}
         if keep is not None:
             moments = _joined(keep, moments, weight, layers)
-        few = _too_few(layers, moments, seen, too_few)
+        few = without_enough(layers, moments, seen, too_few)
         known = {name: layer for name, layer in layers.items() if name not in few}
         if basis == "whitened":
             found = {name: moments[name].folds(damping) for name in known}
         else:
             found = natural.natural_sides(known, moments, damping, over_task, seed)
-            few += _unreached(found, too_few)
+            few += unreached(found, too_few)
             found = {name: sides for name, sides in found.items() if sides is not None}
         whole, unit = _in_one_unit(found)
         for name in few:
@@ -218,8 +216,8 @@ def calibrate(
                 else natural.sides_without_metric(*layers[name])
             )
             whole[name] = (*orthonormal, math.nan)
-        few += _complete_experts(whole, moments)
-        learned = any(_has_learned(adapter) for _, adapter in layers.values())
+        few += complete_experts(whole, moments)
+        learned = any(has_learned(adapter) for _, adapter in layers.values())
     for name, (module, adapter) in layers.items():
         if basis == "natural":
             adapter.move_on(*whole[name], module.base_matrix(), learned)
@@ -227,91 +225,8 @@ def calibrate(
             if chosen:
                 adapter.choose(*chosen[name], module.base_matrix())
             adapter.whiten(*whole[name])
-        _refresh(module)
+        refresh(module)
     return Calibration(seen if keep is None else seen or keep.tokens, unit, tuple(few), moments)
-
-
-@contextmanager
-def _from_the_start(layers: Layers) -> Iterator[None]:
-    """Nothing has been learned; after an error all of it comes back."""
-    before = [
-        (
-            adapter,
-            [p.detach().clone() for p in adapter.learned_parameters()],
-            dict(adapter._buffers),
-        )
-        for _, adapter in layers.values()
-    ]
-    for module, adapter in layers.values():
-        adapter.begin_anew()
-        _refresh(module)
-    try:
-        yield
-    except BaseException:
-        for adapter, values, buffers in before:
-            with torch.no_grad():
-                for parameter, value in zip(adapter.learned_parameters(), values, strict=True):
-                    parameter.copy_(value)
-            adapter._buffers |= buffers
-        raise
-
-
-def _refresh(module: nn.Module) -> None:
-    if isinstance(module, Adapter):  # a plain layer, which keeps what derives from its stages
-        module.refresh()
-
-
-def _layers(
-    model: nn.Module, adapter_name: str | None
-) -> Iterator[tuple[str, tuple[nn.Module, Adapter]]]:
-    """Each layer whose basis is to be calibrated, by name, and its adapter, which a plain layer is
-    itself."""
-    for name, module in model.named_modules():
-        if not hasattr(module, "change_factors"):
-            continue
-        found: Adapter | None = None
-        if isinstance(module, Adapter):
-            found = module
-        else:
-            names = module.active_adapters if adapter_name is None else [adapter_name]
-            held = [n for n in names if n in module.secura_adapter]
-            if len(held) > 1:
-                raise fail("adapter_name", adapter_name, f"one of {held}, all of which are active")
-            if held:
-                found = module.secura_adapter[held[0]]
-        if found is not None and found.basis in DAMPING:
-            yield name, (module, found)
-
-
-def _one_basis(model: nn.Module, layers: Layers) -> str:
-    bases = {adapter.basis for _, adapter in layers.values()}
-    if len(bases) != 1:
-        what = f"layers of {sorted(bases)}" if bases else type(model).__name__
-        raise fail("model", what, "one with layers of basis='whitened', or of basis='natural'")
-    return bases.pop()
-
-
-def _check_start(layers: Layers, restart: bool) -> None:
-    for name, (module, adapter) in layers.items():
-        if module.merged:
-            raise RuntimeError(f"layer {name!r} is merged: unmerge before calibrate()")
-        if restart or not adapter.core_parameter().any():
-            continue
-        if adapter.basis == "whitened":
-            raise RuntimeError(
-                f"layer {name!r} has been trained: calibrate before training, or after a stage "
-                "(stage_m1, stage_m2), or pass restart=True, which sets the cores to zero"
-            )
-        if adapter.norm is not None:
-            raise RuntimeError(
-                f"layer {name!r} has been trained with a gate (norm), which leaves nothing that a "
-                "later task could start from: use norm=None, or pass restart=True, which sets the "
-                "cores to zero"
-            )
-
-
-def _has_learned(adapter: Adapter) -> bool:
-    return bool(adapter.core_parameter().any()) or adapter.long_core() is not None
 
 
 def _listed(task: Iterable | None) -> list:
@@ -326,15 +241,6 @@ def _listed(task: Iterable | None) -> list:
     if not task:
         raise fail("task", task, "at least one batch")
     return task
-
-
-def _check_finite(moments: dict[str, Moments]) -> None:
-    for name, sums in moments.items():
-        if not sums.finite():
-            raise ValueError(
-                f"layer {name!r}: its inputs or gradients on general text are not "
-                "finite; the model gives NaN there, or float16 overflows"
-            )
 
 
 def _joined(
@@ -369,55 +275,3 @@ def _in_one_unit(found: dict[str, tuple]) -> tuple[dict[str, tuple], float]:
         name: (unit**0.5 * left, unit**0.5 * right, unit)
         for name, (left, right, _) in found.items()
     }, unit
-
-
-def _too_few(
-    layers: Layers, moments: dict[str, Moments], seen: dict[str, int], too_few: str
-) -> list[str]:
-    """The layers that general text says too little of."""
-    found = []
-    for name, (_, adapter) in layers.items():
-        count = seen.get(name, adapter.r)
-        if count >= adapter.r and moments[name].reached():
-            continue
-        if too_few == "error":
-            raise ValueError(
-                f"layer {name!r} saw {count} tokens of general text, fewer than its "
-                f"rank {adapter.r}, or they do not reach the predictions: bring more text, or pass "
-                "too_few='orthonormal'"
-            )
-        found.append(name)
-    if len(found) == len(layers):
-        raise ValueError("no layer saw enough general text: bring more")
-    return found
-
-
-def _complete_experts(whole: dict[str, tuple], moments: dict[str, Any]) -> list[str]:
-    """Gives experts that general text says too little of orthonormal folds, with a warning."""
-    left_out = []
-    for name, sums in moments.items():
-        if not isinstance(sums, experts.Moments) or not sums.reached():
-            continue
-        whole[name] = sums.completed(*whole[name])
-        unknown = (~sums.known()).nonzero().flatten().tolist()
-        left_out += [f"{name}[{e}]" for e in unknown]
-    if left_out:
-        warnings.warn(
-            f"{len(left_out)} experts saw fewer tokens of general text than their rank and have "
-            f"orthonormal bases, as {left_out[0]}: bring more text where they matter",
-            stacklevel=3,
-        )
-    return left_out
-
-
-def _unreached(found: dict[str, Any], too_few: str) -> list[str]:
-    """The layers that the task never reaches."""
-    names = [name for name, sides in found.items() if sides is None]
-    if names and too_few == "error":
-        raise ValueError(
-            f"the task's batches do not reach layer {names[0]!r}: bring others, or "
-            "pass too_few='orthonormal'"
-        )
-    if names and len(names) == len(found):
-        raise ValueError("the task's batches reach no layer")
-    return names
