@@ -30,6 +30,7 @@ SHAPE = (8192, 4096, 4096)  # M, N, K: sizes that are multiples of 16 are compil
 RANKS = (16, 64, 150)
 INSTRUCTIONS = ("HMMA", "HGMMA", "UTCHMMA", "UTMALDG", "LDGSTS", "LDG", "STG", "LDL", "STL", "MUFU")
 TENSOR_CORES = ("HMMA", "HGMMA", "UTCHMMA")
+WITHOUT_PRODUCT = ("gather", "bias_parts", "sum_of_parts")
 
 
 @dataclass(frozen=True)
@@ -54,7 +55,7 @@ class Compiled:
             found.append(f"{self.stack} bytes of stack: registers spill")
         if self.shared > chip.shared_memory:
             found.append(f"{self.shared} bytes of shared memory, above {chip.shared_memory}")
-        if self.dtype != "float32" and self.name != "gather":
+        if self.dtype != "float32" and self.name not in WITHOUT_PRODUCT:
             wanted = (chip.tensor_core,) if self.name.startswith("product") else TENSOR_CORES
             if not any(self.instructions.get(i) for i in wanted):
                 found.append(f"no {' or '.join(wanted)}")

@@ -72,17 +72,15 @@ _COMMON = {
     "weight_core_gradient": (Tile(64, 32, warps=4, max_rank=64), Tile(32, 32, warps=8)),
     "weight_core_gradient_full": (Tile(64, 32, warps=4, max_rank=64), Tile(32, 32, warps=8)),
     "decode": (Tile(64, k=64, warps=8, stages=2), Tile(32, k=64, warps=4, stages=2)),
-    "batched": (
-        Tile(64, 128, warps=8, max_rank=64),
-        Tile(16, 128, warps=4, max_rank=64),
-        Tile(64, 64, warps=8),
-        Tile(16, 128, warps=8),
-    ),
+    "own_core": (Tile(16, warps=4),),
+    "core_parts": (Tile(16, warps=8, max_rank=64), Tile(16, warps=4)),
+    "bias_parts": (Tile(16, 128, warps=4),),
+    "sum_of_parts": (Tile(1, 1024, warps=4),),
 }
+_COMMON["batched_epilogue"] = _COMMON["epilogue"]
 _AMPERE = _COMMON | {
     "gate_backward": _COMMON["gate_backward"][1:],
     "weight_core_gradient_full": _COMMON["weight_core_gradient_full"][1:],
-    "batched": (*_COMMON["batched"][:2], Tile(16, 128, warps=8)),
     "product": (Tile(128, 128, 32, warps=8, stages=4), Tile(64, 64, 32, warps=4, stages=4)),
     "product_gate": (
         Tile(128, 128, 32, warps=8, stages=4, parts=4),
@@ -91,6 +89,7 @@ _AMPERE = _COMMON | {
 }
 _HOPPER = _COMMON | {
     "epilogue": (Tile(64, 64, warps=4), Tile(32, 64, warps=4)),
+    "batched_epilogue": (Tile(64, 64, warps=4), Tile(32, 64, warps=4)),
     "gate_backward": (*_COMMON["gate_backward"][:2], Tile(64, 32, warps=4, stages=3)),
     "down": (*_COMMON["down"][:2], Tile(64, k=64, warps=4, stages=4), *_COMMON["down"][3:]),
     "core_gradient": (Tile(32, warps=8),),
@@ -116,6 +115,7 @@ _HOPPER = _COMMON | {
 _BLACKWELL = _HOPPER | {"down": _COMMON["down"]}
 # Blocks of which small matrices have several, and not too many: each operation is a numpy call.
 _INTERPRETER = {name: (Tile(64, 64, 64, parts=2, group=2),) for name in _HOPPER}
+_INTERPRETER["sum_of_parts"] = _COMMON["sum_of_parts"]  # of which 64 columns would be thousands
 _SMALL_BLACKWELL = _AMPERE | {"gate_backward": _COMMON["gate_backward"][2:]}
 TABLES = {
     80: _AMPERE,
@@ -139,9 +139,13 @@ _FLOAT32 = {
     "weight_core_gradient": (Tile(16, 32, warps=8),),
     "weight_core_gradient_full": (Tile(16, 32, warps=8),),
     "decode": (Tile(32, k=32, warps=8),),
-    "batched": (Tile(32, 64, warps=8), Tile(16, 64, warps=4)),
+    "own_core": (Tile(16, warps=4, max_rank=64), Tile(16, warps=8)),
+    "batched_epilogue": (Tile(32, 64, warps=8), Tile(16, 32, warps=4)),
+    "core_parts": (Tile(16, warps=8, max_rank=64), Tile(16, warps=4)),
+    "bias_parts": (Tile(16, 128, warps=4),),
+    "sum_of_parts": (Tile(1, 1024, warps=4),),
 }
-_TWO_DIMENSIONAL = ("product", "product_gate", "epilogue", "effective_weight", "batched")
+_TWO_DIMENSIONAL = ("product", "product_gate", "epilogue", "effective_weight", "batched_epilogue")
 
 
 def rows_of(name: str, chip: int, dtype: torch.dtype, rank: int) -> tuple[Tile, ...]:
