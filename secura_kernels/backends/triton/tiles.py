@@ -72,7 +72,7 @@ _COMMON = {
     "weight_core_gradient": (Tile(64, 32, warps=4, max_rank=64), Tile(32, 32, warps=8)),
     "weight_core_gradient_full": (Tile(64, 32, warps=4, max_rank=64), Tile(32, 32, warps=8)),
     "decode": (Tile(64, k=64, warps=8, stages=2), Tile(32, k=64, warps=4, stages=2)),
-    "own_core": (Tile(16, warps=4),),
+    "own_core": (Tile(32, warps=4, max_rank=16), Tile(16, warps=4)),
     "core_parts": (Tile(16, warps=8, max_rank=64), Tile(16, warps=4)),
     "bias_parts": (Tile(16, 128, warps=4),),
     "sum_of_parts": (Tile(1, 1024, warps=4),),
