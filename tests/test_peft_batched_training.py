@@ -190,7 +190,8 @@ def test_models_train(build, targets, checkpointing):
 
 def test_packed_sequences_equal_separate_ones():
     """A row of three sequences, each with its own adapter and positions, attention apart."""
-    model = several(llama(dtype=DOUBLE), GATED, GATED, CURLORA, targets=QV)
+    settings = [s | dict(task_type="CAUSAL_LM") for s in (GATED, GATED, CURLORA)]
+    model = several(llama(dtype=DOUBLE), *settings, targets=QV)
     lengths, names = [3, 2, 3], ["default", "third", "second"]
     inputs = tokens(1, 8)
     positions = torch.cat([torch.arange(n) for n in lengths])[None]

@@ -1,6 +1,6 @@
 """Which adapter each token of a batch of packed sequences has."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -56,6 +56,10 @@ class AdaptersByToken:
             torch._assert_async(inside, f"segments is not allowed: it must be {allowed}")
         elif not inside:
             raise fail("segments", [int(segments.min()), int(segments.max())], f"all {allowed}")
+
+    def __iter__(self) -> Iterator[str]:
+        """Of the names: PEFT looks through ``adapter_names`` itself."""
+        return iter(self.names)
 
     def check_tokens(self, x: Tensor) -> None:
         """Raises ValueError unless x (B, S, K), or (B S, K), has these tokens."""

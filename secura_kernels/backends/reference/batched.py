@@ -54,6 +54,8 @@ def forward(
         b, d = y0[block].to(wide), (h[block] @ Ct).to(wide)
         return b, d if bias is None else d + bias[ids[block]]
 
+    if norm is None and bias is None:
+        return torch.addmm(y0, h, Ct).contiguous(), y0.new_empty(0)
     blocks = list(row_blocks(M, N))
     largest = None
     if norm is not None and norm.ref == "max":
@@ -64,9 +66,7 @@ def forward(
         largest = largest.expand(-1, M // len(adapter)).reshape(M, 1)
     parts, codes = [], []
     for block in blocks:
-        if norm is None and bias is None:
-            out = torch.addmm(y0[block], h[block], Ct)
-        elif norm is None:
+        if norm is None:
             out = torch.add(*base_and_change(block))  # rounded once
         else:
             b, d = base_and_change(block)
