@@ -52,7 +52,7 @@ def forward(
 
     def base_and_change(block: slice) -> tuple[Tensor, Tensor]:
         b, d = y0[block].to(wide), (h[block] @ Ct).to(wide)
-        return b, d if bias is None else d + bias[ids[block]]
+        return b, d if bias is None else d.add_(bias[ids[block]])
 
     if norm is None and bias is None:
         return torch.addmm(y0, h, Ct).contiguous(), y0.new_empty(0)
@@ -138,9 +138,7 @@ def backward(
     if needs[2]:
         dcores = (alpha * core_sums(v, t.to(wide), blocks, A)).to(cores.dtype)
     if needs[3]:
-        of_ids = dd.view(len(adapter), -1, dd.shape[1]).sum(1, dtype=wide)
-        of_adapters = sums(of_ids, adapter.clamp(max=A - 1), A) * scale
-        dbias = of_adapters.to(adapter_bias.dtype)  # type: ignore[union-attr]
+        dbias = (sums(dd.to(wide), ids, A) * scale).to(adapter_bias.dtype)  # type: ignore[union-attr]
     return db if needs[0] else None, dt, dcores, dbias
 
 
