@@ -2,7 +2,6 @@
 
 from dataclasses import dataclass, replace
 
-import pytest
 import torch
 import torch.nn.functional as F
 from layer_cases import NORMS, case, rounded_again
@@ -15,8 +14,6 @@ from secura_kernels.functional.epilogue import cur_epilogue
 OUTPUT_NORMS = {
     name: norm for name, norm in NORMS.items() if norm is None or norm.domain == "output"
 }
-# Where the fixture ``impl`` has the kernels only.
-EVERY_IMPL = pytest.mark.parametrize("impl", ["reference", "triton", "cuda"], indirect=True)
 
 
 @dataclass

@@ -314,16 +314,25 @@ def test_mixed_batches_are_checked_and_measured(tmp_path, monkeypatch, capsys):
     )
     mixed.main()
     rows = json.loads((tmp_path / "mixed.json").read_text())["rows"]
-    assert {(row["method"], row["adapters"]) for row in rows} == {
-        (name, count) for name in ("CURLoRA", "SECURA", "LoRA (PEFT)") for count in (1, 8, 64)
+    kinds = (mixed.FORWARD, mixed.TRAINING, mixed.BY_TOKEN)
+    assert {(row["method"], row["what"], row["adapters"]) for row in rows} == {
+        (name, what, count)
+        for name in ("CURLoRA", "SECURA", "LoRA (PEFT)")
+        for what in (kinds[:1] if "PEFT" in name else kinds)
+        for count in (1, 8, 64)
     }
-    assert all(row["ratio"] == 1 for row in rows if row["adapters"] == 1)
+    ones = [row for row in rows if row["adapters"] == 1 and row["what"] != mixed.BY_TOKEN]
+    assert all(row["ratio"] == 1 for row in ones)
     assert (tmp_path / "mixed.png").stat().st_size > 5000
     broken = mixed.build(mixed.methods(4)["SECURA"], mixed.arguments(), torch.device("cpu"))
-    given = broken.forward
-    broken.forward = lambda x, **names: given(x, **names) + bool(names)
+    x, given = torch.randn(64, 2, 16), broken.forward
+    broken.forward = lambda x, **names: given(x, **names) + (len(x) > 1)
     with pytest.raises(AssertionError, match="Tensor-likes are not close"):
-        mixed.check(broken, torch.randn(64, 2, 16))
+        mixed.check(broken, x, mixed.FORWARD)
+    broken.forward = lambda x, **names: given(x, **names) * (1.0 if len(x) > 1 else 1.001)
+    for what in (mixed.TRAINING, mixed.BY_TOKEN):
+        with pytest.raises(AssertionError, match="Tensor-likes are not close"):
+            mixed.check(broken, x, what)
 
 
 def test_stages_are_in_order(monkeypatch, capsys):

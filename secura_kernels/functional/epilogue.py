@@ -1,16 +1,14 @@
 """The change over a base output that somebody else computed (a quantised layer, a
 tensor-parallel one): ``cur_epilogue``; and of a batch of several adapters: ``cur_batched``."""
 
-import math
-
 import torch
 from torch import Tensor
 
 from ..backends import reference
 from ..backends.operands import CurOperands
-from ..checks import fail
-from ..ops import CurEpilogue, apply, forward_mode, pack_norm, prepare
-from ..ops import cur_batched as cur_batched_op
+from ..backends.reference import batched
+from ..checks import check_choice, fail
+from ..ops import CurBatched, CurEpilogue, apply, forward_mode, pack_norm, prepare
 from ..settings import SMagNorm
 from .linear import autocast, check_settings, check_uncounted
 
@@ -117,34 +115,43 @@ def cur_batched(
     norm: SMagNorm | None = None,
     adapter_bias: Tensor | None = None,
     impl: str = "auto",
+    check_ids: bool = False,
 ) -> Tensor:
-    """``cur_epilogue`` of a batch in which sample i belongs to adapter number ``adapter[i]``.
+    """``cur_epilogue`` of a batch in which every sample, or every token, has its own adapter.
 
     Each sample is what its single run with its own core gives; in particular ``ref="max"`` is the
     largest ratio of the one sample. ``adapter`` is never read on the host.
 
     Args:
-        y0: (B, ..., N), not changed. t: (B, ..., r). C: (N, r). One floating dtype and device.
+        y0: (B, ..., N), not changed. t: (B, ..., r). C: (N, r), frozen. One floating dtype and
+            device.
         cores: (A, r, r), any floating dtype, A >= 1.
-        adapter: (B,) int64, each in [0, A), or -1 for a sample without an adapter, which keeps y0
-            to the bit. Any other number gives an undefined sample.
-        alpha, norm, impl: as in ``cur_epilogue``. adapter_bias: (A, N).
+        adapter: int64, (B,) by sample, or y0's shape without N by token (packed sequences); each in
+            [0, A), or -1 for none, which keeps y0 to the bit. Any other number gives an undefined
+            sample or token, and undefined gradients.
+        alpha, impl: as in ``cur_epilogue``. adapter_bias: (A, N).
+        norm: as in ``cur_epilogue``; by token ``ref`` is a number, since a token's own maximum says
+            nothing of how far its sequence has moved.
+        check_ids: a number out of range raises an error: on a GPU a device-side assertion, without
+            waiting for it, so that it is seen at a later synchronisation.
 
     Returns:
         (B, ..., N) in y0's dtype; under autocast in the autocast dtype.
 
-    For inference. Where y0, t, cores or adapter_bias requires a gradient (and gradients are
-    enabled), plain differentiable PyTorch computes the same, whatever ``impl`` is.
+    Trained through autograd: y0, t, cores, adapter_bias; second derivatives included. Saved for the
+    backward pass: t and the coded gate (y0 itself where the gate is not detached). Deterministic:
+    two runs are bitwise equal.
 
     Raises:
-        ValueError, RuntimeError: as ``cur_epilogue``.
+        ValueError: as ``cur_epilogue``. RuntimeError: a named ``impl`` that cannot run here; an id
+            out of range, with ``check_ids``.
     """
     _check_settings(alpha, norm, impl)
+    check_choice("check_ids", check_ids, (True, False))
     y0, t, C = autocast(y0, t, C)
     N, r = _check_base(y0, t, C)
     if y0.ndim < 2:
         raise fail("y0.shape", tuple(y0.shape), f"(B, ..., {N})")
-    B = y0.shape[0]
     if (
         cores.ndim != 3
         or not len(cores)
@@ -152,30 +159,47 @@ def cur_batched(
         or (not cores.is_floating_point())
     ):
         raise fail("cores", _described(cores), f"floating point, (A, {r}, {r}), A >= 1")
-    if adapter.dtype != torch.int64:
-        raise fail("adapter.dtype", adapter.dtype, "torch.int64")
+    _check_ids(adapter, y0, norm)
     _check_others(
         y0,
         {
             "cores": (cores, cores.shape),
-            "adapter": (adapter, (B,)),
+            "adapter": (adapter, adapter.shape),
             "adapter_bias": (adapter_bias, (len(cores), N)),
         },
     )
-    tokens = math.prod(y0.shape[1:-1])
-    y = cur_batched_op(
-        y0.reshape(B, tokens, N),
-        t.reshape(B, tokens, r),
-        cores,
-        adapter,
-        C,
-        adapter_bias,
-        float(alpha),
-        pack_norm(norm),
-        norm is None or norm.detach_gate,
-        impl,
-    )
+    if check_ids:
+        torch._assert_async(
+            ((adapter >= -1) & (adapter < len(cores))).all(),
+            f"adapter is not allowed: every id must be in [-1, {len(cores)}), the number of cores",
+        )
+    flat = (y0.reshape(-1, N), t.reshape(-1, r), cores, adapter.reshape(-1), C, adapter_bias)
+    if forward_mode():
+        y, _ = batched.forward(*flat, alpha, norm, False)
+    else:
+        y, _ = apply(
+            CurBatched,
+            *flat,
+            float(alpha),
+            pack_norm(norm),
+            norm is None or norm.detach_gate,
+            impl,
+        )
     return y.view(y0.shape)
+
+
+def _check_ids(adapter: Tensor, y0: Tensor, norm: SMagNorm | None) -> None:
+    if adapter.dtype != torch.int64:
+        raise fail("adapter.dtype", adapter.dtype, "torch.int64")
+    by_sample, by_token = tuple(y0.shape[:1]), tuple(y0.shape[:-1])
+    if tuple(adapter.shape) not in (by_sample, by_token):
+        raise fail(
+            "adapter.shape",
+            tuple(adapter.shape),
+            f"{by_sample}, an id a sample, or {by_token}, an id a token",
+        )
+    if adapter.ndim > 1 and norm is not None and norm.ref == "max":
+        raise fail("norm.ref", norm.ref, "a number where adapter is given by token")
 
 
 def _check_settings(alpha, norm, impl) -> None:

@@ -202,15 +202,16 @@ class Adapter(OptionalTensors, Factors, MatrixForm, Past, nn.Module):
 
     def core(self, trained: Tensor | None = None) -> Tensor:
         """The core (r, r) between C and R, differentiable: S_c^-1 V S_r^-T for a folded basis."""
-        if not self.calibrated and self.training and torch.is_grad_enabled():
-            raise RuntimeError(NOT_CALIBRATED.format(self.basis, CALIBRATED[self.basis]))
+        self._check_calibrated()
         with self._without_autocast():
             parameters = self.core_parameters() if trained is None else (trained,)
             return folded_core(parameters, self.fold_c, self.fold_r)
 
     def cores(self, adapters: "list[Adapter]") -> Tensor:
         """``core`` of several adapters (A, r, r) that share this one's columns, rows and basis,
-        long-term cores included."""
+        long-term cores included; differentiable."""
+        for adapter in adapters:
+            adapter._check_calibrated()
         with self._without_autocast():
             cores = self.trained_cores(adapters)
             earlier = [adapter.long_core() for adapter in adapters]
@@ -218,6 +219,10 @@ class Adapter(OptionalTensors, Factors, MatrixForm, Past, nn.Module):
                 none = torch.zeros_like(cores[0])
                 cores = cores + torch.stack([none if core is None else core for core in earlier])
             return folded_core((cores,), self.fold_c, self.fold_r)
+
+    def _check_calibrated(self) -> None:
+        if not self.calibrated and self.training and torch.is_grad_enabled():
+            raise RuntimeError(NOT_CALIBRATED.format(self.basis, CALIBRATED[self.basis]))
 
     def _without_autocast(self):
         device = self.cols.device.type

@@ -1,6 +1,6 @@
 """The registered ops: schema, shapes (fakes), autograd, FLOPs, vmap, and the ``impl`` switch."""
 
-from .batched import cur_batched
+from .batched import CurBatched
 from .core import folded_core
 from .epilogue import CurEpilogue
 from .linear import CurLinear
@@ -10,11 +10,11 @@ from .weight import CurWeightLinear
 
 __all__ = [
     "IMPLS",
+    "CurBatched",
     "CurEpilogue",
     "CurLinear",
     "CurWeightLinear",
     "apply",
-    "cur_batched",
     "folded_core",
     "forward_mode",
     "frozen",

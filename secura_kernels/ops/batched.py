@@ -1,74 +1,147 @@
-"""``secura::cur_batched``: the change of a batch whose samples belong to different adapters."""
+"""``secura::cur_batched_fwd`` and ``secura::cur_batched_bwd``: the change of a batch whose rows
+belong to different adapters."""
 
 import torch
 
+from ..backends.gate_code import saved_dtype
 from ..backends.reference import batched as reference
-from .registry import (
-    LIBRARY,
-    _outside_autocast,
-    backend,
-    batched_dims,
-    forward_mode,
-    register,
-    resolve,
-    unpack_norm,
-)
+from .registry import backend, call, empty_if_none, register, resolve, unpack_norm
 
 
-def _run(y0, t, cores, adapter, C, adapter_bias, alpha, norm, detach_gate, impl):
-    # The passes of csrc/ know one core and one maximum for all rows, and change every row. Made of
-    # them this would move y0 four times, so there the plain formula runs on the GPU.
-    if resolve(impl, y0.device, y0.dtype, cores.shape[1]) == "cuda":
+def _module(impl, like, r, full=False):
+    """The passes of csrc/ know one core for all rows. Made of them this would move y0 four times,
+    so there the plain formula runs on the GPU; and everywhere for the derivative of a gate that is
+    not detached, which nobody trains with."""
+    if resolve(impl, like.device, like.dtype, r) == "cuda" or full:
         impl = "reference"
-    return backend(impl, "batched", y0, cores.shape[1]).forward(
-        y0, t, cores, adapter, C, adapter_bias, alpha, unpack_norm(norm, "output", True)
+    return backend(impl, "batched", like, r)
+
+
+def _fwd(y0, t, cores, adapter, C, adapter_bias, alpha, norm, save, impl):
+    return _module(impl, y0, cores.shape[1]).forward(
+        y0, t, cores, adapter, C, adapter_bias, alpha, unpack_norm(norm, "output", True), save
     )
 
 
-def _fake(y0, t, cores, adapter, C, adapter_bias, alpha, norm, detach_gate, impl):
-    return y0.new_empty(y0.shape)
+def _fwd_fake(y0, t, cores, adapter, C, adapter_bias, alpha, norm, save, impl):
+    if not norm:
+        return y0.new_empty(y0.shape), y0.new_empty(0)
+    saved = y0.new_empty(y0.shape if save else (0,), dtype=saved_dtype(y0.dtype))
+    return y0.new_empty(y0.shape), saved
 
 
-def _flops(y0, t, *_, **__):
-    """h and delta."""
-    (B, S, N), r = y0, t[2]
-    return 2 * B * S * r * (r + N)
+def _fwd_flops(y0, t, *_, **__):
+    """h and delta; the gate is elementwise and counts nothing."""
+    (M, N), r = y0, t[1]
+    return 2 * M * r * (r + N)
 
 
-def _vmap(info, in_dims, *args):
-    dims = batched_dims(in_dims, args)
-    return torch.stack(
-        [
-            cur_batched(
-                *[a if d is None else a.select(d, i) for a, d in zip(args, dims, strict=True)]
-            )
-            for i in range(info.batch_size)
-        ]
-    ), 0
+def _bwd(dy, cores, adapter, C, adapter_bias, t, saved, alpha, norm, detach_gate, needs, impl):
+    module = _module(impl, dy, cores.shape[1], full=bool(norm) and not detach_gate)
+    gradients = module.backward(
+        dy,
+        cores,
+        adapter,
+        C,
+        adapter_bias,
+        t,
+        saved,
+        alpha,
+        unpack_norm(norm, "output", detach_gate),
+        needs,
+    )
+    # Elementwise results take the strides of dy.
+    return empty_if_none(tuple(g if g is None else g.contiguous() for g in gradients), dy)
 
 
-cur_batched = register(
-    """cur_batched(Tensor y0, Tensor t, Tensor cores, Tensor adapter, Tensor C,
-    Tensor? adapter_bias, float alpha, float[] norm, bool detach_gate, str impl) -> Tensor""",
-    _run,
-    _fake,
-    _flops,
-    _vmap,
+def _bwd_fake(dy, cores, adapter, C, adapter_bias, t, saved, alpha, norm, detach_gate, needs, impl):
+    likes = (dy, t, cores, adapter_bias)
+    return empty_if_none(
+        tuple(
+            like.new_empty(like.shape) if need else None
+            for like, need in zip(likes, needs, strict=True)
+        ),
+        dy,
+    )
+
+
+def _bwd_flops(dy, cores, *args, **_):
+    """v, then v core, then v^T t."""
+    (M, N), r, needs = dy, cores[1], args[8]
+    return 2 * M * r * (N * (needs[1] or needs[2]) + r * needs[1] + r * needs[2])
+
+
+cur_batched_fwd = register(
+    """cur_batched_fwd(Tensor y0, Tensor t, Tensor cores, Tensor adapter, Tensor C,
+    Tensor? adapter_bias, float alpha, float[] norm, bool save, str impl)
+    -> (Tensor y, Tensor saved)""",
+    _fwd,
+    _fwd_fake,
+    _fwd_flops,
+)
+cur_batched_bwd = register(
+    """cur_batched_bwd(Tensor dy, Tensor cores, Tensor adapter, Tensor C, Tensor? adapter_bias,
+    Tensor t, Tensor saved, float alpha, float[] norm, bool detach_gate, bool[4] needs, str impl)
+    -> (Tensor dy0, Tensor dt, Tensor dcores, Tensor dadapter_bias)""",
+    _bwd,
+    _bwd_fake,
+    _bwd_flops,
 )
 
 
-def _with_gradients(y0, t, cores, adapter, C, adapter_bias, alpha, norm, detach_gate, impl):
-    """The op; where a derivative is wanted, which it has not, the reference's plain formula. For
-    the dispatcher rather than for the caller, who cannot see that under ``torch.func.grad``."""
-    tensors = (y0, t, cores, adapter_bias)
-    if forward_mode() or (
-        torch.is_grad_enabled() and any(v is not None and v.requires_grad for v in tensors)
-    ):
-        return reference.forward(
-            y0, t, cores, adapter, C, adapter_bias, alpha, unpack_norm(norm, "output", detach_gate)
+class CurBatched(torch.autograd.Function):
+    """Gradients of y0, t, cores and adapter_bias; C and adapter are constants.
+
+    Saved: t, and the coded gate; y0 itself where the gate is not detached.
+    """
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(y0, t, cores, adapter, C, adapter_bias, alpha, norm, detach_gate, impl):
+        return call(
+            cur_batched_fwd, y0, t, cores, adapter, C, adapter_bias, alpha, norm, detach_gate, impl
         )
-    with torch._C._AutoDispatchBelowAutograd():
-        return cur_batched(y0, t, cores, adapter, C, adapter_bias, alpha, norm, detach_gate, impl)
 
+    @staticmethod
+    def alone(y0, t, cores, adapter, C, adapter_bias, alpha, norm, detach_gate, impl):
+        return call(
+            cur_batched_fwd, y0, t, cores, adapter, C, adapter_bias, alpha, norm, False, impl
+        )
 
-LIBRARY.impl("cur_batched", _outside_autocast(_with_gradients), "Autograd")
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        y0, t, cores, adapter, C, adapter_bias, *settings = inputs
+        _, saved = output
+        ctx.alpha, ctx.norm, ctx.detach_gate, ctx.impl = settings
+        ctx.mark_non_differentiable(saved)
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(cores, adapter, C, adapter_bias, t, saved if ctx.detach_gate else y0)
+
+    @staticmethod
+    def backward(ctx, dy, *_):
+        if dy is None:
+            return (None,) * 10
+        wanted = ctx.needs_input_grad
+        needs = (wanted[0], wanted[1], wanted[2], wanted[5])
+        if torch.is_grad_enabled():  # to be differentiated again
+            norm = unpack_norm(ctx.norm, "output", ctx.detach_gate)
+            found = reference.backward(dy, *ctx.saved_tensors, ctx.alpha, norm, needs)
+        else:
+            # Without a gate the gradient of y0 is dy itself, which no op may return.
+            computed = (needs[0] and bool(ctx.norm), *needs[1:])
+            gradients = call(
+                cur_batched_bwd,
+                dy,
+                *ctx.saved_tensors,
+                ctx.alpha,
+                ctx.norm,
+                ctx.detach_gate,
+                computed,
+                ctx.impl,
+            )
+            found = [g if n else None for g, n in zip(gradients, computed, strict=True)]
+            if needs[0] and not ctx.norm:
+                found[0] = dy
+        dy0, dt, dcores, dbias = found
+        return (dy0, dt, dcores, None, None, dbias, *[None] * 4)

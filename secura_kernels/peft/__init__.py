@@ -19,6 +19,7 @@ def _add_peft_type(name: str) -> None:
 if "SECURA" not in PeftType.__members__:
     _add_peft_type("SECURA")
 
+from .by_token import AdaptersByToken  # noqa: E402
 from .config import SecuraConfig  # noqa: E402  (the type must exist)
 from .experts import SecuraExperts  # noqa: E402
 from .layer import SecuraLinear  # noqa: E402
@@ -33,6 +34,7 @@ from .hotswap import hotswap_adapter  # noqa: E402
 from .lora_export import save_as_lora  # noqa: E402
 
 __all__ = [
+    "AdaptersByToken",
     "SecuraConfig",
     "SecuraExperts",
     "SecuraLinear",

@@ -1,8 +1,8 @@
-"""Mixed batches: every sample of a batch with its own adapter, for inference.
+"""Mixed batches: every sample of a batch, or every token, with its own adapter.
 
 Adapters that share their columns and rows differ in a core of r x r and a bias only. A batch of
 many such adapters is then the base product, one product with R, and one op that gathers cores
-(``cur_batched``). Adapters that share nothing take turns on their own samples.
+(``cur_batched``). Adapters that share nothing take turns on their own samples or tokens.
 """
 
 import functools
@@ -17,6 +17,7 @@ from ..checks import fail
 from ..functional.epilogue import cur_batched
 from ..nn.adapter import Adapter
 from . import base_weight, sharding
+from .by_token import AdaptersByToken
 
 if TYPE_CHECKING:
     from .layer import SecuraLinear
@@ -24,14 +25,20 @@ if TYPE_CHECKING:
 BASE = "__base__"  # PEFT's name for no adapter
 
 
-def forward(layer: "SecuraLinear", x: Tensor, adapter_names: list[str], *args, **kwargs) -> Tensor:
-    """(B, ..., K) -> (B, ..., N) with the adapter of each of B samples.
+def forward(
+    layer: "SecuraLinear", x: Tensor, adapter_names: list[str] | AdaptersByToken, *args, **kwargs
+) -> Tensor:
+    """(B, ..., K) -> (B, ..., N) with the adapter of each of B samples, or of each token.
 
     Raises:
-        ValueError: another number of names than samples, a merged layer, or several adapters over
-            a base that tensor parallelism has sharded.
+        ValueError: another number of names than samples, or of tokens; a merged layer; several
+            adapters over a base that tensor parallelism has sharded; by token an adapter whose gate
+            takes a sample's maximum.
     """
-    if len(adapter_names) != len(x):
+    by_token = isinstance(adapter_names, AdaptersByToken)
+    if by_token:
+        adapter_names.check_tokens(x)
+    elif len(adapter_names) != len(x):
         raise fail(
             "adapter_names", f"{len(adapter_names)} names", f"one for each of the {len(x)} samples"
         )
@@ -39,28 +46,63 @@ def forward(layer: "SecuraLinear", x: Tensor, adapter_names: list[str], *args, *
         raise ValueError(
             "adapter_names cannot be used while adapters are merged: call unmerge_adapter() first"
         )
-    names = [n if n in layer.secura_adapter else BASE for n in adapter_names]
+    given = adapter_names.names if by_token else adapter_names
+    names = tuple(n if n in layer.secura_adapter else BASE for n in given)
     distinct = sorted(set(names) - {BASE})
-    if len(distinct) == 1 and BASE not in names:
+    if len(distinct) == 1 and BASE not in names and not by_token:
         return layer._first(x, distinct[0], *args, **kwargs)
     if sharding.is_sharded(layer.get_base_layer()):
         raise ValueError(
             "adapter_names can name only one adapter, for all samples, while the base "
             "layer is sharded by tensor parallelism"
         )
+    if by_token:
+        _check_maxima(layer, distinct)
     y = layer.base_layer(x, *args, **kwargs)
+    if not distinct:
+        return y
+    shape = y.shape
+    if by_token:  # each token is a sample
+        x, y = x.flatten(0, -2), y.flatten(0, -2)
     for group in _groups(layer, distinct):
         adapters = [layer.secura_adapter[n] for n in group]
-        ids, at = _ids(tuple(names), tuple(group), x.device)
+        number = {name: i for i, name in enumerate(group)}
+        numbers = tuple(number.get(name, -1) for name in names)
+        ids_of, rows_of = (adapter_names.ids, adapter_names.rows) if by_token else (_ids, _rows)
+        ids = ids_of(numbers, x.device)
         if not _gathers(adapters[0]):
+            at = rows_of(numbers, x.device)
             y = y.index_copy(0, at, layer._first(x[at], group[0], *args, **kwargs))
         elif set(names) <= {BASE, *group}:
             y = _gathered(layer, adapters, layer.impl[group[0]], x, y, ids)
         else:
+            at = rows_of(numbers, x.device)
             y = y.index_copy(
                 0, at, _gathered(layer, adapters, layer.impl[group[0]], x[at], y[at], ids[at])
             )
-    return y
+    return y.view(shape)
+
+
+def _check_maxima(layer: "SecuraLinear", names: list[str]) -> None:
+    """What the largest ratio of a sample is among packed tokens, nobody says."""
+    for name in names:
+        norm = layer.secura_adapter[name].norm
+        if norm is not None and norm.ref == "max" and norm.domain == "output":
+            raise ValueError(
+                f"adapter_names by token: {name!r} has a gate with ref='max', the largest ratio of "
+                "a whole sample; name an adapter for each sample, or take a ref that is a number"
+            )
+
+
+def check_recomputation() -> None:
+    """Raises RuntimeError in a forward pass without names that a backward pass runs, after one with
+    them: what is computed again would be something else."""
+    if torch._C._current_graph_task_id() != -1:
+        raise RuntimeError(
+            "gradient checkpointing computes a layer again without the adapter_names of its "
+            "forward pass: use model.gradient_checkpointing_enable(), which keeps them, or "
+            "checkpoint a function that calls the PEFT model itself"
+        )
 
 
 def _groups(layer: "SecuraLinear", names: list[str]) -> list[list[str]]:
@@ -119,6 +161,7 @@ def _gathered(
         and base.bias is None
         and base is layer.base_layer
         and base_weight.is_plain(base)
+        and not y0.requires_grad  # the gradient would be spread over a matrix as large as y0
     ):
         t = y0.index_select(-1, first.rows)  # t = x R^T is r columns of the base product
     else:
@@ -140,15 +183,15 @@ def _gathered(
 
 
 @functools.lru_cache(maxsize=256)
-def _ids(
-    names: tuple[str, ...], group: tuple[str, ...], device: torch.device
-) -> tuple[Tensor, Tensor]:
-    """The number of each sample's adapter within the group, -1 for another's, and the samples of
-    the group; copied to the device once for all layers."""
-    number = {name: i for i, name in enumerate(group)}
-    ids = [number.get(name, -1) for name in names]
+def _ids(numbers: tuple[int, ...], device: torch.device) -> Tensor:
+    """The number of each sample's adapter within a group, -1 for another's; copied to the device
+    once for all layers."""
     with torch.inference_mode(False):  # a later call may want gradients
-        return (
-            torch.tensor(ids, device=device),
-            torch.tensor([i for i, n in enumerate(ids) if n >= 0], device=device),
-        )
+        return torch.tensor(numbers, device=device)
+
+
+@functools.lru_cache(maxsize=256)
+def _rows(numbers: tuple[int, ...], device: torch.device) -> Tensor:
+    """The samples of a group."""
+    with torch.inference_mode(False):
+        return torch.tensor([i for i, n in enumerate(numbers) if n >= 0], device=device)

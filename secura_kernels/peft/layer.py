@@ -38,6 +38,7 @@ class SecuraLinear(nn.Module, Mergeable, Stages, BaseTunerLayer):
     adapter_layer_names = ("secura_adapter",)
     other_param_names = ("impl",)
     backend_of = staticmethod(base_weight.backend_of)
+    _named = False  # whether the last forward pass was given adapter_names
 
     def __init__(
         self,
@@ -118,14 +119,19 @@ class SecuraLinear(nn.Module, Mergeable, Stages, BaseTunerLayer):
         return self._fingerprint if self.is_spread() else fingerprint(self.base_matrix())
 
     def forward(self, x: Tensor, *args, **kwargs) -> Tensor:
-        """(..., K) -> (..., N). ``adapter_names``: the adapter of each sample, for inference."""
+        """(..., K) -> (..., N). ``adapter_names``: the adapter of each sample, or an
+        ``AdaptersByToken``."""
         adapter_names = kwargs.pop("adapter_names", None)
         if self.disable_adapters:
             if self.merged:
                 self.unmerge()
             return self.base_layer(x, *args, **kwargs)
         if adapter_names is not None:
+            self._named = True
             return batched.forward(self, x, adapter_names, *args, **kwargs)
+        if self._named:
+            batched.check_recomputation()
+            self._named = False
         names = [] if self.merged else self._present(self.active_adapters)
         if not names:
             return self.base_layer(x, *args, **kwargs)

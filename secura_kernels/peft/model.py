@@ -2,16 +2,16 @@
 
 import warnings
 from contextlib import contextmanager, nullcontext
-from functools import partial
 
 from accelerate import init_empty_weights
-from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
+from peft.tuners.tuners_utils import BaseTuner
 from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING, get_quantization_kwargs
 from peft.utils.other import AuxiliaryTrainingWrapper, get_pattern_key
 from torch import Tensor, nn
 
 from ..checks import fail
-from . import base_weight, experts, file_format, quantised, sharding
+from . import base_weight, experts, file_format, handed, quantised, sharding
+from .by_token import AdaptersByToken
 from .config import SecuraConfig
 from .layer import SecuraLinear
 from .undo import await_file, undone_on_error, undone_on_refusal
@@ -97,53 +97,37 @@ class SecuraModel(BaseTuner):
 
     @contextmanager
     def _enable_peft_forward_hooks(self, *args, **kwargs):
-        """Hands ``adapter_names``, the adapter of each sample, to every layer."""
+        """Hands ``adapter_names``, the adapter of each sample or an ``AdaptersByToken``, to every
+        layer; in training too, which PEFT's own methods refuse."""
         adapter_names = kwargs.pop("adapter_names", None)
         if adapter_names is None:
             yield
             return
         self._check_adapter_names(adapter_names)
-        beams = _copies(**kwargs)
-        repeated = [name for name in adapter_names for _ in range(beams)]
-        # An encoder sees each sample once, whatever the number of beams.
-        encoder = (
-            self.model.get_encoder()
-            if beams > 1
-            and getattr(getattr(self.model, "config", None), "is_encoder_decoder", False)
-            else None
-        )
-        once = set() if encoder is None else set(encoder.modules())
-        hooks = [
-            module.register_forward_pre_hook(
-                partial(_give_names, list(adapter_names) if module in once else repeated),
-                with_kwargs=True,
-            )
-            for module in self.modules()
-            if isinstance(module, SecuraLinear | AuxiliaryTrainingWrapper)
-        ]
-        try:
+        with handed.adapter_names(self, adapter_names, handed.copies(**kwargs)):
             yield
-        finally:
-            for hook in hooks:
-                hook.remove()
 
-    def _check_adapter_names(self, adapter_names: list[str]) -> None:
-        if not isinstance(adapter_names, list | tuple):
+    def _check_adapter_names(self, adapter_names: list[str] | AdaptersByToken) -> None:
+        by_token = isinstance(adapter_names, AdaptersByToken)
+        if not by_token and not isinstance(adapter_names, list | tuple):
             raise TypeError(
                 f"adapter_names is a {type(adapter_names).__name__}: it must be a list "
-                "with the name of each sample's adapter"
+                "with the name of each sample's adapter, or an AdaptersByToken"
             )
-        if self.training:
-            raise ValueError("adapter_names are for inference: call model.eval() first")
-        known = {"__base__"} | {
-            name
-            for layer in self.modules()
-            if isinstance(layer, SecuraLinear)
-            for name in layer.secura_adapter
-        }
-        unknown = sorted(set(adapter_names) - known)
+        known, copies = {"__base__"}, []
+        for name, module in self.model.named_modules():
+            if isinstance(module, SecuraLinear):
+                known |= set(module.secura_adapter)
+            elif isinstance(module, AuxiliaryTrainingWrapper):
+                copies.append(name)
+        unknown = sorted(set(adapter_names.names if by_token else adapter_names) - known)
         if unknown:
             raise ValueError(f"adapter_names has {unknown}: the model has {sorted(known)}")
+        if by_token and copies:
+            raise ValueError(
+                f"adapter_names by token: {copies} are whole modules of an adapter's own "
+                "(modules_to_save), which take samples; name an adapter for each sample"
+            )
 
     # Merging: every layer is asked before the first is changed.
 
@@ -219,20 +203,3 @@ def _check_rank_pattern(config: SecuraConfig, model: nn.Module, adapter_name: st
             f"names of adapted layers, or regular expressions that match one: {names[:3]} "
             f"and {max(0, len(names) - 3)} more are adapted",
         )
-
-
-def _copies(
-    num_beams: int | None = None,
-    num_return_sequences: int | None = None,
-    generation_config: object = None,
-    **_,
-) -> int:
-    """How many rows ``generate`` makes of each sample: beams or returned sequences."""
-    return max(
-        num_beams or getattr(generation_config, "num_beams", None) or 1,
-        num_return_sequences or getattr(generation_config, "num_return_sequences", None) or 1,
-    )
-
-
-def _give_names(adapter_names: list[str], module: BaseTunerLayer, args: tuple, kwargs: dict):
-    return args, kwargs | dict(adapter_names=adapter_names)

@@ -10,18 +10,21 @@ from torch import Tensor
 from ..backends.gate_code import saved_dtype
 from ..backends.host import GateNumbers, padded_rank
 from ..backends.operands import CurOperands
-from ..backends.triton import batched
-from ..backends.triton.passes import factors
+from ..backends.triton.passes import adapter_sums, factors
+from ..backends.triton.passes.batched_epilogue import batched_epilogue
 from ..backends.triton.passes.core_gradient import core_gradient
 from ..backends.triton.passes.decode import decode
 from ..backends.triton.passes.down import down, project
 from ..backends.triton.passes.effective_weight import effective_weight
 from ..backends.triton.passes.epilogue import epilogue
 from ..backends.triton.passes.gate_backward import gate_backward
+from ..backends.triton.passes.own_core import own_core
 from ..backends.triton.passes.product import product
 from ..backends.triton.passes.weight_core_gradient import weight_core_gradient
 from ..backends.triton.tiles import Tile, column_parts, use
 from ..settings import SMagNorm
+
+ADAPTERS = 4  # of a batch of several
 
 
 class Inputs:
@@ -50,6 +53,10 @@ class Inputs:
         self.P = self.random(N, padded_rank(r), dtype=torch.float32)
         self.gate = GateNumbers.of(SMagNorm(), dtype)
         self.code = torch.zeros(M, N, dtype=saved_dtype(dtype), device=device)
+        self.cores = self.random(ADAPTERS, r, r, dtype=torch.float32)
+        self.adapter = torch.arange(ADAPTERS, device=device)
+        numbers = torch.arange(ADAPTERS + 1, device=device)
+        self.order = adapter_sums.Order(self.adapter, numbers)
 
     def random(self, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
         return torch.randn(*shape, dtype=dtype or self.dtype, device=self.device)
@@ -152,15 +159,44 @@ class Inputs:
             decay=None,
         )
 
-    def batched(self) -> None:
-        """The finding of the maxima too."""
-        samples = 4
-        y0, t = (a.unflatten(0, (samples, -1)) for a in (self.y, self.t))
-        cores = self.random(samples, self.r, self.r, dtype=torch.float32)
-        adapter = torch.arange(samples, device=self.device)
-        batched.forward(
-            y0, t, cores, adapter, self.W[:, : self.r].contiguous(), None, 1.0, SMagNorm(ref="max")
+    def own_core(self) -> None:
+        own_core(self.t, self.cores, self.adapter, 1.0, self.dtype)
+
+    def own_core_of_gradient(self) -> None:
+        own_core(self.v[0], self.cores.mT, self.adapter, 1.0, self.dtype)
+
+    def batched_epilogue(self) -> None:
+        self._batched_epilogue(None, y=self.y, saved=self.code)
+
+    def batched_largest(self) -> None:
+        """Finds the maxima, then uses them."""
+        largest = torch.zeros(len(self.adapter), dtype=torch.int32, device=self.device)
+        self._batched_epilogue(largest)
+        self._batched_epilogue(largest, y=self.y, saved=self.code)
+
+    def _batched_epilogue(self, largest: Tensor | None, **outputs: Tensor) -> None:
+        batched_epilogue(
+            self.dy,
+            self.h,
+            self.adapter,
+            self.W[:, : self.r].contiguous(),
+            self.random(ADAPTERS, len(self.W), dtype=torch.float32),
+            ADAPTERS,
+            self.gate,
+            largest=largest,
+            **outputs,
         )
+
+    def core_parts(self) -> None:
+        adapter_sums.core_parts(self.v[0], self.t, self.adapter, self.order, 1.0, ADAPTERS)
+
+    def bias_parts(self) -> None:
+        adapter_sums.bias_parts(self.dy, self.adapter, self.order, 1.0, ADAPTERS)
+
+    def sum_of_parts(self) -> None:
+        parts = self.random(2 * ADAPTERS, self.r, self.r, dtype=torch.float32)
+        out = torch.empty_like(self.cores)
+        adapter_sums.sum_of_parts(parts, self.order, len(self.y), out)
 
 
 # Row of the tile table -> the runs that use it.
@@ -176,7 +212,11 @@ RUNS: dict[str, tuple[Callable, ...]] = {
     "effective_weight": (Inputs.effective_weight,),
     "weight_core_gradient": (Inputs.weight_core_gradient,),
     "decode": (Inputs.decode,),
-    "batched": (Inputs.batched,),
+    "own_core": (Inputs.own_core, Inputs.own_core_of_gradient),
+    "batched_epilogue": (Inputs.batched_epilogue, Inputs.batched_largest),
+    "core_parts": (Inputs.core_parts,),
+    "bias_parts": (Inputs.bias_parts,),
+    "sum_of_parts": (Inputs.sum_of_parts,),
 }
 
 

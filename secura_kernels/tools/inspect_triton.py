@@ -34,6 +34,7 @@ TENSOR_CORES = ("HMMA", "HGMMA", "UTCHMMA")
 # Blocks an SM, at least, where ``tiles.INSTRUCTIONS`` hold.
 BLOCKS = {"epilogue": 2, "gate_backward": 2}
 BAR_RANK = 64
+WITHOUT_PRODUCT = ("gather", "bias_parts", "sum_of_parts")
 
 
 @dataclass(frozen=True)
@@ -76,7 +77,7 @@ class Compiled:
             found.append(f"{self.stack} bytes of stack: registers spill")
         if self.shared > chip.shared_memory:
             found.append(f"{self.shared} bytes of shared memory, above {chip.shared_memory}")
-        if self.dtype != "float32" and self.name != "gather":
+        if self.dtype != "float32" and self.name not in WITHOUT_PRODUCT:
             wanted = (chip.tensor_core,) if self.name.startswith("product") else TENSOR_CORES
             if not any(self.instructions.get(i) for i in wanted):
                 found.append(f"no {' or '.join(wanted)}")

@@ -66,16 +66,14 @@ _COMMON = {
     "effective_weight": (Tile(64, 64, warps=4),),
     "weight_core_gradient": (Tile(64, 32, warps=4, max_rank=64), Tile(32, 32, warps=8)),
     "decode": (Tile(64, k=64, warps=8, stages=2), Tile(32, k=64, warps=4, stages=2)),
-    "batched": (
-        Tile(64, 128, warps=8, max_rank=64),
-        Tile(16, 128, warps=4, max_rank=64),
-        Tile(64, 64, warps=8),
-        Tile(16, 128, warps=8),
-    ),
+    "own_core": (Tile(32, warps=4, max_rank=16), Tile(16, warps=4)),
+    "core_parts": (Tile(16, warps=8, max_rank=64), Tile(16, warps=4)),
+    "bias_parts": (Tile(16, 128, warps=4),),
+    "sum_of_parts": (Tile(1, 1024, warps=4),),
 }
+_COMMON["batched_epilogue"] = _COMMON["epilogue"]
 _AMPERE = _COMMON | {
     "gate_backward": _COMMON["gate_backward"][1:],
-    "batched": (*_COMMON["batched"][:2], Tile(16, 128, warps=8)),
     "product": (Tile(128, 128, 32, warps=8, stages=4), Tile(64, 64, 32, warps=4, stages=4)),
     "product_gate": (
         Tile(128, 128, 32, warps=8, stages=4, parts=4),
@@ -84,6 +82,7 @@ _AMPERE = _COMMON | {
 }
 _HOPPER = _COMMON | {
     "epilogue": (Tile(64, 64, warps=4), Tile(32, 64, warps=4)),
+    "batched_epilogue": (Tile(64, 64, warps=4), Tile(32, 64, warps=4)),
     "gate_backward": (*_COMMON["gate_backward"][:2], Tile(64, 32, warps=4, stages=3)),
     "down": (*_COMMON["down"][:2], Tile(64, k=64, warps=4, stages=4), *_COMMON["down"][3:]),
     "core_gradient": (Tile(32, warps=8),),
@@ -109,6 +108,7 @@ _HOPPER = _COMMON | {
 _BLACKWELL = _HOPPER | {"down": _COMMON["down"]}
 # Blocks of which small matrices have several, and not too many: each operation is a numpy call.
 _INTERPRETER = {name: (Tile(64, 64, 64, parts=2, group=2),) for name in _HOPPER}
+_INTERPRETER["sum_of_parts"] = _COMMON["sum_of_parts"]  # of which 64 columns would be thousands
 _SMALL_BLACKWELL = _AMPERE | {
     "gate_backward": (
         Tile(64, 64, warps=4, stages=2, max_rank=64),
@@ -135,14 +135,18 @@ _FLOAT32 = {
     "effective_weight": (Tile(32, 64, warps=8),),
     "weight_core_gradient": (Tile(16, 32, warps=8),),
     "decode": (Tile(32, k=32, warps=8),),
-    "batched": (Tile(32, 64, warps=8), Tile(16, 64, warps=4)),
+    "own_core": (Tile(16, warps=4, max_rank=64), Tile(16, warps=8)),
+    "batched_epilogue": (Tile(32, 64, warps=8), Tile(16, 32, warps=4)),
+    "core_parts": (Tile(16, warps=8, max_rank=64), Tile(16, warps=4)),
+    "bias_parts": (Tile(16, 128, warps=4),),
+    "sum_of_parts": (Tile(1, 1024, warps=4),),
 }
 # Instructions an element that a pass may issue, with the first of its rows in 16 bits at ranks up
 # to 64 (``tools/inspect_triton.py``): all of *epilogue*, the loop of *gate backward*, and in
 # *product_gate* what follows the loop over K. An H100 issues 49 in the time that the bytes of
 # *epilogue* or *gate backward* take.
 INSTRUCTIONS = {"epilogue": 40, "gate_backward": 25, "product_gate": 40}
-_TWO_DIMENSIONAL = ("product", "product_gate", "epilogue", "effective_weight", "batched")
+_TWO_DIMENSIONAL = ("product", "product_gate", "epilogue", "effective_weight", "batched_epilogue")
 
 
 def rows_of(name: str, chip: int, dtype: torch.dtype, rank: int) -> tuple[Tile, ...]:

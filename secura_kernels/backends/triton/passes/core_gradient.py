@@ -186,10 +186,10 @@ def _core_gradient_kernel(
 
 
 def programs_over_rows(M: int) -> int:
-    return cdiv(M, _rows_per_program(M))
+    return cdiv(M, rows_per_program(M))
 
 
-def _rows_per_program(M: int) -> int:
+def rows_per_program(M: int) -> int:
     return max(FEWEST_ROWS, cdiv(cdiv(M, MOST_PARTS), FEWEST_ROWS) * FEWEST_ROWS)
 
 
@@ -254,7 +254,7 @@ def _launch_core_gradient(
             N=0 if g is None else g.shape[1],
             R=r,
             parts=parts,
-            rows_per_program=_rows_per_program(M),
+            rows_per_program=rows_per_program(M),
             stride_vp=v.stride(0),
             stride_vm=v.stride(1),
             stride_tm=0 if t is None else t.stride(0),
