@@ -47,11 +47,14 @@ def _poisoned():
         yield
 
 
-def cases(norm, dtype, **more) -> list[Batch]:
+def cases(norm, dtype) -> list[Batch]:
     """By sample and, where that has a meaning, by token: ragged, the published rank, few rows."""
-    found = [batch(20, 90, 7, dtype, **more), batch(1, 60, 150, dtype, **more)]
-    if norm is None or norm.ref != "max":
-        found += [batch(40, 96, 16, dtype, adapters=by_token(), **more)]
+    found = [batch(20, 90, 7, dtype)]
+    if norm is not None and norm.ref == "max":
+        # Of one token the maximum is one of 60 elements, and its rounding is the whole error.
+        found += [batch(12, 60, 150, dtype)]
+    else:
+        found += [batch(1, 60, 150, dtype), batch(40, 96, 16, dtype, adapters=by_token())]
     return [c.training() for c in found]
 
 
