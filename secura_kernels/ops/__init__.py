@@ -4,7 +4,16 @@ from .batched import cur_batched
 from .core import folded_core
 from .epilogue import CurEpilogue
 from .linear import CurLinear
-from .registry import IMPLS, apply, forward_mode, pack_norm, resolve, why_unavailable
+from .projections import CurLinearByTicket, SharedInput
+from .registry import (
+    IMPLS,
+    apply,
+    forward_mode,
+    pack_norm,
+    resolve,
+    transformed,
+    why_unavailable,
+)
 from .sharding import frozen, is_dtensor, prepare
 from .weight import CurWeightLinear
 
@@ -12,7 +21,9 @@ __all__ = [
     "IMPLS",
     "CurEpilogue",
     "CurLinear",
+    "CurLinearByTicket",
     "CurWeightLinear",
+    "SharedInput",
     "apply",
     "cur_batched",
     "folded_core",
@@ -22,5 +33,6 @@ __all__ = [
     "pack_norm",
     "prepare",
     "resolve",
+    "transformed",
     "why_unavailable",
 ]
