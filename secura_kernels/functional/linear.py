@@ -115,7 +115,8 @@ def cur_linear_and_moved(
     if ticket is None:
         y, *_, moved = apply(function, flat, *layer.tensors(), *settings)
     else:
-        small = (layer.core, layer.whole_C(), layer.adapter_bias, layer.decay)
+        layer = layer._replace(C=layer.whole_C())  # read from W once for both passes
+        small = (layer.core, layer.C, layer.adapter_bias, layer.decay)
         y, *_, moved = CurLinearByTicket.apply(*ticket, *small, flat, layer.tensors(), *settings)
     return y if x.ndim == 2 else y.view(*x.shape[:-1], y.shape[-1]), moved
 
