@@ -158,6 +158,27 @@ def test_under_autocast(products):
         assert_same(run(fused), run(separate))
 
 
+@pytest.mark.parametrize("form", ["CURLoRA", "gate"])
+@pytest.mark.parametrize("bias", [False, True])
+def test_triton_kernels(form, bias, products):
+    """In the interpreter, or on a GPU."""
+    pytest.importorskip("triton", reason="Triton is not installed")
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    separate, fused = pair(form, bias, dtype=torch.float32)
+    truth = run(copy.deepcopy(separate).double())
+    before = run(separate, inputs(torch.float32))
+    for name in QKV:
+        getattr(fused, name).impl = "triton"
+    found = run(fused.to(device), inputs(torch.float32).to(device))
+    assert products == [3]
+    for mine, reference, true in (
+        *zip(found[0], before[0], truth[0], strict=True),
+        *((found[1][name], before[1][name], truth[1][name]) for name in truth[1]),
+        (found[2], before[2], truth[2]),
+    ):
+        assert relative_error(mine.cpu(), true) <= relative_error(reference, true) + 1e-6
+
+
 def test_stored_C_and_R(products):
     separate, fused = pair()
     for model in (separate, fused):
@@ -235,6 +256,15 @@ def test_torch_compile():
     found = run(fused, inputs(torch.float32), call=compiled)
     for a, b in zip(found[0], run(separate.float(), inputs(torch.float32))[0], strict=True):
         assert torch.equal(a, b)
+
+
+def test_one_layer_compiled_alone(products, monkeypatch):
+    monkeypatch.setattr(torch._dynamo.config, "error_on_recompile", True)
+    separate, fused = pair("gate")
+    fused.q_proj.compile(fullgraph=True, backend="aot_eager")
+    for _ in range(3):
+        assert_same(run(fused), run(separate))
+    assert products == [2, 2, 2]
 
 
 def test_functional_transforms(products):

@@ -4,8 +4,8 @@
     python benchmarks/projections/run.py --quick    # seconds: does it run
 
 Forward and backward of the group, the input's gradient included; both forms take turns in one
-process of one thread, and ratios are medians of rounds. Outputs and gradients of both are compared with float64
-before anything is timed.
+process of one thread, and ratios are medians of rounds. Outputs and gradients of both are compared
+with float64 before anything is timed.
 """
 
 import argparse

@@ -34,7 +34,8 @@ class SharedInput(torch.autograd.Function):
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(weight, *sides)
         M = x.shape[:-1].numel()
-        return tuple(x.new_empty(1, 1, dtype=dtype).expand(M, n) for n in (*sizes, *ranks))
+        where = dict(dtype=dtype, device=x.device)
+        return tuple(torch.empty_strided((M, n), (0, 0), **where) for n in (*sizes, *ranks))
 
     @staticmethod
     def backward(ctx, *gradients):
