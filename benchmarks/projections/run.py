@@ -154,7 +154,7 @@ def main() -> None:
     )
     parser.add_argument("--tokens", type=int, default=256)
     parser.add_argument("--r", type=int, default=16)
-    parser.add_argument("--rounds", type=int, default=40)
+    parser.add_argument("--rounds", type=int, default=30)
     parser.add_argument("--dtype", default=None, help="float32 on a CPU, bfloat16 on a GPU")
     parser.add_argument("--quick", action="store_true")
     parser.add_argument("--out", type=Path, default=None, help="folder of projections.json and .md")
