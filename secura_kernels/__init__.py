@@ -3,6 +3,7 @@
 from .functional.linear import cur_linear
 from .nn.checkpoint import load_adapter, save_adapter
 from .nn.linear import CURLoRALinear, SECURALinear
+from .nn.projections import fuse_projections
 from .selection import select
 from .settings import ImportanceDecay, SMagNorm
 from .train.calibration import calibrate
@@ -16,6 +17,7 @@ __all__ = [
     "SMagNorm",
     "calibrate",
     "cur_linear",
+    "fuse_projections",
     "load_adapter",
     "save_adapter",
     "select",

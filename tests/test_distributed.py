@@ -6,6 +6,7 @@ import parallel_calibration
 import parallel_data
 import parallel_experts
 import parallel_fsdp1
+import parallel_projections
 import parallel_tensor
 import pytest
 import torch.distributed as dist
@@ -24,6 +25,7 @@ PARTS = (
     parallel_calibration,
     parallel_tensor,
     parallel_experts,
+    parallel_projections,
 )
 CHECKS = {check.__name__: check for part in PARTS for check in part.CHECKS}
 

@@ -25,6 +25,7 @@ LAYERS = [
         "nn.optional_tensors",
         "nn.merge",
         "nn.past",
+        "nn.projections",
         "nn.stages",
         "nn.state",
     ],

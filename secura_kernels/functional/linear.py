@@ -6,7 +6,17 @@ from torch import Tensor
 from ..backends import reference
 from ..backends.operands import CurOperands
 from ..checks import check_choice, check_number, fail
-from ..ops import IMPLS, CurLinear, CurWeightLinear, apply, forward_mode, frozen, pack_norm, prepare
+from ..ops import (
+    IMPLS,
+    CurLinear,
+    CurLinearByTicket,
+    CurWeightLinear,
+    apply,
+    forward_mode,
+    frozen,
+    pack_norm,
+    prepare,
+)
 from ..settings import SMagNorm
 
 
@@ -61,11 +71,18 @@ def cur_linear(
 
 
 def cur_linear_and_moved(
-    x: Tensor, layer: CurOperands, impl: str, edge: float = 0.0
+    x: Tensor,
+    layer: CurOperands,
+    impl: str,
+    edge: float = 0.0,
+    ticket: tuple[Tensor, Tensor] | None = None,
 ) -> tuple[Tensor, Tensor]:
     """``cur_linear``, and how many values of the gate lie at or under ``edge``: (1,) int64, or
     (0,) where ``edge`` is 0. Importance decay is chosen from this count. Settings are taken as
-    checked."""
+    checked. ``ticket``: what takes the gradient of x, see ``ops/projections.py``; of a layer
+    without a gate on the weight."""
+    if ticket is not None:
+        x = x.detach()
     prepare(x, layer.weight)
     layer = _frozen(layer)
     x, layer = _autocast(x, layer)
@@ -88,16 +105,19 @@ def cur_linear_and_moved(
         return y.view(*x.shape[:-1], y.shape[-1]), y.new_empty(0, dtype=torch.int64)
     function = CurWeightLinear if norm is not None and norm.domain == "weight" else CurLinear
     flat = x if x.ndim == 2 else x.reshape(-1, x.shape[-1])
-    y, *_, moved = apply(
-        function,
-        flat,
-        *layer.tensors(),
+    settings = (
         float(layer.alpha),
         pack_norm(norm),
         norm is None or norm.detach_gate,
         edge,
         impl,
     )
+    if ticket is None:
+        y, *_, moved = apply(function, flat, *layer.tensors(), *settings)
+    else:
+        layer = layer._replace(C=layer.whole_C())  # read from W once for both passes
+        small = (layer.core, layer.C, layer.adapter_bias, layer.decay)
+        y, *_, moved = CurLinearByTicket.apply(*ticket, *small, flat, layer.tensors(), *settings)
     return y if x.ndim == 2 else y.view(*x.shape[:-1], y.shape[-1]), moved
 
 

@@ -158,11 +158,13 @@ class Adapter(OptionalTensors, Factors, MatrixForm, Past, nn.Module):
         impl: str,
         trained: Tensor | None = None,
         first: Tensor | None = None,
+        ticket: tuple[Tensor, Tensor] | None = None,
     ) -> Tensor:
         """(..., K) -> (..., N): x W^T + bias, changed. ``trained``: (r, r) in the place of what
-        ``trained_core`` gives. ``first``: the W of C and R, where ``weight`` is a later one."""
+        ``trained_core`` gives. ``first``: the W of C and R, where ``weight`` is a later one.
+        ``ticket``: see ``projections.py``."""
         y, moved = cur_linear_and_moved(
-            x, self.operands(weight, bias, trained, first), impl, self._edge()
+            x, self.operands(weight, bias, trained, first), impl, self._edge(), ticket
         )
         self._count(moved, weight if self.norm and self.norm.domain == "weight" else y)
         return y

@@ -13,6 +13,7 @@ from . import state
 from .adapter import Adapter
 from .cores import CURLoRAAdapter, SECURAAdapter
 from .merge import Mergeable
+from .projections import Part, Projection
 from .stages import Stages
 
 RUNS_NOWHERE = (
@@ -48,7 +49,7 @@ def matrix_of(base: nn.Module) -> Tensor:
     return weight
 
 
-class CURLinear(Mergeable, Stages, Adapter):
+class CURLinear(Projection, Mergeable, Stages, Adapter):
     """A frozen linear layer whose change is alpha C core R, C and R its own columns and rows.
 
     Use ``CURLoRALinear.from_linear`` or ``SECURALinear.from_linear``. ``weight`` and ``bias`` are
@@ -84,7 +85,13 @@ class CURLinear(Mergeable, Stages, Adapter):
         matrix = (
             self.base_matrix() if self.stage_weight is None else self._as_matrix(self.stage_weight)
         )
-        return self.add_past(self.linear(x, matrix, self.bias, self.impl, self.stage_core()), x)
+        y = self.linear(x, matrix, self.bias, self.impl, self.stage_core(), ticket=self.ticket(x))
+        return self.add_past(y, x)
+
+    def part(self) -> Part | None:
+        in_weight_domain = self.norm is not None and self.norm.domain == "weight"
+        alone = self.merged or self.disable_adapters or self.transposed or in_weight_domain
+        return None if alone or self.stage_weight is not None else Part(self.weight, self)
 
     def base_matrix(self) -> Tensor:
         """W (N, K), whatever the layout of the base."""

@@ -4,7 +4,16 @@ from .batched import CurBatched
 from .core import folded_core
 from .epilogue import CurEpilogue
 from .linear import CurLinear
-from .registry import IMPLS, apply, forward_mode, pack_norm, resolve, why_unavailable
+from .projections import CurLinearByTicket, SharedInput
+from .registry import (
+    IMPLS,
+    apply,
+    forward_mode,
+    pack_norm,
+    resolve,
+    transformed,
+    why_unavailable,
+)
 from .sharding import frozen, is_dtensor, prepare
 from .weight import CurWeightLinear
 
@@ -13,7 +22,9 @@ __all__ = [
     "CurBatched",
     "CurEpilogue",
     "CurLinear",
+    "CurLinearByTicket",
     "CurWeightLinear",
+    "SharedInput",
     "apply",
     "folded_core",
     "forward_mode",
@@ -22,5 +33,6 @@ __all__ = [
     "pack_norm",
     "prepare",
     "resolve",
+    "transformed",
     "why_unavailable",
 ]

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from ..checks import fail
 from ..nn.adapter import Adapter
 from ..nn.cores import CURLoRAAdapter, SECURAAdapter
+from ..nn.projections import Part, Projection
 from ..nn.stages import Stages
 from ..nn.state import fingerprint
 from ..ops import resolve
@@ -23,7 +24,7 @@ from .merge import Mergeable
 KINDS = {"secura": SECURAAdapter, "curlora": CURLoRAAdapter}
 
 
-class SecuraLinear(nn.Module, Mergeable, Stages, BaseTunerLayer):
+class SecuraLinear(Projection, nn.Module, Mergeable, Stages, BaseTunerLayer):
     """A frozen linear layer with named adapters; the fused layer where one is active.
 
     Args:
@@ -147,7 +148,6 @@ class SecuraLinear(nn.Module, Mergeable, Stages, BaseTunerLayer):
         adapter, impl, base = self._ready(name), self.impl[name], self.get_base_layer()
         gate, long_core = adapter.norm, adapter.long_core()
         in_weight_domain = gate is not None and gate.domain == "weight"
-        fused = base_weight.is_plain(base) and base is self.base_layer
         if in_weight_domain:
             weight, first = self.base_matrix(), None
             if long_core is not None:
@@ -155,10 +155,25 @@ class SecuraLinear(nn.Module, Mergeable, Stages, BaseTunerLayer):
             bias = None if base.bias is None else base.bias.to(weight.dtype)
             y = adapter.linear(x.to(weight.dtype), weight, bias, impl, first=first)
             return y if torch.is_autocast_enabled(x.device.type) else y.to(x.dtype)
-        if fused and (gate is None or long_core is None):
-            y = adapter.linear(x, self.base_matrix(), base.bias, impl, adapter.stage_core())
+        if self._is_fused(adapter):
+            W, core = self.base_matrix(), adapter.stage_core()
+            y = adapter.linear(x, W, base.bias, impl, core, ticket=self.ticket(x))
             return adapter.add_past(y, x)
         return self._over(self.base_layer(x, *args, **kwargs), x, name)
+
+    def _is_fused(self, adapter: Adapter) -> bool:
+        """Whether the fused layer takes the place of the base, with a gate on outputs or none."""
+        base, gate = self.get_base_layer(), adapter.norm
+        by_outputs = gate is None or (gate.domain == "output" and adapter.long_core() is None)
+        return by_outputs and base_weight.is_plain(base) and base is self.base_layer
+
+    def part(self) -> Part | None:
+        names, base = self._present(self.active_adapters), self.base_layer
+        if len(names) != 1 or self.merged or self.disable_adapters:
+            return None
+        adapter = self._ready(names[0])
+        fits = self._is_fused(adapter) and not base_weight.is_transposed(base)
+        return Part(base.weight, adapter) if fits else None
 
     def _over(self, y0: Tensor, x: Tensor, name: str) -> Tensor:
         """An adapter over a base output y0 (..., N) that has been computed already."""
