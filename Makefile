@@ -42,6 +42,12 @@ format: .venv/ready  ## write the code in ruff's format
 docs: .venv/docs-ready  ## build the documentation as a site, in site/
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict $(ARGS)
 
+dist: .venv/ready  ## the source archive and the pure wheel, in dist/, checked as PyPI does
+	$(BIN)/python -m pip install --quiet build twine
+	rm -rf dist
+	$(BIN)/python -m build
+	$(BIN)/twine check --strict dist/*
+
 # torch first: another package would pull a build of its own choice.
 .venv/ready: pyproject.toml
 	$(PYTHON) -c 'import sys; v = "%d.%d" % sys.version_info[:2]; sys.exit(None if sys.version_info >= (3, 11) else "Python >= 3.11 is needed, $(PYTHON) is " + v + ": make PYTHON=python3.12")'
@@ -54,4 +60,4 @@ docs: .venv/docs-ready  ## build the documentation as a site, in site/
 	$(BIN)/python -m pip install --quiet --editable '.[docs]'
 	touch $@
 
-.PHONY: help finetune test peft-suite bench forgetting codegen gpu lint format docs
+.PHONY: help finetune test peft-suite bench forgetting codegen gpu lint format docs dist

@@ -5,12 +5,13 @@ import torch
 from torch import Tensor, nn
 
 BNB = ("nf4", "nf4 double", "int8")
-TORCHAO = ("torchao int8", "torchao float8", "torchao int4")
+TORCHAO = ("torchao int8", "torchao float8", "torchao int4", "torchao nvfp4")
 KINDS = BNB + TORCHAO
 
 
 def torchao_config(kind: str):
     pytest.importorskip("torchao")
+    from torchao.prototype.mx_formats import NVFP4WeightOnlyConfig
     from torchao.quantization import (
         Float8WeightOnlyConfig,
         Int8DynamicActivationInt8WeightConfig,
@@ -20,6 +21,7 @@ def torchao_config(kind: str):
     )
 
     return {
+        "torchao nvfp4": lambda: NVFP4WeightOnlyConfig(),
         "torchao int8": lambda: Int8WeightOnlyConfig(),
         "torchao float8": lambda: Float8WeightOnlyConfig(),
         "torchao int4": lambda: IntxWeightOnlyConfig(

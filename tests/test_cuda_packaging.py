@@ -4,6 +4,7 @@ import os
 import shutil
 import subprocess
 import sys
+import sysconfig
 import zipfile
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from cuda_sources import (
     write_tiny,
 )
 
+from secura_kernels import __version__
 from secura_kernels.backends.cuda import compiler as builder
 from secura_kernels.backends.cuda import toolchain
 
@@ -42,11 +44,12 @@ def checkout(tmp_path) -> Path:
     return copy
 
 
-def package(checkout: Path, hook: str, prelude: str = "", **env: str):
-    """Runs what pip calls in ``checkout``, as pip does; returns the process and the new file."""
+def package(checkout: Path, hook: str, prelude: str = "", options: str = "", **env: str):
+    """Runs what pip calls in ``checkout``, as pip does; returns the process and the new file.
+    ``options``: of ``bdist_wheel``, as ``--config-setting=--build-option=`` gives them."""
     program = (
         f"import sys\n{prelude}\nfrom setuptools import build_meta\n"
-        f"print('made', build_meta.{hook}('out'))"
+        f"print('made', build_meta.{hook}('out', {{'--build-option': {options!r}}}))"
     )
     (checkout / "out").mkdir(exist_ok=True)
     clean = {k: v for k, v in os.environ.items() if not k.startswith("SECURA_")}
@@ -92,6 +95,37 @@ def test_editable_is_pure_by_default(checkout):
     assert wheel.name.endswith("-py3-none-any.whl")
     assert "__editable__.secura_kernels-0.1.0.pth" in inside(wheel)
     assert not (checkout / "secura_kernels/backends/cuda/csrc").exists()
+
+
+# A compiler that writes an empty library.
+PRETEND = """
+import types
+compiler, toolchain = (types.ModuleType(f"secura_build.{n}") for n in ("compiler", "toolchain"))
+compiler.LIBRARY, toolchain.torch_cuda = "secura_cuda.so", lambda: None
+compiler.compile_library = lambda source, library, arches, build: library.write_bytes(b"")
+sys.modules |= {module.__name__: module for module in (compiler, toolchain)}
+"""
+
+
+@pytest.mark.parametrize("manylinux", ["", "manylinux_2_28_x86_64"])
+def test_tags_of_a_wheel_with_the_library(checkout, manylinux):
+    """One platform, every Python: the library has no symbol of Python. ``--plat-name`` is for who
+    compiled in an image of that manylinux; PyPI takes no plain linux tag."""
+    done, wheel = package(
+        checkout,
+        "build_wheel",
+        PRETEND,
+        f"--plat-name={manylinux}" if manylinux else "",
+        SECURA_BUILD_CUDA="1",
+    )
+    assert done.returncode == 0, done.stderr
+    platform = manylinux or sysconfig.get_platform().replace("-", "_")
+    assert wheel.name == f"secura_kernels-{__version__}-py3-none-{platform}.whl"
+    assert builder.LIBRARY in inside(wheel)
+    files = zipfile.ZipFile(wheel)
+    (name,) = (n for n in files.namelist() if n.endswith(".dist-info/WHEEL"))
+    stated = files.read(name).decode().splitlines()
+    assert f"Tag: py3-none-{platform}" in stated and "Root-Is-Purelib: false" in stated
 
 
 @compiles

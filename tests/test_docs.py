@@ -29,6 +29,7 @@ LINKED = [
             "AGENTS.md",
             "SECURITY.md",
             "csrc/README.md",
+            "hub/README.md",
         )
     ),
     *sorted(PACKAGE.rglob("README.md")),

@@ -21,7 +21,7 @@ from transformers import (
     TorchAoConfig,
 )
 
-LOADED = ("nf4", "int8", "torchao int8", "torchao float8")
+LOADED = ("nf4", "int8", "torchao int8", "torchao float8", "torchao nvfp4")
 WEIGHT = GATED | dict(norm_domain="weight", adapter_bias=False)
 
 

@@ -21,7 +21,11 @@ from ..backends.operands import CurOperands
 from ..checks import check_choice
 from ..settings import SMagNorm
 
-LIBRARY = torch.library.Library("secura", "FRAGMENT")
+# Several copies of this code may be loaded from the kernel hub beside the installed package, each
+# under a name of its own, under which the hub wants its ops.
+_ROOT = __name__.partition(".")[0]
+NAMESPACE = "secura" if _ROOT == "secura_kernels" else _ROOT
+LIBRARY = torch.library.Library(NAMESPACE, "FRAGMENT")
 IMPLS = ("auto", "triton", "cuda", "reference")
 
 
@@ -40,12 +44,16 @@ def why_unavailable(
         return "the gate's full derivative (detach_gate=False) is in the reference alone"
     if impl == "triton" and not _is_installed("triton"):
         return "triton is not installed (pip install triton)"
+    if impl == "cuda" and not _is_installed("..backends.cuda"):
+        return (
+            "the CUDA kernels are in the package secura-kernels, not in its form for the kernel hub"
+        )
     return _module(impl).why_unavailable(device, dtype, r)
 
 
 @functools.cache
 def _is_installed(package: str) -> bool:
-    return importlib.util.find_spec(package) is not None
+    return importlib.util.find_spec(package, __package__) is not None
 
 
 @functools.cache
@@ -153,11 +161,11 @@ def register(
     name = LIBRARY.define(" ".join(schema.split()))
     run = _outside_autocast(run)
     LIBRARY.impl(name, run, "CompositeExplicitAutograd")
-    torch.library.register_fake(f"secura::{name}", fake, lib=LIBRARY)
-    packet = getattr(torch.ops.secura, name)
+    torch.library.register_fake(f"{NAMESPACE}::{name}", fake, lib=LIBRARY)
+    packet = getattr(getattr(torch.ops, NAMESPACE), name)
     register_flop_formula(packet)(flops)
     rule = vmap or functools.partial(one_by_one, packet.default)
-    torch.library.register_vmap(f"secura::{name}", rule, lib=LIBRARY)
+    torch.library.register_vmap(f"{NAMESPACE}::{name}", rule, lib=LIBRARY)
     _runs[packet.default] = run
     return packet.default
 

@@ -20,6 +20,8 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
+from .registry import NAMESPACE
+
 MaybeTensor = TypeVar("MaybeTensor", Tensor, Tensor | None)
 _registered = False
 
@@ -54,7 +56,7 @@ def _register() -> None:
         ("cur_epilogue_fwd", _epilogue_fwd),
         ("cur_epilogue_bwd", _epilogue_bwd),
     ):
-        op = getattr(torch.ops.secura, name).default
+        op = getattr(getattr(torch.ops, NAMESPACE), name).default
         register_sharding(op)(rule)
         # Rules depend on the settings and on which operands there are, so the cache of what they
         # gave must too. By default it would know sharded operands and integers only.

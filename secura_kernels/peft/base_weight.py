@@ -60,10 +60,13 @@ def backend_of(base: nn.Module, **kwargs):
     weight = getattr(base, "weight", None)
     if not isinstance(weight, Tensor) or weight.dtype not in DTYPES or _is_wrapper(weight):
         what = f"{type(weight).__name__} {getattr(weight, 'dtype', '')}".strip()
+        packed = sorted(name for name in base.state_dict() if name.startswith("weight_"))
+        if packed:
+            what += f" (it keeps {', '.join(packed)})"
         raise TypeError(
             f"target_modules matches a {type(base).__name__} whose weight is a {what}, which "
             "SECURA cannot read as a matrix: only floating-point weights, and those quantised by "
-            "bitsandbytes and torchao, can be"
+            f"bitsandbytes and torchao, can be; {quantised.DEQUANTISE}"
         )
     return None
 

@@ -19,8 +19,16 @@ TORCHAO_WEIGHTS = {
     "Int8Tensor": "act_quant_kwargs",
     "Float8Tensor": "act_quant_kwargs",
     "IntxUnpackedToInt8Tensor": "activation_quantization",
+    "NVFP4Tensor": "act_quant_kwargs",
 }
-WEIGHT_ONLY = "Int8WeightOnlyConfig, Float8WeightOnlyConfig and IntxWeightOnlyConfig"
+WEIGHT_ONLY = (
+    "Int8WeightOnlyConfig, Float8WeightOnlyConfig, IntxWeightOnlyConfig or NVFP4WeightOnlyConfig"
+)
+# How a model is loaded without its packed weights, where its form cannot be adapted.
+DEQUANTISE = (
+    "load the model dequantised: CompressedTensorsConfig(run_compressed=False), "
+    "FineGrainedFP8Config(dequantize=True), Mxfp4Config(dequantize=True)"
+)
 
 
 def backend_of(base: nn.Module, **kwargs):
