@@ -25,7 +25,7 @@ from torch import Tensor
 
 from secura_kernels import SMagNorm
 from secura_kernels.backends import cuda
-from secura_kernels.backends.cuda import linear
+from secura_kernels.backends.cuda import passes
 from secura_kernels.backends.operands import CurOperands
 from secura_kernels.functional.linear import cur_linear_and_moved
 
@@ -138,7 +138,7 @@ def run_case(case: Case, impl: str, device: str) -> None:
         bias, adapter_bias = random(N).to(device), random(N, **wide).to(device)
         decay = torch.where(torch.rand(N, generator=generator) > 0.5, 0.9, 1.0).to(device)
         trained.append(adapter_bias.requires_grad_())
-    with mock.patch.object(linear, "one_pass", lambda *_: case.one_pass):
+    with mock.patch.object(passes, "one_pass", lambda *_: case.one_pass):
         layer = CurOperands(
             W, bias, core, cols, rows, C, R, adapter_bias, decay, 0.7, NORMS[case.form]
         )

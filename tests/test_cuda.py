@@ -13,7 +13,7 @@ from devices import DEVICE, GPU, MARKS
 from layer_cases import DETACHED, case, compare, small_change
 
 from secura_kernels import SMagNorm
-from secura_kernels.backends.cuda import library, linear, passes
+from secura_kernels.backends.cuda import library, passes
 from secura_kernels.backends.cuda.plan import one_pass
 
 pytestmark = MARKS
@@ -125,7 +125,7 @@ def test_columns_of_W_in_several_groups(M, monkeypatch):
 @pytest.mark.parametrize("norm", [None, SMagNorm()], ids=["no gate", "gate"])
 def test_one_pass_of_any_operands(norm, dtype, monkeypatch):
     """Strides and sizes for which the plan would take the library's product."""
-    monkeypatch.setattr(linear, "one_pass", lambda *_: True)
+    monkeypatch.setattr(passes, "one_pass", lambda *_: True)
     for M, N, K, r in ((131, 150, 67, 9), (5, 40, 33, 3), (66, 136, 72, 20)):
         c = small_change(M, N, K, r, dtype=dtype, tied=True, biases=True, device=DEVICE)
         compare(c, norm, "cuda")
@@ -141,7 +141,7 @@ def test_one_pass_of_any_operands(norm, dtype, monkeypatch):
 def test_one_pass_in_whole_chunks(norm, r, schedule, monkeypatch):
     """The wide tiles, which a chip of few processors takes; more steps than the pipeline has
     stages; ranks whose change is kept in shared memory, and too many for that."""
-    monkeypatch.setattr(linear, "one_pass", lambda *_: True)
+    monkeypatch.setattr(passes, "one_pass", lambda *_: True)
     monkeypatch.setenv("SECURA_HOST_PROCESSORS", "1")
     monkeypatch.setenv("SECURA_HOST_SCHEDULE", schedule)
     monkeypatch.setenv("SECURA_HOST_BANKS", "1")

@@ -8,7 +8,7 @@ from devices import KERNELS
 from layer_cases import case, relative_error
 
 from secura_kernels import SECURALinear, SMagNorm
-from secura_kernels.backends.cuda import linear as cuda_linear
+from secura_kernels.backends.cuda import passes as cuda_passes
 from secura_kernels.backends.triton import dispatch, tune_cache
 from secura_kernels.ops import resolve
 
@@ -20,7 +20,7 @@ def take(one_pass: bool, monkeypatch) -> None:
     """Both backends take this form of a layer, whatever would be chosen."""
     monkeypatch.setattr(dispatch, "ASSUMED_LOSS", -0.9 if one_pass else 9.0)
     monkeypatch.setattr(tune_cache, "choice", lambda *_: None)
-    monkeypatch.setattr(cuda_linear, "one_pass", lambda *_: one_pass)
+    monkeypatch.setattr(cuda_passes, "one_pass", lambda *_: one_pass)
 
 
 def test_auto_is_triton():

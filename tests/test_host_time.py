@@ -46,6 +46,7 @@ from torch import nn
 from triton import knobs
 from triton.runtime.jit import JITFunction
 from secura_kernels import CURLoRALinear, SECURALinear
+from secura_kernels.backends.operands import CurOperands
 from secura_kernels.backends.triton import chips, dispatch
 from secura_kernels.backends.triton.passes.core_gradient import core_gradient
 
@@ -71,8 +72,11 @@ with launching_nothing(90) as driver:
         found[kind.__name__] = [step(t) for t in (
             x, x, misaligned, misaligned, transposed, x[:8].detach().requires_grad_(), x)]
     v, t, core = torch.randn(3, 16, 16)
+    def of(core):
+        return CurOperands.of_epilogue(core, x, None, None, 1.0, None)
+
     for operands in ((v, t, core), (t, v, core), (v, t, t), (t, v, v), (v, t, core)):
-        core_gradient(*operands, 1.0, x)
+        core_gradient(*operands[:2], of(operands[2]))
     found["the same tensor twice"] = len(asked)
     asked.clear()
     driver.launches = 0

@@ -15,6 +15,8 @@ LAYERS = [
     ["settings", "selection", "bases"],
     ["backends.gate_code", "backends.operands"],
     ["backends.host"],
+    ["backends.passes"],
+    ["backends.schedule"],
     ["backends.reference", "backends.triton", "backends.cuda"],
     ["ops"],
     ["functional"],

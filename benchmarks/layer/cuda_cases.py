@@ -19,7 +19,6 @@ class CudaPasses:
     def __init__(self, inputs: Inputs) -> None:
         self.on = inputs
         self.C = inputs.C.matrix
-        self.gated = passes.Finish(gate=inputs.gate, saved=inputs.code)
 
     def R(self) -> Tensor:
         return passes.rows(self.on.layer)
@@ -31,43 +30,33 @@ class CudaPasses:
         passes.down(self.on.x, self.R(), self.on.core, 1.0, p_dtype=self.on.dtype)
 
     def down_of_gradient(self) -> None:
-        passes.down(self.on.dy, self.C, self.on.core.T, 1.0, p_dtype=torch.float32)
+        passes.down(
+            self.on.dy, self.C, self.on.core, 1.0, p_dtype=torch.float32, transpose_core=True
+        )
 
     def project(self) -> None:
         passes.project(self.on.dy, self.on.rows, self.on.core, 1.0, q_dtype=self.on.dtype)
 
     def epilogue(self) -> None:
-        passes.epilogue(self.on.y, self.on.h, self.C, self.gated)
+        passes.epilogue(self.on.y, self.on.h, self.C, self.on.gated)
 
     def gate_backward(self) -> None:
-        passes.gate_backward(
-            self.on.dy,
-            self.on.code,
-            self.C,
-            self.on.rows,
-            self.on.core,
-            1.0,
-            self.on.gate,
-            decay=None,
-            needs=(True, True, False),
-        )
+        passes.gate_backward(self.on.dy, self.on.code, self.C, self.on.layer, (True, True, False))
 
     def core_gradient(self) -> None:
-        passes.core_gradient(self.on.v[0], self.on.t, 1.0)
+        passes.core_gradient(self.on.v[0], self.on.t, self.on.layer)
 
     def effective_weight(self) -> None:
-        passes.effective_weight(
-            passes.WeightChange(self.on.W, self.on.P, self.R(), None, self.on.gate), None
-        )
+        passes.effective_weight(self.on.change._replace(R=self.R()))
 
     def product(self) -> None:
-        passes.product(self.on.x, self.on.W, self.on.h, self.C, None, passes.Finish())
+        passes.product(self.on.x, self.on.W, self.on.h, self.C)
 
     def product_of_input_gradient(self) -> None:
-        passes.product(self.on.dy, self.on.W.T, self.on.h, self.R(), None, passes.Finish())
+        passes.product(self.on.dy, self.on.W.T, self.on.h, self.R())
 
     def product_gate(self) -> None:
-        passes.product(self.on.x, self.on.W, self.on.h, self.C, None, self.gated)
+        passes.product(self.on.x, self.on.W, self.on.h, self.C, finish=self.on.gated)
 
 
 # The base product alone: what cuBLAS multiplies in the frozen layer.

@@ -1,1 +1,2 @@
-"""What runs an op: ``reference`` (PyTorch), ``triton`` and ``cuda``, each with a module an op."""
+"""What runs an op: ``reference`` (PyTorch), and ``schedule`` over the ``passes`` of ``triton`` and
+``cuda``."""

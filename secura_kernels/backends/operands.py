@@ -2,6 +2,7 @@
 
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 from ..settings import SMagNorm
@@ -63,6 +64,20 @@ class CurOperands(NamedTuple):
     @property
     def r(self) -> int:
         return self.core.shape[0]
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return (self.C if self.weight is None else self.weight).dtype
+
+    @property
+    def tied_rows(self) -> Tensor | None:
+        """(r,) where R is W[rows], so that dT goes into columns of G' (identity 3)."""
+        return self.rows if self.R is None else None
+
+    @property
+    def t_is_of_base(self) -> bool:
+        """Whether t is columns of the base output (identity 1)."""
+        return self.R is None and self.bias is None
 
     def tensors(self) -> tuple[Tensor | None, ...]:
         return self[:9]

@@ -11,6 +11,7 @@ import importlib.util
 import warnings
 from collections.abc import Callable
 from types import ModuleType
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -48,7 +49,7 @@ def why_unavailable(
         return (
             "the CUDA kernels are in the package secura-kernels, not in its form for the kernel hub"
         )
-    return _module(impl).why_unavailable(device, dtype, r)
+    return _package(impl).why_unavailable(device, dtype, r)
 
 
 @functools.cache
@@ -57,9 +58,8 @@ def _is_installed(package: str) -> bool:
 
 
 @functools.cache
-def _module(impl: str, op: str = "") -> ModuleType:
-    """A backend's package, or its module of an op."""
-    return importlib.import_module(f"..backends.{impl}{'.' * bool(op)}{op}", __package__)
+def _package(impl: str) -> ModuleType:
+    return importlib.import_module(f"..backends.{impl}", __package__)
 
 
 def resolve(
@@ -96,14 +96,15 @@ def resolve(
     return candidate
 
 
-def backend(impl: str, op: str, like: Tensor, r: int, norm: SMagNorm | None = None) -> ModuleType:
-    """The module (``forward``, and ``backward``) that runs an op, loaded when first used.
+def backend(impl: str, op: str, like: Tensor, r: int, norm: SMagNorm | None = None) -> Any:
+    """What runs an op (``forward``, and ``backward``), loaded when first used: a module of the
+    reference, a schedule over the passes of another backend.
 
     Args:
         op: "linear", "weight", "epilogue" or "batched". like: a tensor of the layer's dtype and
             device. norm: the layer's gate.
     """
-    return _module(resolve(impl, like.device, like.dtype, r, norm), op)
+    return getattr(_package(resolve(impl, like.device, like.dtype, r, norm)), op)
 
 
 @functools.cache

@@ -10,17 +10,18 @@ from torch import Tensor
 from ..backends.gate_code import saved_dtype
 from ..backends.host import GateNumbers, padded_rank
 from ..backends.operands import CurOperands
+from ..backends.passes import Finish, WeightChange
 from ..backends.triton.passes import adapter_sums, factors
 from ..backends.triton.passes.batched_epilogue import batched_epilogue
 from ..backends.triton.passes.core_gradient import core_gradient
 from ..backends.triton.passes.decode import decode
 from ..backends.triton.passes.down import down, project
 from ..backends.triton.passes.effective_weight import effective_weight
-from ..backends.triton.passes.epilogue import epilogue
+from ..backends.triton.passes.epilogue import epilogue, find_largest
 from ..backends.triton.passes.gate_backward import gate_backward
 from ..backends.triton.passes.own_core import own_core
 from ..backends.triton.passes.product import product
-from ..backends.triton.passes.weight_core_gradient import weight_core_gradient
+from ..backends.triton.passes.weight_core_gradient import contracted
 from ..backends.triton.tiles import Tile, column_parts, use
 from ..settings import SMagNorm
 
@@ -47,71 +48,64 @@ class Inputs:
         ranks = padded_rank(r)
         self.C = factors.Factor(self.random(N, ranks), None, ranks, 1, ranks)
         self.layer = CurOperands(
-            self.W, None, self.core, self.cols, self.rows, None, None, None, None, 1.0, None
+            self.W, None, self.core, self.cols, self.rows, None, None, None, None, 1.0, SMagNorm()
         )
         self.R = factors.rows(self.layer)
-        self.P = self.random(N, padded_rank(r), dtype=torch.float32)
         self.gate = GateNumbers.of(SMagNorm(), dtype)
         self.code = torch.zeros(M, N, dtype=saved_dtype(dtype), device=device)
         self.cores = self.random(ADAPTERS, r, r, dtype=torch.float32)
         self.adapter = torch.arange(ADAPTERS, device=device)
         numbers = torch.arange(ADAPTERS + 1, device=device)
         self.order = adapter_sums.Order(self.adapter, numbers)
+        self.gated = Finish(gate=self.gate, saved=self.code)
+        P = self.random(N, ranks, dtype=torch.float32)
+        self.change = WeightChange(self.layer, self.C.matrix, P, self.R, self.gate)
 
     def random(self, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
         return torch.randn(*shape, dtype=dtype or self.dtype, device=self.device)
 
     def product(self, tile: Tile) -> None:
-        product(self.x, self.W, self.h, self.C, self.r, self.y, tile)
+        self.y = product(self.x, self.W, self.h, self.C, tile)
 
     def product_of_input_gradient(self, tile: Tile) -> None:
-        product(self.dy, self.W.T, self.h, self.R, self.r, torch.empty_like(self.x), tile)
+        product(self.dy, self.W.T, self.h, self.R, tile)
 
     def product_gate(self, tile: Tile) -> None:
-        product(
-            self.x, self.W, self.h, self.C, self.r, self.y, tile, gate=self.gate, saved=self.code
-        )
+        self.y = product(self.x, self.W, self.h, self.C, tile, finish=self.gated)
 
     def library(self) -> None:
         """What ``product`` and ``down`` stand against."""
         y = F.linear(self.x, self.W)
         _, h = project(y, self.rows, self.core, 1.0, q_dtype=self.dtype)
-        epilogue(y, h, self.C, self.r)
+        epilogue(y, h, self.C)
 
     def library_gate(self) -> None:
         """What ``product_gate`` and ``down`` stand against."""
         y = F.linear(self.x, self.W)
         _, h = project(y, self.rows, self.core, 1.0, q_dtype=self.dtype)
-        epilogue(y, h, self.C, self.r, gate=self.gate, saved=self.code)
+        epilogue(y, h, self.C, self.gated)
 
     def library_after_down(self) -> None:
         """What ``product`` stands against where *down* comes before either."""
-        epilogue(F.linear(self.x, self.W), self.h, self.C, self.r)
+        epilogue(F.linear(self.x, self.W), self.h, self.C)
 
     def library_gate_after_down(self) -> None:
         """The same of ``product_gate``."""
-        epilogue(F.linear(self.x, self.W), self.h, self.C, self.r, gate=self.gate, saved=self.code)
+        epilogue(F.linear(self.x, self.W), self.h, self.C, self.gated)
 
     def library_of_input_gradient(self) -> None:
         """What ``product_of_input_gradient`` stands against."""
-        epilogue(self.dy @ self.W, self.h, self.R, self.r)
+        epilogue(self.dy @ self.W, self.h, self.R)
 
     def epilogue(self) -> None:
-        epilogue(self.y, self.h, self.C, self.r, gate=self.gate, saved=self.code)
+        epilogue(self.y, self.h, self.C, self.gated)
 
     def largest(self) -> None:
-        epilogue(
-            self.y,
-            self.h,
-            self.C,
-            self.r,
-            gate=self.gate,
-            find_largest=True,
-            largest=torch.zeros(1, dtype=torch.int32, device=self.device),
-        )
+        largest = torch.zeros(1, dtype=torch.int32, device=self.device)
+        find_largest(self.y, self.h, self.C, Finish(gate=self.gate, largest=largest))
 
     def gather(self) -> None:
-        factors.columns(self.layer, reads=factors.READS_BEFORE_COPY + 1)
+        factors.columns(self.layer).copied(self.W.shape[0], factors.READS_BEFORE_COPY + 1)
 
     def down(self) -> None:
         down(self.x, self.R, self.core, 1.0, p_dtype=self.dtype)
@@ -137,27 +131,16 @@ class Inputs:
 
     def core_gradient(self) -> None:
         """With dT into columns of G'."""
-        core_gradient(self.v, self.t, self.core, 1.0, self.dy, g=self.y, rows=self.rows)
+        core_gradient(self.v, self.t, self.layer, g=self.y)
 
     def effective_weight(self) -> None:
-        effective_weight(self.W, self.P, self.R, self.r, self.gate, None)
+        effective_weight(self.change)
 
     def weight_core_gradient(self) -> None:
-        weight_core_gradient(self.W, self.W, self.P, self.R, self.r, self.gate, None, decay=None)
+        contracted(self.W, self.change)
 
     def decode(self) -> None:
-        decode(
-            self.x[:16],
-            self.W,
-            self.P,
-            self.R,
-            self.r,
-            self.gate,
-            None,
-            bias=None,
-            adapter_bias=None,
-            decay=None,
-        )
+        decode(self.x[:16], self.change)
 
     def own_core(self) -> None:
         own_core(self.t, self.cores, self.adapter, 1.0, self.dtype)

@@ -1,18 +1,33 @@
-"""The passes of csrc/, each with its outputs allocated. What they compute:
-backends/triton/README.md."""
+"""The passes of csrc/, each with its outputs allocated, as ``backends/passes.py`` describes them.
 
-from dataclasses import dataclass
+The kernels take the core and vectors in float32, and C and R gathered and padded.
+"""
 
 import torch
 from torch import Tensor
 
 from ..host import GateNumbers, cdiv, padded_rank, processors_of_gpu
 from ..operands import CurOperands
+from ..passes import SUM, Finish, Gradients, WeightChange
 from .library import call
+from .plan import one_pass
 
 # As in csrc/passes.h.
 ROWS_PER_PROGRAM, BIAS_PARTS, ROWS_PER_PART = 64, 4, 256
 COLUMNS_OF_W, MOST_TOKENS = 128, 64
+
+
+def addressable(matrix: Tensor) -> Tensor:
+    """Offsets have 64 bits."""
+    return matrix
+
+
+def plan(x: Tensor, layer: CurOperands) -> bool:
+    return one_pass(x, layer.weight, layer.norm)
+
+
+def plan_input_gradient(dy: Tensor, layer: CurOperands) -> bool:
+    return one_pass(dy, layer.weight.T, None)
 
 
 def columns(layer: CurOperands) -> Tensor:
@@ -33,13 +48,23 @@ def _gather(matrix: Tensor, index: Tensor | None) -> Tensor:
 
 
 def down(
-    a: Tensor, factor: Tensor, core: Tensor, alpha: float, *, p_dtype: torch.dtype
+    a: Tensor,
+    factor: Tensor,
+    core: Tensor,
+    alpha: float,
+    *,
+    p_dtype: torch.dtype,
+    transpose_core: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    """p = a factor (M, r) in ``p_dtype``, and q = alpha p core^T (M, padded r); core: float32."""
-    p = a.new_empty(a.shape[0], core.shape[0], dtype=p_dtype)
+    r = core.shape[0]
+    p = a.new_empty(a.shape[0], r, dtype=p_dtype)
     q = a.new_empty(a.shape[0], factor.shape[1])
-    call("down", a, a, factor, core, alpha, p, q, _parts(a, core.shape[0]))
+    call("down", a, a, factor, _wide(core, transpose_core), alpha, p, q, _parts(a, r))
     return p, q
+
+
+def _wide(core: Tensor, transpose: bool) -> Tensor:
+    return core.float().T if transpose else core.float()
 
 
 def _parts(a: Tensor, r: int) -> Tensor | None:
@@ -57,88 +82,73 @@ def _groups_of_columns(M: int, columns: int, processors: int) -> int:
 
 
 def project(
-    a: Tensor, index: Tensor | None, core: Tensor, alpha: float, *, q_dtype: torch.dtype
+    a: Tensor,
+    index: Tensor | None,
+    core: Tensor,
+    alpha: float,
+    *,
+    q_dtype: torch.dtype,
+    transpose_core: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    """p = a[:, index] (M, r), and q = alpha p core^T (M, padded r) in ``q_dtype``."""
     M, r = a.shape[0], core.shape[0]
     p, q = a.new_empty(M, r), a.new_empty(M, padded_rank(r), dtype=q_dtype)
-    call("project", a, a, index, core, alpha, p, q)
+    call("project", a, a, index, _wide(core, transpose_core), alpha, p, q)
     return p, q
 
 
-@dataclass(frozen=True)
-class Finish:
-    """What turns a base output and a change into a layer's output. ``gate``: None for no gate;
-    ``saved``: (M, N), the gate's code, to be written; ``moved``: (1,) int64, raised by the count of
-    gates <= ``edge``."""
-
-    adapter_bias: Tensor | None = None
-    decay: Tensor | None = None
-    gate: GateNumbers | None = None
-    saved: Tensor | None = None
-    moved: Tensor | None = None
-    edge: float = 0.0
-
-    def arguments(self) -> tuple:
-        return self.adapter_bias, self.decay, numbers(self.gate)
-
-    def outputs(self) -> tuple:
-        return self.saved, self.moved, self.edge
+def _vector(vector: Tensor | None) -> Tensor | None:
+    return None if vector is None else vector.float()
 
 
-def numbers(gate: GateNumbers | None) -> list[float]:
+def _numbers(gate: GateNumbers | None) -> list[float]:
     return [] if gate is None else list(vars(gate).values())
 
 
 def product(
-    a: Tensor, b: Tensor, h: Tensor, factor: Tensor, bias: Tensor | None, finish: Finish
+    a: Tensor,
+    b: Tensor,
+    h: Tensor,
+    factor: Tensor,
+    plan: bool = True,
+    bias: Tensor | None = None,
+    finish: Finish = SUM,
 ) -> Tensor:
-    """y (M, N) = a b^T + h factor^T + biases, gated; a: (M, K), b: (N, K), any strides."""
     y = a.new_empty(a.shape[0], b.shape[0])
-    call("product", a, a, b, h, factor, bias, *finish.arguments(), y, *finish.outputs())
+    adapter_bias, decay, gate, *written, _ = finish
+    change = _vector(adapter_bias), _vector(decay), _numbers(gate)
+    call("product", a, a, b, h, factor, bias, *change, y, *written)
     return y
 
 
-def epilogue(
-    y: Tensor,
-    h: Tensor,
-    factor: Tensor,
-    finish: Finish,
-    largest: Tensor | None = None,
-    find_largest: bool = False,
-) -> None:
-    """Turns y (M, N), the base output, into the layer's; ``find_largest`` only raises ``largest``,
-    (1,) int32, the bits of max(rho)."""
-    call("epilogue", y, y, h, factor, *finish.arguments(), *finish.outputs(), largest, find_largest)
+def epilogue(y: Tensor, h: Tensor, factor: Tensor, finish: Finish = SUM) -> None:
+    adapter_bias, decay, gate, *written, largest = finish
+    change = h, factor, _vector(adapter_bias), _vector(decay), _numbers(gate), *written, largest
+    if largest is not None:
+        call("epilogue", y, y, *change, True)  # finds it, and no more
+    call("epilogue", y, y, *change, False)
 
 
-@dataclass(frozen=True)
-class GateGradients:
-    """``g``: G' (M, N) with dT already in it, or db where R is stored and ``q``, dT (M, padded r),
-    is still to be added as dT R; None where no dX was asked for. ``v``: (M, r) float32."""
-
-    g: Tensor | None
-    q: Tensor | None
-    v: Tensor | None
-    dadapter_bias: Tensor | None
+def gate_gradients(
+    dy: Tensor, layer: CurOperands, t: Tensor, saved: Tensor, needs: tuple[bool, bool, bool]
+) -> Gradients:
+    g, q, v, dadapter_bias = gate_backward(dy, saved, columns(layer), layer, needs)
+    return Gradients(g, q, core_gradient(v, t, layer) if needs[1] else None, dadapter_bias)
 
 
 def gate_backward(
     dy: Tensor,
     saved: Tensor,
     factor: Tensor,
-    rows: Tensor | None,
-    core: Tensor,
-    alpha: float,
-    gate: GateNumbers,
-    *,
-    decay: Tensor | None,
+    layer: CurOperands,
     needs: tuple[bool, bool, bool],
-) -> GateGradients:
-    """Args:
-    dy: (M, N), any strides. saved: (M, N), what the forward pass saved. factor: C.
-    rows: (r,) where R is W[rows]; None where it is stored. needs: of x, core, adapter_bias.
+) -> tuple[Tensor | None, ...]:
+    """``g``, ``q`` and ``dadapter_bias`` of ``Gradients``, and before the last v (M, r) float32.
+
+    Args:
+        dy: (M, N), any strides. saved: (M, N), what the forward pass saved. factor: C.
+        needs: of x, core, adapter_bias.
     """
+    rows, core = layer.tied_rows, layer.core.float()
     (M, N), r = dy.shape, core.shape[0]
     programs = cdiv(M, ROWS_PER_PROGRAM)
     wide = dict(dtype=torch.float32)
@@ -147,48 +157,39 @@ def gate_backward(
     q = dy.new_empty(M, factor.shape[1]) if needs[0] and rows is None else None
     part = dy.new_empty(BIAS_PARTS * programs, N, **wide) if needs[2] else None
     v_part = None if v is None else _parts(dy, r)
-    layer = (factor, rows, core.T, alpha, decay, numbers(gate))
-    call("gate_backward", dy, dy, saved, *layer, g, v, q, part, v_part)
-    return GateGradients(g, q, v, None if part is None else part.sum(0))
+    gate = _numbers(GateNumbers.of(layer.norm, dy.dtype))
+    operands = factor, rows, core.T, layer.alpha, _vector(layer.decay), gate
+    call("gate_backward", dy, dy, saved, *operands, g, v, q, part, v_part)
+    return g, q, v, None if part is None else part.sum(0)
 
 
-def core_gradient(v: Tensor, t: Tensor, alpha: float) -> Tensor:
-    """alpha v^T t (r, r) float32; v: (M, r) float32, any strides."""
+def core_gradient(v: Tensor, t: Tensor, layer: CurOperands) -> Tensor:
+    if v.dtype != torch.float32:  # the kernel takes its float32 matrix first
+        return core_gradient(t, v, layer).T.contiguous()
     M, r = v.shape
     part = v.new_empty(cdiv(M, ROWS_PER_PART), r, r)
-    call("core_gradient", v, v, t, alpha, part)
-    return part.sum(0)
+    call("core_gradient", v, v, t, layer.alpha, part)
+    return part.sum(0).to(layer.core.dtype)
 
 
-@dataclass(frozen=True)
-class WeightChange:
-    """W (N, K), any strides; P = alpha C core (N, padded r) float32 and R (K, padded r), so that
-    delta_W = P R; ``decay``: (N,) float32."""
-
-    weight: Tensor
-    P: Tensor
-    factor: Tensor
-    decay: Tensor | None
-    gate: GateNumbers
-
-    def arguments(self) -> tuple:
-        return self.weight, self.P, self.factor, self.decay, numbers(self.gate)
-
-
-def effective_weight(
-    change: WeightChange, largest: Tensor | None, moved: Tensor | None = None, edge: float = 0.0
-) -> Tensor:
-    """W_eff (N, K), contiguous, in W's dtype."""
-    out = torch.empty(change.weight.shape, dtype=change.weight.dtype, device=change.weight.device)
-    call("effective_weight", out, *change.arguments(), out, moved, edge, largest, False)
-    return out
+def _operands(change: WeightChange) -> tuple:
+    layer, _, P, R, gate, _ = change
+    return layer.weight, P, R, _vector(layer.decay), _numbers(gate)
 
 
 def largest_weight_change(change: WeightChange) -> Tensor:
-    """(1,) int32: the bits of max(rho)."""
-    largest = change.weight.new_zeros(1, dtype=torch.int32)
-    call("effective_weight", largest, *change.arguments(), None, None, 0.0, largest, True)
+    largest = change.P.new_zeros(1, dtype=torch.int32)
+    call("effective_weight", largest, *_operands(change), None, None, 0.0, largest, True)
     return largest
+
+
+def effective_weight(
+    change: WeightChange, moved: Tensor | None = None, edge: float = 0.0
+) -> Tensor:
+    W = change.layer.weight
+    out = torch.empty(W.shape, dtype=W.dtype, device=W.device)
+    call("effective_weight", out, *_operands(change), out, moved, edge, change.largest, False)
+    return out
 
 
 def _groups(K: int, blocks: int) -> int:
@@ -197,21 +198,21 @@ def _groups(K: int, blocks: int) -> int:
     return min(cdiv(K, COLUMNS_OF_W), cdiv(256, blocks))
 
 
-def decode(x: Tensor, change: WeightChange, largest: Tensor | None) -> Tensor:
-    """x W_eff^T (M, N) in float32; x: (M, K), M <= MOST_TOKENS, any strides."""
-    N, K = change.weight.shape
+def decode(x: Tensor, change: WeightChange) -> Tensor:
+    layer = change.layer
+    N, K = layer.weight.shape
     part = x.new_empty(_groups(K, cdiv(N, 64)), x.shape[0], N, dtype=torch.float32)
-    call("decode", x, x, *change.arguments(), largest, part)
-    return part.sum(0)
+    call("decode", x, x, *_operands(change), change.largest, part)
+    y = part.sum(0)
+    for vector in (layer.bias, layer.adapter_bias):
+        y = y if vector is None else y.add_(vector)
+    return y.to(x.dtype)
 
 
-def weight_core_gradient(
-    dy: Tensor, x: Tensor, change: WeightChange, largest: Tensor | None
-) -> Tensor:
-    """Q (N, r'), so that d_core = alpha C^T Q."""
+def weight_core_gradient(dy: Tensor, x: Tensor, change: WeightChange) -> Tensor:
     N, K = dy.shape[1], x.shape[1]
     rows_of_w = 64 if dy.dtype == torch.float32 else 128
     groups = _groups(K, cdiv(N, rows_of_w))
     q = dy.new_zeros(groups, *change.P.shape, dtype=torch.float32)
-    call("weight_core_gradient", dy, dy, x, *change.arguments(), largest, q)
-    return q.sum(0)
+    call("weight_core_gradient", dy, dy, x, *_operands(change), change.largest, q)
+    return q.sum(0)[:, : change.layer.r]

@@ -1,16 +1,20 @@
 """The fused Triton kernels; ``linear``, ``weight``, ``epilogue`` and ``batched`` have the functions
-of the modules of those names in ``reference``. ``passes`` has the kernels, one file each. The
-derivation, and what each pass costs: README.md.
+of the modules of those names in ``reference``. ``passes`` has the kernels, one file each,
+and ``interface`` what the schedule sees of them. The derivation, and what each pass costs:
+README.md.
 """
 
 import torch
 
 from ..host import DTYPES, LARGEST_RANK
-from . import chips
+from ..schedule import Epilogue, Linear, Weight
+from . import batched, chips, interface
 from .dispatch import Plan, plan
 from .launch import INTERPRETED
 
-__all__ = ["DTYPES", "LARGEST_RANK", "Plan", "plan", "why_unavailable"]
+__all__ = ["DTYPES", "LARGEST_RANK", "Plan", "batched", "plan", "why_unavailable"]
+
+linear, epilogue, weight = Linear(interface), Epilogue(interface), Weight(interface)
 
 
 def why_unavailable(device: torch.device, dtype: torch.dtype, r: int) -> str | None:

@@ -10,6 +10,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ...host import cdiv, padded_rank
+from ...operands import CurOperands
 from ..chips import rank_block
 from ..launch import Launch, launched, strides, wide_precision
 from ..tiles import tile_for
@@ -195,31 +196,40 @@ def rows_per_program(M: int) -> int:
 
 def core_gradient(
     v: Tensor,
-    t: Tensor | None,
-    core: Tensor,
-    alpha: float,
-    layer: Tensor,
+    t: Tensor,
+    layer: CurOperands,
     *,
     g: Tensor | None = None,
-    rows: Tensor | None = None,
     q: Tensor | None = None,
-) -> Tensor | None:
-    """alpha v^T t (r, r) in core's dtype; None where ``t`` is.
+) -> Tensor:
+    """alpha v^T t (r, r) in core's dtype.
 
     Args:
         v: (parts, M, r), whose sum counts, or (M, r). t: (M, r). Rows of both are contiguous.
-        layer: a tensor of the layer's dtype.
-        g: (M, N), contiguous; dT is added to its columns ``rows``. q: (M, padded r), filled with
-            dT. At most one of them.
+        g, q: as in ``t_gradient``, or neither.
     """
-    v = v if v.dim() == 3 else v[None]
-    out = (
-        None
-        if t is None
-        else core.new_empty(programs_over_rows(v.shape[1]), *core.shape, dtype=torch.float32)
-    )
-    _launch_core_gradient(v, t, core, out, g, rows, q, alpha, layer.dtype)
-    return None if out is None else out.sum(0).to(core.dtype)
+    v, core = v if v.dim() == 3 else v[None], layer.core
+    out = core.new_empty(programs_over_rows(v.shape[1]), *core.shape, dtype=torch.float32)
+    _launch(v, t, out, layer, g, q)
+    return out.sum(0).to(core.dtype)
+
+
+def t_gradient(v: Tensor, layer: CurOperands, *, g: Tensor | None, q: Tensor | None) -> None:
+    """dT alone: added to columns ``layer.rows`` of g (M, N), contiguous, or written to q (M, padded
+    r). v: (parts, M, r)."""
+    _launch(v, None, None, layer, g, q)
+
+
+def _launch(
+    v: Tensor,
+    t: Tensor | None,
+    out: Tensor | None,
+    layer: CurOperands,
+    g: Tensor | None,
+    q: Tensor | None,
+) -> None:
+    rows = None if g is None else layer.rows
+    _launch_core_gradient(v, t, layer.core, out, g, rows, q, layer.alpha, layer.dtype)
 
 
 @launched(_core_gradient_kernel)

@@ -8,6 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ...host import GateNumbers, cdiv
+from ...passes import WeightChange
 from ..chips import rank_block
 from ..launch import WIDE_STEP, Launch, dot_precision, launched, wide_precision
 from ..tiles import tile_for
@@ -92,22 +93,12 @@ def _decode_kernel(
     _store(acc, m, M, n, N, y_ptr)
 
 
-def decode(
-    x: Tensor,
-    weight: Tensor,
-    P: Tensor,
-    factor: Factor,
-    r: int,
-    gate: GateNumbers,
-    largest: Tensor | None,
-    *,
-    bias: Tensor | None,
-    adapter_bias: Tensor | None,
-    decay: Tensor | None,
-) -> Tensor:
-    """y (M, N) of x (M, K), M <= MOST_TOKENS; other arguments as in ``effective_weight``."""
-    y = x.new_empty(x.shape[0], weight.shape[0])
-    _launch_decode(x, weight, P, factor, bias, adapter_bias, decay, largest, y, r, gate)
+def decode(x: Tensor, change: WeightChange) -> Tensor:
+    """y (M, N) = x W_eff^T + biases; x: (M, K), M <= MOST_TOKENS."""
+    layer, _, P, R, gate, largest = change
+    y = x.new_empty(x.shape[0], layer.weight.shape[0])
+    vectors = layer.bias, layer.adapter_bias, layer.decay
+    _launch_decode(x, layer.weight, P, R, *vectors, largest, y, layer.r, gate)
     return y
 
 

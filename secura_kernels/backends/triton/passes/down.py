@@ -219,6 +219,9 @@ def down(
     Args:
         a: (M, K), any strides. factor: S^T, (K, r). core: (r, r); ``transpose_core``: alpha p core.
     """
+    if factor.scattered:
+        (M, K), r = a.shape, core.shape[0]
+        factor = factor.copied(K, cdiv(M, tile_for("down", a, M, K, r).m))
     p, q = _outputs(a, core, p_dtype, a.dtype)
     _launch_down(a, factor, core, p, q, alpha, transpose_core)
     return p, q

@@ -9,6 +9,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ...host import GateNumbers, cdiv
+from ...passes import WeightChange
 from ..chips import rank_block
 from ..launch import WIDE_STEP, Launch, launched, wide_precision
 from ..tiles import tile_for
@@ -144,29 +145,22 @@ def _effective_weight_kernel(
 
 
 def effective_weight(
-    weight: Tensor,
-    P: Tensor,
-    factor: Factor,
-    r: int,
-    gate: GateNumbers,
-    largest: Tensor | None,
-    *,
-    decay: Tensor | None = None,
-    moved: Tensor | None = None,
-    edge: float = 0.0,
-    find_largest: bool = False,
-) -> Tensor | None:
-    """W_eff (N, K), contiguous, in W's dtype; ``find_largest`` only raises ``largest``.
-
-    Args:
-        weight: (N, K), any strides. P: (N, padded r) float32. factor: R as (K, r). largest: (1,)
-            int32, the bits of max(rho), where ``ref`` is "max".
-    """
-    out = None
-    if not find_largest:
-        out = torch.empty(weight.shape, dtype=weight.dtype, device=weight.device)
-    _launch_effective_weight(weight, P, factor, decay, out, moved, largest, r, gate, edge)
+    change: WeightChange, moved: Tensor | None = None, edge: float = 0.0
+) -> Tensor:
+    """W_eff (N, K), contiguous, in W's dtype; ``moved``, ``edge``: as of ``Finish``."""
+    layer, _, P, R, gate, largest = change
+    W = layer.weight
+    out = torch.empty(W.shape, dtype=W.dtype, device=W.device)
+    _launch_effective_weight(W, P, R, layer.decay, out, moved, largest, layer.r, gate, edge)
     return out
+
+
+def largest_weight_change(change: WeightChange) -> Tensor:
+    """(1,) int32: the bits of max(rho)."""
+    layer, _, P, R, gate, _ = change
+    largest = P.new_zeros(1, dtype=torch.int32)
+    _launch_effective_weight(layer.weight, P, R, None, None, None, largest, layer.r, gate, 0.0)
+    return largest
 
 
 @launched(_effective_weight_kernel)

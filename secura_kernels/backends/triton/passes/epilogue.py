@@ -7,7 +7,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ...host import NO_GATE, GateNumbers, cdiv
+from ...host import NO_GATE, cdiv
+from ...passes import SUM, Finish
 from ..chips import rank_block
 from ..launch import Launch, dot_precision, launched
 from ..tiles import tile_for
@@ -116,31 +117,30 @@ def _epilogue_kernel(
         _store(b + d, m, M, n, N, y_ptr)
 
 
-@launched(_epilogue_kernel)
-def epilogue(
-    y: Tensor,
-    h: Tensor,
-    factor: Factor,
-    r: int,
-    *,
-    adapter_bias: Tensor | None = None,
-    decay: Tensor | None = None,
-    gate: GateNumbers | None = None,
-    largest: Tensor | None = None,
-    saved: Tensor | None = None,
-    moved: Tensor | None = None,
-    edge: float = 0.0,
-    find_largest: bool = False,
-) -> Launch:
-    """Turns y (M, N), the base output, into the layer's; ``find_largest`` only raises ``largest``.
+def epilogue(y: Tensor, h: Tensor, factor: Factor, finish: Finish = SUM) -> None:
+    """Turns y (M, N), contiguous, the base output, into the layer's; with ``ref="max"`` another
+    pass finds max(rho) before."""
+    if factor.scattered:
+        M, N = y.shape
+        factor = factor.copied(N, cdiv(M, tile_for("epilogue", y, M, N, h.shape[1]).m))
+    if finish.largest is not None:
+        find_largest(y, h, factor, finish)
+    _launch_epilogue(y, h, factor, finish, False)
 
-    Args:
-        largest: (1,) int32, the bits of max(rho); None unless ``ref`` is "max". Others as in
-        ``product``.
-    """
-    M, N = y.shape
-    tile = tile_for("epilogue", y, M, N, r)
-    rank = rank_block(r)
+
+def find_largest(y: Tensor, h: Tensor, factor: Factor, finish: Finish) -> None:
+    """Raises ``finish.largest`` to the bits of max(rho)."""
+    finish = Finish(finish.adapter_bias, gate=finish.gate, largest=finish.largest)
+    _launch_epilogue(y, h, factor, finish, True)
+
+
+@launched(_epilogue_kernel)
+def _launch_epilogue(
+    y: Tensor, h: Tensor, factor: Factor, finish: Finish, find_largest: bool
+) -> Launch:
+    (M, N), ranks = y.shape, h.shape[1]
+    tile = tile_for("epilogue", y, M, N, ranks)
+    rank = rank_block(ranks)
     return Launch(
         cdiv(M, tile.m) * cdiv(N, tile.n),
         tile,
@@ -148,17 +148,17 @@ def epilogue(
             y_ptr=y,
             h_ptr=h,
             **factor.arguments(),
-            adapter_bias_ptr=adapter_bias,
-            decay_ptr=decay,
-            saved_ptr=saved,
-            moved_ptr=moved,
-            largest_ptr=largest,
+            adapter_bias_ptr=finish.adapter_bias,
+            decay_ptr=finish.decay,
+            saved_ptr=finish.saved,
+            moved_ptr=finish.moved,
+            largest_ptr=finish.largest,
             M=M,
             N=N,
             stride_hm=h.stride(0),
-            **(gate or NO_GATE).arguments(),
-            edge=edge,
-            GATE=gate is not None,
+            **(finish.gate or NO_GATE).arguments(),
+            edge=finish.edge,
+            GATE=finish.gate is not None,
             FIND_LARGEST=find_largest,
             RANK=rank,
             BLOCK_R=min(rank, 64),

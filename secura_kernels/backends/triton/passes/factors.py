@@ -25,6 +25,22 @@ class Factor(NamedTuple):
     stride_rank: int
     ranks: int
 
+    @property
+    def scattered(self) -> bool:
+        """Whether each element lies in a memory sector of its own: columns of W."""
+        return self.index is not None and self.stride_long != 1
+
+    def copied(self, long: int, reads: int) -> "Factor":
+        """A scattered (long, r) factor to be read ``reads`` times: gathered once where that
+        pays, with rows that start on 16 bytes whatever r is."""
+        if reads <= READS_BEFORE_COPY:
+            return self
+        matrix, index, stride_long, stride_rank, r = self
+        ranks = padded_rank(r)
+        out = torch.empty(long, ranks, dtype=matrix.dtype, device=matrix.device)
+        _launch_gather(matrix, index, out, stride_long, stride_rank)
+        return Factor(out, None, ranks, 1, ranks)
+
     def arguments(self) -> dict:
         return dict(
             factor_ptr=self.matrix,
@@ -70,29 +86,23 @@ def _gather_kernel(
     )
 
 
-def _gather(weight: Tensor, cols: Tensor) -> Tensor:
-    """W[:, cols] as (N, padded r), so that every row starts on 16 bytes whatever r is."""
-    N, r = weight.shape[0], cols.shape[0]
-    out = torch.empty(N, padded_rank(r), dtype=weight.dtype, device=weight.device)
-    _launch_gather(weight, cols, out)
-    return out
-
-
 @launched(_gather_kernel)
-def _launch_gather(weight: Tensor, cols: Tensor, out: Tensor) -> Launch:
-    N, r = weight.shape[0], cols.shape[0]
-    tile = tile_for("gather", weight, N, r, r)
+def _launch_gather(
+    matrix: Tensor, index: Tensor, out: Tensor, stride_long: int, stride_rank: int
+) -> Launch:
+    long, r = out.shape[0], index.shape[0]
+    tile = tile_for("gather", matrix, long, r, r)
     return Launch(
-        cdiv(N, tile.m),
+        cdiv(long, tile.m),
         tile,
         dict(
-            w_ptr=weight,
-            cols_ptr=cols,
+            w_ptr=matrix,
+            cols_ptr=index,
             out_ptr=out,
-            N=N,
+            N=long,
             R=r,
-            stride_wn=weight.stride(0),
-            stride_wk=weight.stride(1),
+            stride_wn=stride_long,
+            stride_wk=stride_rank,
             stride_on=out.stride(0),
             BLOCK_N=tile.m,
             RANK=rank_block(r),
@@ -100,17 +110,17 @@ def _launch_gather(weight: Tensor, cols: Tensor, out: Tensor) -> Launch:
     )
 
 
-def columns(layer: CurOperands, reads: int) -> Factor:
-    """C (N, r), to be read ``reads`` times: of W by index, or gathered once where that pays."""
-    if layer.C is None and reads <= READS_BEFORE_COPY:
+def columns(layer: CurOperands) -> Factor:
+    """C as (N, r)."""
+    if layer.C is None:
         weight, cols = layer.weight, layer.cols
         return Factor(weight, cols, weight.stride(0), weight.stride(1), cols.shape[0])
-    C = _gather(layer.weight, layer.cols) if layer.C is None else layer.C
+    C = layer.C
     return Factor(C, None, C.stride(0), C.stride(1), C.shape[1])
 
 
 def rows(layer: CurOperands) -> Factor:
-    """R as (K, r): rows of W are contiguous, so they are read in place."""
+    """R as (K, r)."""
     if layer.R is None:
         weight, index = layer.weight, layer.rows
         return Factor(weight, index, weight.stride(1), weight.stride(0), index.shape[0])

@@ -117,6 +117,8 @@ def gate_backward(
         needs: of x, core, adapter_bias.
     """
     (M, N), wide = dy.shape, dict(dtype=torch.float32)
+    if factor.scattered:
+        factor = factor.copied(N, cdiv(M, tile_for("gate_backward", dy, M, N, r).m))
     blocks, _, parts = _split(dy, r)
     g = torch.empty_like(saved, dtype=dy.dtype) if needs[0] else None
     v = dy.new_empty(parts, M, r, **wide) if needs[0] or needs[1] else None

@@ -10,7 +10,8 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from ...host import NO_GATE, GateNumbers, cdiv
+from ...host import NO_GATE, cdiv
+from ...passes import SUM, Finish
 from ..chips import processors, rank_block
 from ..launch import Launch, dot_precision, launched
 from ..tiles import Tile
@@ -229,30 +230,39 @@ def _product_kernel(
                 )
 
 
-@launched(_product_kernel)
 def product(
     a: Tensor,
     b: Tensor,
     h: Tensor,
     factor: Factor,
-    r: int,
-    y: Tensor,
-    tile: Tile,
-    *,
+    plan: Tile,
     bias: Tensor | None = None,
-    adapter_bias: Tensor | None = None,
-    decay: Tensor | None = None,
-    gate: GateNumbers | None = None,
-    saved: Tensor | None = None,
-    moved: Tensor | None = None,
-    edge: float = 0.0,
-) -> Launch:
-    """Writes y (M, N) = a b^T + h factor^T + biases, gated where ``gate`` is given.
+    finish: Finish = SUM,
+) -> Tensor:
+    """y (M, N) = a b^T + h factor^T + biases, gated where there is a gate.
 
     Args:
-        a: (M, K); b: (N, K); any strides. h: (M, padded r). factor: (N, r). y, saved: contiguous.
-        moved: (1,) int64, raised by the count of gates <= ``edge``.
+        a: (M, K); b: (N, K); any strides. h: (M, padded r). factor: (N, r).
     """
+    M, N = a.shape[0], b.shape[0]
+    if factor.scattered:
+        factor = factor.copied(N, cdiv(M, plan.m))
+    y = a.new_empty(M, N)
+    _launch_product(a, b, h, factor, y, plan, bias, finish)
+    return y
+
+
+@launched(_product_kernel)
+def _launch_product(
+    a: Tensor,
+    b: Tensor,
+    h: Tensor,
+    factor: Factor,
+    y: Tensor,
+    tile: Tile,
+    bias: Tensor | None,
+    finish: Finish,
+) -> Launch:
     M, K = a.shape
     N = b.shape[0]
     tma = tile.tma and M > 0 and has_descriptor(a, b)  # a descriptor of nothing is an error
@@ -267,7 +277,7 @@ def product(
         )
     tiles = cdiv(M, tile.m) * cdiv(N, tile.n)
     programs = min(tiles, processors(a.device)) if tile.persistent else tiles
-    rank = max(64, rank_block(r))  # with narrower blocks more tiles spill (sm_90, sm_100)
+    rank = max(64, rank_block(h.shape[1]))  # with narrower blocks more tiles spill (sm_90, sm_100)
     return Launch(
         programs,
         tile,
@@ -276,11 +286,11 @@ def product(
             h_ptr=h,
             **factor.arguments(),
             bias_ptr=bias,
-            adapter_bias_ptr=adapter_bias,
-            decay_ptr=decay,
+            adapter_bias_ptr=finish.adapter_bias,
+            decay_ptr=finish.decay,
             y_ptr=y,
-            saved_ptr=saved,
-            moved_ptr=moved,
+            saved_ptr=finish.saved,
+            moved_ptr=finish.moved,
             M=M,
             N=N,
             K=K,
@@ -289,9 +299,9 @@ def product(
             stride_bn=b.stride(0),
             stride_bk=b.stride(1),
             stride_hm=h.stride(0),
-            **(gate or NO_GATE).arguments(),
-            edge=edge,
-            GATE=gate is not None,
+            **(finish.gate or NO_GATE).arguments(),
+            edge=finish.edge,
+            GATE=finish.gate is not None,
             RANK=rank,
             BLOCK_R=min(rank, 64),
             BLOCK_M=tile.m,

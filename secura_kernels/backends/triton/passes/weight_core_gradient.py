@@ -8,6 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ...host import GateNumbers, cdiv
+from ...passes import WeightChange
 from ..chips import processors, rank_block
 from ..launch import WIDE_STEP, Launch, launched, wide_precision
 from ..tiles import tile_for
@@ -89,21 +90,17 @@ def _weight_core_gradient_kernel(
     tl.store(q_ptr + n[:, None] * R + r[None, :], q, mask=(n0 + n < N)[:, None] & (r < R)[None, :])
 
 
-def weight_core_gradient(
-    grad: Tensor,
-    weight: Tensor,
-    P: Tensor,
-    factor: Factor,
-    r: int,
-    gate: GateNumbers,
-    largest: Tensor | None,
-    *,
-    decay: Tensor | None,
-) -> Tensor:
-    """Q (N, r) float32. grad: dW_eff (N, K), contiguous; other arguments as in
-    ``effective_weight``."""
+def weight_core_gradient(dy: Tensor, x: Tensor, change: WeightChange) -> Tensor:
+    """Q (N, r) float32, of dW_eff = dY^T x, the library's product."""
+    return contracted(dy.T @ x, change)
+
+
+def contracted(grad: Tensor, change: WeightChange) -> Tensor:
+    """Q (N, r) float32 of grad, dW_eff (N, K), contiguous."""
+    layer, _, P, R, gate, largest = change
+    r = layer.r
     q = grad.new_empty(_split(grad, r)[1], grad.shape[0], r, dtype=torch.float32)
-    _launch_weight_core_gradient(grad, weight, P, factor, decay, largest, r, gate, q)
+    _launch_weight_core_gradient(grad, layer.weight, P, R, layer.decay, largest, r, gate, q)
     return q.sum(0)
 
 
