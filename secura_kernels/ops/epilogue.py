@@ -105,22 +105,9 @@ class CurEpilogue(torch.autograd.Function):
         )
 
     @staticmethod
-    def alone(y0, t, core, C, adapter_bias, decay, alpha, norm, detach_gate, edge, impl):
-        return call(
-            cur_epilogue_fwd,
-            y0,
-            t,
-            core,
-            C,
-            adapter_bias,
-            decay,
-            alpha,
-            norm,
-            detach_gate,
-            edge,
-            False,
-            impl,
-        )
+    def alone(y0, *arguments):
+        *operands, impl = arguments
+        return call(cur_epilogue_fwd, y0, *operands, False, impl)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
