@@ -5,6 +5,7 @@ import torch
 
 from ..backends.gate_code import saved_dtype
 from ..backends.reference import batched as reference
+from .epilogue import bwd_flops, computed_gradients, fake_likes, fwd_flops
 from .registry import backend, call, empty_if_none, register, resolve, unpack_norm
 
 
@@ -30,12 +31,6 @@ def _fwd_fake(y0, t, cores, adapter, C, adapter_bias, alpha, norm, save, impl):
     return y0.new_empty(y0.shape), saved
 
 
-def _fwd_flops(y0, t, *_, **__):
-    """h and delta; the gate is elementwise and counts nothing."""
-    (M, N), r = y0, t[1]
-    return 2 * M * r * (r + N)
-
-
 def _bwd(dy, cores, adapter, C, adapter_bias, t, saved, alpha, norm, detach_gate, needs, impl):
     module = _module(impl, dy, cores.shape[1], full=bool(norm) and not detach_gate)
     gradients = module.backward(
@@ -55,20 +50,7 @@ def _bwd(dy, cores, adapter, C, adapter_bias, t, saved, alpha, norm, detach_gate
 
 
 def _bwd_fake(dy, cores, adapter, C, adapter_bias, t, saved, alpha, norm, detach_gate, needs, impl):
-    likes = (dy, t, cores, adapter_bias)
-    return empty_if_none(
-        tuple(
-            like.new_empty(like.shape) if need else None
-            for like, need in zip(likes, needs, strict=True)
-        ),
-        dy,
-    )
-
-
-def _bwd_flops(dy, cores, *args, **_):
-    """v, then v core, then v^T t."""
-    (M, N), r, needs = dy, cores[1], args[8]
-    return 2 * M * r * (N * (needs[1] or needs[2]) + r * needs[1] + r * needs[2])
+    return fake_likes((dy, t, cores, adapter_bias), needs)
 
 
 cur_batched_fwd = register(
@@ -77,7 +59,7 @@ cur_batched_fwd = register(
     -> (Tensor y, Tensor saved)""",
     _fwd,
     _fwd_fake,
-    _fwd_flops,
+    fwd_flops,
 )
 cur_batched_bwd = register(
     """cur_batched_bwd(Tensor dy, Tensor cores, Tensor adapter, Tensor C, Tensor? adapter_bias,
@@ -85,7 +67,7 @@ cur_batched_bwd = register(
     -> (Tensor dy0, Tensor dt, Tensor dcores, Tensor dadapter_bias)""",
     _bwd,
     _bwd_fake,
-    _bwd_flops,
+    bwd_flops,
 )
 
 
@@ -104,10 +86,9 @@ class CurBatched(torch.autograd.Function):
         )
 
     @staticmethod
-    def alone(y0, t, cores, adapter, C, adapter_bias, alpha, norm, detach_gate, impl):
-        return call(
-            cur_batched_fwd, y0, t, cores, adapter, C, adapter_bias, alpha, norm, False, impl
-        )
+    def alone(y0, *arguments):
+        *operands, _, impl = arguments  # detach_gate matters to a backward pass only
+        return call(cur_batched_fwd, y0, *operands, False, impl)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
@@ -128,20 +109,6 @@ class CurBatched(torch.autograd.Function):
             norm = unpack_norm(ctx.norm, "output", ctx.detach_gate)
             found = reference.backward(dy, *ctx.saved_tensors, ctx.alpha, norm, needs)
         else:
-            # Without a gate the gradient of y0 is dy itself, which no op may return.
-            computed = (needs[0] and bool(ctx.norm), *needs[1:])
-            gradients = call(
-                cur_batched_bwd,
-                dy,
-                *ctx.saved_tensors,
-                ctx.alpha,
-                ctx.norm,
-                ctx.detach_gate,
-                computed,
-                ctx.impl,
-            )
-            found = [g if n else None for g, n in zip(gradients, computed, strict=True)]
-            if needs[0] and not ctx.norm:
-                found[0] = dy
+            found = computed_gradients(cur_batched_bwd, ctx, dy, needs)
         dy0, dt, dcores, dbias = found
         return (dy0, dt, dcores, None, None, dbias, *[None] * 4)

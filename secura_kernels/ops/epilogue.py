@@ -28,10 +28,34 @@ def _fwd_fake(y0, t, core, C, adapter_bias, decay, alpha, norm, detach_gate, edg
     return y, saved, y0.new_empty(1 if edge else 0, dtype=torch.int64)
 
 
-def _fwd_flops(y0, t, *_, **__):
+def fwd_flops(y0, t, *_, **__):
     """h and delta; the gate is elementwise and counts nothing."""
     (M, N), r = y0, t[1]
     return 2 * M * r * (r + N)
+
+
+def fake_likes(likes, needs):
+    """Gradients of the shapes and dtypes of ``likes``, the first of which is dy."""
+    return empty_if_none(
+        tuple(
+            like.new_empty(like.shape) if need else None
+            for like, need in zip(likes, needs, strict=True)
+        ),
+        likes[0],
+    )
+
+
+def computed_gradients(op, ctx, dy, needs):
+    """By the backward op of ``CurEpilogue`` or ``CurBatched``; None where ``needs`` is False."""
+    # Without a gate the gradient of y0 is dy itself, which no op may return.
+    computed = (needs[0] and bool(ctx.norm), *needs[1:])
+    gradients = call(
+        op, dy, *ctx.saved_tensors, ctx.alpha, ctx.norm, ctx.detach_gate, computed, ctx.impl
+    )
+    found = [g if n else None for g, n in zip(gradients, computed, strict=True)]
+    if needs[0] and not ctx.norm:
+        found[0] = dy
+    return found
 
 
 def _bwd(dy, core, C, adapter_bias, decay, t, saved, alpha, norm, detach_gate, needs, impl):
@@ -44,19 +68,12 @@ def _bwd(dy, core, C, adapter_bias, decay, t, saved, alpha, norm, detach_gate, n
 
 
 def _bwd_fake(dy, core, C, adapter_bias, decay, t, saved, alpha, norm, detach_gate, needs, impl):
-    likes = (dy, t, core, adapter_bias)
-    return empty_if_none(
-        tuple(
-            like.new_empty(like.shape) if need else None
-            for like, need in zip(likes, needs, strict=True)
-        ),
-        dy,
-    )
+    return fake_likes((dy, t, core, adapter_bias), needs)
 
 
-def _bwd_flops(dy, core, *args, **_):
-    """v, then v core, then v^T t."""
-    (M, N), r, needs = dy, core[0], args[8]
+def bwd_flops(dy, core, *args, **_):
+    """v, then v core, then v^T t. core: (r, r), or a stack of such."""
+    (M, N), r, needs = dy, core[-1], args[8]
     return 2 * M * r * (N * (needs[1] or needs[2]) + r * needs[1] + r * needs[2])
 
 
@@ -66,7 +83,7 @@ cur_epilogue_fwd = register(
     -> (Tensor y, Tensor saved, Tensor moved)""",
     _fwd,
     _fwd_fake,
-    _fwd_flops,
+    fwd_flops,
 )
 cur_epilogue_bwd = register(
     """cur_epilogue_bwd(Tensor dy, Tensor core, Tensor C, Tensor? adapter_bias, Tensor? decay,
@@ -74,7 +91,7 @@ cur_epilogue_bwd = register(
     -> (Tensor dy0, Tensor dt, Tensor dcore, Tensor dadapter_bias)""",
     _bwd,
     _bwd_fake,
-    _bwd_flops,
+    bwd_flops,
 )
 
 
@@ -129,20 +146,6 @@ class CurEpilogue(torch.autograd.Function):
             layer = _layer(*tensors, ctx.alpha, ctx.norm, ctx.detach_gate)
             found = reference.backward(dy, layer, t, saved, needs)
         else:
-            # Without a gate the gradient of y0 is dy itself, which no op may return.
-            computed = (needs[0] and bool(ctx.norm), *needs[1:])
-            gradients = call(
-                cur_epilogue_bwd,
-                dy,
-                *ctx.saved_tensors,
-                ctx.alpha,
-                ctx.norm,
-                ctx.detach_gate,
-                computed,
-                ctx.impl,
-            )
-            found = [g if n else None for g, n in zip(gradients, computed, strict=True)]
-            if needs[0] and not ctx.norm:
-                found[0] = dy
+            found = computed_gradients(cur_epilogue_bwd, ctx, dy, needs)
         dy0, dt, dcore, dbias = found
         return (dy0, dt, dcore, None, dbias, *[None] * 6)

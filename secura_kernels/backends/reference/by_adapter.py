@@ -34,11 +34,12 @@ def blocks_of(ids: Tensor, adapters: int) -> Blocks:
     ordered, order = ids.sort(stable=True)
     numbers = torch.arange(adapters + 1, device=ids.device)
     starts = torch.searchsorted(ordered, numbers)  # [A + 1], in the sorted order
-    after = (starts.diff() + ROWS - 1).div(ROWS, rounding_mode="floor").cumsum(0)
+    pieces = (starts.diff() + ROWS - 1).div(ROWS, rounding_mode="floor")  # [A], blocks of each
+    after = pieces.cumsum(0)
     block = torch.arange(min(M, M // ROWS + adapters), device=ids.device)
     adapter = torch.searchsorted(after, block, right=True)  # [P]; A in a block too many
     known = adapter.clamp(max=adapters - 1)
-    first = after - (starts.diff() + ROWS - 1).div(ROWS, rounding_mode="floor")
+    first = after - pieces
     at = (starts[known] + (block - first[known]) * ROWS)[:, None]
     at = at + torch.arange(ROWS, device=ids.device)  # [P, ROWS]
     inside = (at < starts[known + 1][:, None]) & (adapter < adapters)[:, None]
