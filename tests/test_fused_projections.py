@@ -258,8 +258,8 @@ def test_torch_compile():
         assert torch.equal(a, b)
 
 
-def test_one_layer_compiled_alone(products, monkeypatch):
-    monkeypatch.setattr(torch._dynamo.config, "error_on_recompile", True)
+@torch._dynamo.config.patch(error_on_recompile=True)
+def test_one_layer_compiled_alone(products):
     separate, fused = pair("gate")
     fused.q_proj.compile(fullgraph=True, backend="aot_eager")
     for _ in range(3):
