@@ -75,7 +75,7 @@ class Trials:
                 progress=False,
                 **settings,
             )
-        strategy = make_strategy(SEQUENTIAL, subject, STEPS)
+        strategy = make_strategy(SEQUENTIAL, METHOD, subject, STEPS)
         if not train(model, subject, strategy, all_batches, rate, lambda: None):
             return dict(rate=rate, diverged=True)
         measured = self.reference.measure(model)

@@ -12,17 +12,22 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
+from secura_kernels.finetune.corpus import Corpus
 from secura_kernels.finetune.downloads import cache_folder
 from secura_kernels.finetune.smollm2 import smollm2_folder
+from secura_kernels.finetune.wikipedia import wikipedia
 from secura_kernels.train.own_text import ROWS, own_text
 
 from . import language_retention
 from .device import DEVICE, mixed_precision
+from .language import encode
 from .language_retention import save_in_one_step, weights_sha256
 from .setup import Setup
 
 OWN = "SmolLM2"
 TOKENS = 4096  # of general text
+LENGTH = 128  # of a row of it
+FROM_WIKIPEDIA = 2048  # tokens, where it is used
 TARGETS = ("q_proj", "k_proj", "v_proj")
 # Every linear layer of a block, as Llama and its like name them.
 LAYERS = (*TARGETS, "o_proj", "gate_proj", "up_proj", "down_proj")
@@ -49,10 +54,18 @@ def general_text(base: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> l
     key = hashlib.sha256(made_from.encode()).hexdigest()
     path = cache_folder() / f"own-text-{key[:16]}.safetensors"
     if not path.exists():
-        written = own_text(base, TOKENS, tokenizer=tokenizer, progress=False)
+        written = own_text(base, TOKENS, tokenizer=tokenizer, length=LENGTH, progress=False)
         ids = torch.cat([batch["input_ids"].cpu() for batch in written])
         save_in_one_step(dict(ids=ids), path)
     return [dict(input_ids=ids) for ids in load_file(path)["ids"].split(ROWS)]
+
+
+def wikipedia_text(tokenizer: PreTrainedTokenizerBase) -> list[dict]:
+    """Passages of Wikipedia, of other articles than retention is measured on."""
+    part = "validation"
+    corpus = Corpus({part: encode(tokenizer, wikipedia()[part])})
+    rows = corpus.held_out(part, LENGTH, FROM_WIKIPEDIA)
+    return [dict(input_ids=ids) for ids in rows.split(ROWS)]
 
 
 class Speech:

@@ -11,7 +11,15 @@ from secura_kernels.train.calibration import Calibration
 from secura_kernels.train.retention import evaluating
 
 from . import hub_texts, language
-from .causal_model import LAYERS, OWN, TARGETS, Speech, general_text, load_causal_model
+from .causal_model import (
+    LAYERS,
+    OWN,
+    TARGETS,
+    Speech,
+    general_text,
+    load_causal_model,
+    wikipedia_text,
+)
 from .device import DEVICE, mixed_precision, on_device
 from .language_retention import weights_sha256
 from .methods import Method
@@ -45,7 +53,7 @@ class Language:
         self.data = {task.name: task for task in found}
         self.tasks = tuple(self.data)
         self.title = title(setup.model or OWN, self.tasks)
-        self.base_logs: Tensor | None = None
+        self.base_logs: dict[bool, Tensor] = {}  # by whether Wikipedia is in the text
         self.of_general_text: dict[tuple, Calibration] = {}
         self.tokens = dict(validation=1024, test=1024 if setup.quick else 2048)
         self.speech = Speech(self.base, tokenizer, setup.general)
@@ -72,12 +80,13 @@ class Language:
         finished: list[Batch],
     ) -> Calibration:
         if method.basis == "whitened":
-            return before or calibrate(model, self.general_text(), progress=False, **method.metric)
+            general = self.general_text(method.wikipedia)
+            return before or calibrate(model, general, progress=False, **method.metric)
         # What general text says of the base is the same in every run with the same layers.
         layers, settings = LAYERS if method.every_layer else self.targets, dict(method.metric)
-        key = (*layers, settings.get("rank"))
+        key = (*layers, settings.get("rank"), method.wikipedia)
         keep = before or self.of_general_text.get(key)
-        general = None if keep else self.general_text()
+        general = None if keep else self.general_text(method.wikipedia)
         if before and method.keeps_tasks:
             general = finished
         found = calibrate(
@@ -89,22 +98,27 @@ class Language:
 
     @torch.no_grad()
     @mixed_precision()
-    def general_rows(self, predictions: bool) -> dict[str, Tensor]:
-        ids = torch.cat([batch["input_ids"] for batch in self.general_text()])
+    def general_rows(self, method: Method, predictions: bool) -> dict[str, Tensor]:
+        general = self.general_text(method.wikipedia)
+        ids = torch.cat([batch["input_ids"] for batch in general])
         ids = ids[:, : ids.shape[1] // self.length * self.length].reshape(-1, self.length)
         if not predictions:
             return dict(ids=ids)
-        if self.base_logs is None:
-            self.base_logs = torch.cat(
+        if method.wikipedia not in self.base_logs:
+            self.base_logs[method.wikipedia] = torch.cat(
                 [
                     self.base(input_ids=part).logits.float().log_softmax(-1).bfloat16().cpu()
                     for part in ids.split(8)
                 ]
             )
-        return dict(ids=ids, logs=self.base_logs)
+        return dict(ids=ids, logs=self.base_logs[method.wikipedia])
 
-    def general_text(self) -> list[Batch]:
-        return [on_device(batch) for batch in general_text(self.base, self.tokenizer)]
+    def general_text(self, wikipedia: bool = False) -> list[Batch]:
+        """What the base model wrote, and with ``wikipedia`` passages of articles that no measure
+        of retention has."""
+        own = general_text(self.base, self.tokenizer)
+        found = own + wikipedia_text(self.tokenizer) if wikipedia else own
+        return [on_device(batch) for batch in found]
 
     def heads(self, model: nn.Module) -> list[nn.Parameter]:
         return []

@@ -21,6 +21,7 @@ class Method:
         model, nothing.
         settings: of ``SecuraConfig``, or with ``lora`` of ``LoraConfig``. metric: of ``calibrate``.
         keeps_tasks: of a natural basis: the statistics of each task that is done join it.
+        wikipedia: what is to be kept is said by passages of it beside the model's own text.
         stage: ``"m1"`` or ``"m2"`` between tasks. rates: the learning rates that are tried, as many
         for each method; heads have their own. family: whose curves are drawn in one panel.
         every_layer: adapters go to all linear layers of a block, not to queries, keys and values
@@ -33,6 +34,7 @@ class Method:
     settings: dict = field(default_factory=dict)
     metric: dict = field(default_factory=dict)
     keeps_tasks: bool = False
+    wikipedia: bool = False
     lora: bool = False
     stage: str | None = None
     family: str = "methods"
@@ -80,13 +82,19 @@ def up_to(rate: float) -> tuple[float, ...]:
 
 
 def lora(
-    name: str, family: str = "methods", rate: float = 3e-3, every_layer: bool = False, **settings
+    name: str,
+    family: str = "methods",
+    rate: float = 3e-3,
+    every_layer: bool = False,
+    wikipedia: bool = False,
+    **settings,
 ) -> Method:
     return Method(
         name,
         ADAPTER,
         up_to(rate),
         dict(r=16, lora_alpha=16) | settings,
+        wikipedia=wikipedia,
         lora=True,
         family=family,
         every_layer=every_layer,
@@ -101,6 +109,7 @@ def secura(
     every_layer: bool = False,
     metric: dict | None = None,
     keeps_tasks: bool = False,
+    wikipedia: bool = False,
     **settings,
 ) -> Method:
     default = dict(variant="secura", r=64, basis="orthonormal", norm="calibrated")
@@ -111,6 +120,7 @@ def secura(
         default | settings,
         metric=metric or {},
         keeps_tasks=keeps_tasks,
+        wikipedia=wikipedia,
         stage=stage,
         family=family,
         every_layer=every_layer,
@@ -190,6 +200,25 @@ METHODS = {
             basis="natural",
             keeps_tasks=True,
         ),
+        curlora(
+            "CURLoRA, every layer, natural, with Wikipedia",
+            LAYERS,
+            7e-3,
+            every_layer=True,
+            basis="natural",
+            wikipedia=True,
+        ),
+        curlora(
+            "CURLoRA, every layer, natural, with Wikipedia, tasks kept",
+            LAYERS,
+            7e-3,
+            every_layer=True,
+            basis="natural",
+            keeps_tasks=True,
+            wikipedia=True,
+        ),
+        # For a KL loss on the same passages.
+        lora("LoRA, every layer, with Wikipedia", LAYERS, 1e-3, every_layer=True, wikipedia=True),
         natural("diagonal", rank=0),
         natural("rank 64", rank=64),
         natural("rank 512", rank=512),

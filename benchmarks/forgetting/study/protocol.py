@@ -52,9 +52,9 @@ class Subject(Protocol):
         """Gives a ``calibrated`` method's bases their metric, before a task whose ``batches`` these
         are. before: what was measured at the task before, whose batches are ``finished``."""
 
-    def general_rows(self, predictions: bool) -> dict[str, Tensor]:
-        """``ids`` (n, length) of general text, and with ``predictions`` the base's ``logs`` of the
-        next token's probabilities (n, length, vocabulary)."""
+    def general_rows(self, method: Method, predictions: bool) -> dict[str, Tensor]:
+        """``ids`` (n, length) of the method's general text, and with ``predictions`` the base's
+        ``logs`` of the next token's probabilities (n, length, vocabulary)."""
 
     def heads(self, model: nn.Module) -> list[nn.Parameter]:
         """The parameters that only one task has."""
@@ -110,7 +110,7 @@ def perform(run: Run, subject: Subject, tick: Tick) -> dict:
     method = METHODS[run.method]
     torch.manual_seed(run.seed)
     model = subject.model(method, run.seed)
-    strategy = make_strategy(run.strategy, subject, run.steps)
+    strategy = make_strategy(run.strategy, method, subject, run.steps)
     trained = sum(p.numel() for p in body_of(model, subject))
     validation: dict[str, float] = {}
     learned: dict[str, dict[str, float]] = {}
@@ -178,7 +178,7 @@ def body_of(model: nn.Module, subject: Subject) -> list[nn.Parameter]:
     return [p for p in model.parameters() if p.requires_grad and id(p) not in heads]
 
 
-def make_strategy(name: str, subject: Subject, steps: int):
+def make_strategy(name: str, method: Method, subject: Subject, steps: int):
     """Budgets as the papers' small ones: 200 rows, half a batch of replay, EWC on 128 rows.
 
     EWC's strength is 100 a label: the mean over n labels, whose gradients are independent, has an n
@@ -191,7 +191,7 @@ def make_strategy(name: str, subject: Subject, steps: int):
         "ilora": dict(ema=max(0.0, 1 - 2.4 / steps), budget=200, forward=subject.forward),
     }
     if name in ON_GENERAL_TEXT:
-        return ON_GENERAL_TEXT[name](**subject.general_rows(name == "base kl"))
+        return ON_GENERAL_TEXT[name](**subject.general_rows(method, name == "base kl"))
     return STRATEGIES[name](**settings[name])
 
 

@@ -152,9 +152,9 @@ def test_every_strategy_runs_and_is_repeatable(strategy):
 def test_strategies_are_as_strong_whatever_the_length_of_a_row_and_of_a_task():
     """EWC in the labels of a row, I-LoRA in the steps of a task."""
     for labels, lam in (1, 100), (63, 6300):
-        assert protocol.make_strategy("ewc", Subject(labels=labels), 24).lam == lam
+        assert protocol.make_strategy("ewc", None, Subject(labels=labels), 24).lam == lam
     for steps, ema in (120, 0.98), (24, 0.9), (2, 0.0):
-        assert protocol.make_strategy("ilora", Subject(), steps).ema == pytest.approx(ema)
+        assert protocol.make_strategy("ilora", None, Subject(), steps).ema == pytest.approx(ema)
 
 
 def test_forgetting_is_seen_and_stages_are_taken(monkeypatch):
@@ -194,7 +194,7 @@ def test_where_nothing_is_trained_nothing_changes(monkeypatch):
     assert protocol.train(
         model,
         subject,
-        protocol.make_strategy("sequential", subject, 2),
+        protocol.make_strategy("sequential", None, subject, 2),
         subject.batches("first", 2, 0),
         1e-2,
         lambda: None,

@@ -75,11 +75,9 @@ def encoder_folder(tmp_path, monkeypatch):
 def language_folder(tmp_path, monkeypatch):
     tiny_language_model(0, torch.float32).save_pretrained(tmp_path)
     letters_tokenizer().save_pretrained(tmp_path)
-    monkeypatch.setattr(
-        language_retention,
-        "wikipedia",
-        lambda: {"validation": "a b c. " * 90, "test": "the quick brown fox jumps. " * 30},
-    )
+    articles = {"validation": "a b c. " * 90, "test": "the quick brown fox jumps. " * 30}
+    for module in (language_retention, causal_model):
+        monkeypatch.setattr(module, "wikipedia", lambda: articles)
     monkeypatch.setattr(language_retention, "CHAT", {"questions": ("who?", "what is it?")})
     monkeypatch.setattr(language_retention, "TOP", 5)
     monkeypatch.setenv("SECURA_CACHE", str(tmp_path / "cache"))
@@ -271,6 +269,24 @@ def test_calibrated_methods_run_and_repeat(name, two_domains):
     assert len(files) == 1
     again = protocol.perform(protocol.Run(name, "sequential", 3e-2, 0, 8), subject, lambda: None)
     assert again == record  # from the statistics that the first run left
+
+
+def test_passages_of_wikipedia_join_what_is_to_be_kept(two_domains):
+    """Of the articles on which nothing is measured, for a basis and for a KL loss alike."""
+    subject = subjects.load("language", setup_of(two_domains))
+    own, both = (subject.general_text(wikipedia) for wikipedia in (False, True))
+    assert all(torch.equal(a["input_ids"], b["input_ids"]) for a, b in zip(own, both, strict=False))
+    ids = torch.cat([batch["input_ids"] for batch in both[len(own) :]])
+    text = language.encode(subject.tokenizer, "a b c. " * 90)
+    assert torch.equal(ids.flatten(), text[: ids.numel()]) and ids.shape[1] == causal_model.LENGTH
+    rows = {
+        method: subject.general_rows(methods.METHODS[method], predictions=True)
+        for method in ("LoRA, every layer", "LoRA, every layer, with Wikipedia")
+    }
+    fewer, more = rows.values()
+    assert len(more["ids"]) - len(fewer["ids"]) == ids.numel() // 16
+    for row in (fewer, more):
+        assert row["logs"].shape[:2] == row["ids"].shape
 
 
 @pytest.mark.parametrize("strategy", protocol.ON_GENERAL_TEXT)
