@@ -240,7 +240,7 @@ def test_only_what_is_asked_for(norm, impl):
 def test_saves_t_and_the_gate(dtype, gate_dtype, impl):
     c = batch(3, 45, 5, dtype).training()
 
-    def saved(norm):
+    def saved(norm, impl=impl):
         kept = []
         with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
             c.ours(norm, impl=impl)
@@ -251,7 +251,7 @@ def test_saves_t_and_the_gate(dtype, gate_dtype, impl):
         ((24, 45), gate_dtype),
     }
     assert {t.shape for t in saved(None)} == {(24, 5)}
-    assert any(t.data_ptr() == c.y0.data_ptr() for t in saved(FORMS["full"]))
+    assert any(t.data_ptr() == c.y0.data_ptr() for t in saved(FORMS["full"], "reference"))
     module = backend(impl if impl != "cuda" else "reference", "batched", c.y0, 5)
     with torch.no_grad():
         rows = c.y0.flatten(0, 1), c.t.flatten(0, 1), c.cores, c.adapter, c.C, c.adapter_bias
@@ -263,12 +263,12 @@ def test_opcheck(norm, impl):
     c = batch(3, dtype=torch.bfloat16)
     y0, t = c.y0.flatten(0, 1), c.t.flatten(0, 1)
     layer = (c.cores, c.adapter, c.C, c.adapter_bias)
-    for save in (True, False):
-        opcheck(cur_batched_fwd, (y0, t, *layer, 0.7, pack_norm(norm), save, impl))
     detach = norm is None or norm.detach_gate
+    for save in (True, False):
+        opcheck(cur_batched_fwd, (y0, t, *layer, 0.7, pack_norm(norm), detach, save, impl))
     saved = y0
     if detach:
-        saved = cur_batched_fwd(y0, t, *layer, 0.7, pack_norm(norm), True, impl)[1]
+        saved = cur_batched_fwd(y0, t, *layer, 0.7, pack_norm(norm), detach, True, impl)[1]
     gate = norm is not None  # without one no gradient of y0 is computed: it is dy
     transposed = torch.randn(45, 24, device=DEVICE).T.to(y0.dtype)
     for dy, needs in ((y0, [False, True, False, True]), (transposed, [gate, True, True, True])):

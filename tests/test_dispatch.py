@@ -2,7 +2,9 @@
 
 import pytest
 import torch
+from batched_cases import batch
 from devices import DEVICE, MARKS
+from epilogue_cases import epilogue_case
 from layer_cases import case
 
 from secura_kernels import SMagNorm, cur_linear
@@ -67,3 +69,18 @@ def test_why_unavailable():
     wide = case(4, 400, 300, 257, torch.float32, bias=False, device=DEVICE)
     with pytest.raises(RuntimeError, match="rank is 257; the Triton kernels hold up to 256"):
         cur_linear(wide.x, wide.W, wide.core, cols=wide.cols, rows=wide.rows, impl="triton")
+
+
+@pytest.mark.parametrize("named", ["triton", "cuda"])
+@pytest.mark.parametrize("form", ["output", "weight", "epilogue", "batched"])
+def test_a_full_derivative_is_in_the_reference_alone(form, named):
+    gate = SMagNorm(domain="weight" if form == "weight" else "output", detach_gate=False)
+    if form == "batched":
+        c = batch(3)
+    elif form == "epilogue":
+        c = epilogue_case()
+    else:
+        c = case(4, 40, 30, 4, torch.float32, device=DEVICE)
+    with pytest.raises(RuntimeError, match=f"impl='{named}' cannot run here: the gate's full"):
+        c.ours(gate, impl=named)
+    assert torch.equal(c.ours(gate), c.ours(gate, impl="reference"))

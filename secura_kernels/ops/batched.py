@@ -9,41 +9,32 @@ from .epilogue import bwd_flops, computed_gradients, fake_likes, fwd_flops
 from .registry import backend, call, empty_if_none, register, resolve, unpack_norm
 
 
-def _module(impl, like, r, full=False):
+def _module(impl, like, r, norm):
     """The passes of csrc/ know one core for all rows. Made of them this would move y0 four times,
-    so there the plain formula runs on the GPU; and everywhere for the derivative of a gate that is
-    not detached, which nobody trains with."""
-    if resolve(impl, like.device, like.dtype, r) == "cuda" or full:
+    so there the plain formula runs on the GPU."""
+    if resolve(impl, like.device, like.dtype, r, norm) == "cuda":
         impl = "reference"
-    return backend(impl, "batched", like, r)
+    return backend(impl, "batched", like, r, norm)
 
 
-def _fwd(y0, t, cores, adapter, C, adapter_bias, alpha, norm, save, impl):
-    return _module(impl, y0, cores.shape[1]).forward(
-        y0, t, cores, adapter, C, adapter_bias, alpha, unpack_norm(norm, "output", True), save
+def _fwd(y0, t, cores, adapter, C, adapter_bias, alpha, norm, detach_gate, save, impl):
+    gate = unpack_norm(norm, "output", detach_gate)
+    return _module(impl, y0, cores.shape[1], gate).forward(
+        y0, t, cores, adapter, C, adapter_bias, alpha, gate, save and detach_gate
     )
 
 
-def _fwd_fake(y0, t, cores, adapter, C, adapter_bias, alpha, norm, save, impl):
+def _fwd_fake(y0, t, cores, adapter, C, adapter_bias, alpha, norm, detach_gate, save, impl):
     if not norm:
         return y0.new_empty(y0.shape), y0.new_empty(0)
-    saved = y0.new_empty(y0.shape if save else (0,), dtype=saved_dtype(y0.dtype))
-    return y0.new_empty(y0.shape), saved
+    kept = y0.shape if save and detach_gate else (0,)
+    return y0.new_empty(y0.shape), y0.new_empty(kept, dtype=saved_dtype(y0.dtype))
 
 
 def _bwd(dy, cores, adapter, C, adapter_bias, t, saved, alpha, norm, detach_gate, needs, impl):
-    module = _module(impl, dy, cores.shape[1], full=bool(norm) and not detach_gate)
-    gradients = module.backward(
-        dy,
-        cores,
-        adapter,
-        C,
-        adapter_bias,
-        t,
-        saved,
-        alpha,
-        unpack_norm(norm, "output", detach_gate),
-        needs,
+    gate = unpack_norm(norm, "output", detach_gate)
+    gradients = _module(impl, dy, cores.shape[1], gate).backward(
+        dy, cores, adapter, C, adapter_bias, t, saved, alpha, gate, needs
     )
     # Elementwise results take the strides of dy.
     return empty_if_none(tuple(g if g is None else g.contiguous() for g in gradients), dy)
@@ -55,7 +46,7 @@ def _bwd_fake(dy, cores, adapter, C, adapter_bias, t, saved, alpha, norm, detach
 
 cur_batched_fwd = register(
     """cur_batched_fwd(Tensor y0, Tensor t, Tensor cores, Tensor adapter, Tensor C,
-    Tensor? adapter_bias, float alpha, float[] norm, bool save, str impl)
+    Tensor? adapter_bias, float alpha, float[] norm, bool detach_gate, bool save, str impl)
     -> (Tensor y, Tensor saved)""",
     _fwd,
     _fwd_fake,
@@ -82,12 +73,23 @@ class CurBatched(torch.autograd.Function):
     @staticmethod
     def forward(y0, t, cores, adapter, C, adapter_bias, alpha, norm, detach_gate, impl):
         return call(
-            cur_batched_fwd, y0, t, cores, adapter, C, adapter_bias, alpha, norm, detach_gate, impl
+            cur_batched_fwd,
+            y0,
+            t,
+            cores,
+            adapter,
+            C,
+            adapter_bias,
+            alpha,
+            norm,
+            detach_gate,
+            True,
+            impl,
         )
 
     @staticmethod
     def alone(y0, *arguments):
-        *operands, _, impl = arguments  # detach_gate matters to a backward pass only
+        *operands, impl = arguments
         return call(cur_batched_fwd, y0, *operands, False, impl)
 
     @staticmethod
