@@ -28,6 +28,18 @@ def impl(request):
     return request.param
 
 
+@pytest.fixture
+def products(monkeypatch):
+    """How many layers each shared product of fused projections had gradients of."""
+    from secura_kernels.ops import projections
+
+    seen, plain = [], projections._side_by_side
+    monkeypatch.setattr(
+        projections, "_side_by_side", lambda parts: (seen.append(len(parts)), plain(parts))[1]
+    )
+    return seen
+
+
 def exists(item) -> bool:
     """A gate's full derivative is in the reference alone."""
     arguments = item.callspec.params if hasattr(item, "callspec") else {}
