@@ -21,6 +21,7 @@ from peft_models import (
 from test_peft_batched import BASE, NAMES, several
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
+from transformers import Trainer, TrainingArguments
 
 from secura_kernels.backends import reference
 from secura_kernels.peft import AdaptersByToken, SecuraConfig
@@ -313,3 +314,64 @@ def test_misuse_of_tokens_is_refused():
     with pytest.raises(ValueError, match=r"tokens \(1, 6\), and a layer got an input \(1, 1, 32\)"):
         given = AdaptersByToken(["default"], torch.zeros(1, 6).long())
         language.generate(input_ids=tokens(1), adapter_names=given, max_new_tokens=3)
+
+
+class WithNames:
+    """A collator that says which adapter each sample has, or with ``packed`` each token."""
+
+    def __init__(self, packed: bool) -> None:
+        self.packed = packed
+
+    def __call__(self, samples: list[dict]) -> dict:
+        ids = torch.stack([sample["input_ids"] for sample in samples])
+        names = [sample["adapter"] for sample in samples]
+        if self.packed:
+            names = AdaptersByToken(names, torch.arange(len(ids))[:, None].expand_as(ids))
+        return dict(input_ids=ids, labels=ids, adapter_names=names)
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_trainer_with_names_from_a_collator(packed, tmp_path):
+    """As a plain loop over the same batches; evaluation takes the names too."""
+    model = several(llama(), CURLORA, CURLORA, CURLORA)
+    twin, data = copy.deepcopy(model), tokens(8)
+    names = ["default", "second", "third", BASE] * 2
+    samples = [dict(input_ids=row, adapter=name) for row, name in zip(data, names, strict=True)]
+    arguments = TrainingArguments(
+        str(tmp_path),
+        max_steps=2,
+        per_device_train_batch_size=4,
+        per_device_eval_batch_size=4,
+        train_sampling_strategy="sequential",
+        remove_unused_columns=False,
+        learning_rate=0.01,
+        lr_scheduler_type="constant",
+        weight_decay=0.0,
+        max_grad_norm=0.0,
+        save_strategy="no",
+        report_to=[],
+        use_cpu=True,
+        disable_tqdm=True,
+    )
+    for each in (model, twin):
+        each.set_requires_grad(["default", "second", "third"])
+    trainer = Trainer(
+        model,
+        arguments,
+        data_collator=WithNames(packed),
+        train_dataset=samples,
+        eval_dataset=samples,
+    )
+    trainer.train()
+    optimizer = torch.optim.AdamW(list(trained(twin).values()), lr=0.01, weight_decay=0.0)
+    twin.train()
+    for part in range(2):
+        batch = WithNames(packed)(samples[4 * part : 4 * part + 4])
+        twin(**batch).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    check_same(trained(model), trained(twin), rtol=0, atol=0)
+    twin.eval()
+    with torch.no_grad():
+        losses = [twin(**WithNames(packed)(samples[at : at + 4])).loss for at in (0, 4)]
+    assert trainer.evaluate()["eval_loss"] == pytest.approx(float(sum(losses) / 2), rel=1e-6)
