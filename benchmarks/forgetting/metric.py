@@ -5,6 +5,9 @@ r"""What of the natural basis's metric does the work? One task, one seed, valida
 SmolLM2 learns Shakespeare for 24 steps between natural bases that were calibrated in one way or
 another. The default is run at three rates, which give a curve of what is kept against what is
 learned; each other way at one rate, beside that curve at equal learning.
+
+Two ways are of another kind: the default at its highest rate, with what was learned multiplied by a
+number after training.
 """
 
 import argparse
@@ -28,12 +31,14 @@ from study.setup import Setup
 from secura_kernels import calibrate
 from secura_kernels.train.calibration import Calibration, natural
 from secura_kernels.train.own_text import own_text
+from secura_kernels.train.retention import calibrated_adapters
 
 RESULTS = Path(__file__).parents[1] / "results" / "forgetting"
 METHOD = METHODS["CURLoRA, every layer, natural"]
 STEPS, RATES, RATE, TOKENS = 24, (2.3e-3, 4e-3, 7e-3), 4e-3, 4096
 DEFAULT = "default"
-WAYS = {  # "batches", "oversampling", "tokens" are of this file, the others of ``calibrate``
+# "batches", "oversampling", "tokens", "shrink" are of this file, the others of ``calibrate``.
+WAYS = {
     DEFAULT: {},
     "exact moments": dict(rank=1536),
     "diagonal moments": dict(rank=0),
@@ -43,7 +48,15 @@ WAYS = {  # "batches", "oversampling", "tokens" are of this file, the others of 
     "gradient of all 24 batches": dict(batches=STEPS),
     "range finder of 128 more directions": dict(oversampling=128),
     "16,384 tokens of general text": dict(tokens=4 * TOKENS),
+    "shrunk to 0.8": dict(shrink=0.8),
+    "shrunk to 0.6": dict(shrink=0.6),
 }
+
+
+def rates_of(way: str) -> tuple[float, ...]:
+    if way == DEFAULT:
+        return RATES
+    return (RATES[-1] if "shrink" in WAYS[way] else RATE,)
 
 
 class Trials:
@@ -59,6 +72,7 @@ class Trials:
         batches: int = GRADIENT_BATCHES,
         oversampling: int = natural.OVERSAMPLING,
         tokens: int = TOKENS,
+        shrink: float = 1.0,
         **settings,
     ) -> dict:
         subject, task = self.subject, self.subject.tasks[0]
@@ -78,6 +92,8 @@ class Trials:
         strategy = make_strategy(SEQUENTIAL, METHOD, subject, STEPS)
         if not train(model, subject, strategy, all_batches, rate, lambda: None):
             return dict(rate=rate, diverged=True)
+        for adapter in calibrated_adapters(model):
+            adapter.shrink(shrink)
         measured = self.reference.measure(model)
         return dict(
             rate=rate,
@@ -115,7 +131,7 @@ def main() -> None:
     records = Records(options.out / "metric.json", dict(subject=subject.identity, steps=STEPS), {})
     trials = Trials(subject, base_reference(subject.base, subject.tokenizer, "validation"))
     for way in options.way:
-        for rate in RATES if way == DEFAULT else (RATE,):
+        for rate in rates_of(way):
             key = f"{way}, {rate:g}"
             if key not in records.by_key:
                 records.add(key, dict(way=way) | trials.run(rate, **WAYS[way]))

@@ -224,12 +224,20 @@ def calibrated_adapters(model: nn.Module) -> list[nn.Module]:
 
 
 def _calibrated_layers(model: nn.Module) -> Iterator[tuple[str, list[nn.Module]]]:
+    for name, adapters in layers_in_use(model):
+        calibrated = [adapter for adapter in adapters if adapter.unit is not None]
+        if calibrated:
+            yield name, calibrated
+
+
+def layers_in_use(model: nn.Module) -> Iterator[tuple[str, list[nn.Module]]]:
+    """This package's layers by name, each with its adapters in use."""
     for name, module, adapters in _changed_layers(model):
         if hasattr(module, "change_factors"):
-            held = [module] if adapters is None else [module.secura_adapter[a] for a in adapters]
-            calibrated = [adapter for adapter in held if adapter.unit is not None]
-            if calibrated:
-                yield name, calibrated
+            yield (
+                name,
+                [module] if adapters is None else [module.secura_adapter[a] for a in adapters],
+            )
 
 
 @contextmanager
