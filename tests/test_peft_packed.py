@@ -175,8 +175,9 @@ def test_a_deep_copy_is_independent(kind):
     assert not torch.equal(logits(other, x), y) and torch.equal(logits(model, x), y)
 
 
-def test_gptqmodel_s_compiled_method_is_not_the_copied_layer_s():
-    """What the package dequantises by is the class's own method, of the layer that it is given."""
+def test_dequantised_by_the_class_s_own_method():
+    """Not by the compiled one that GPTQModel puts on the layer: in a deep copy of the layer it
+    still dequantises the layer that was copied."""
     base = packed("minimal gptq", *weight_and_bias())
     base.dequantize_weight = lambda: pytest.fail("the compiled method was called")
     assert layers(peft(nn.Sequential(base), target_modules=["0"], r=8))
@@ -246,6 +247,19 @@ def test_an_hqq_merge_that_cannot_be_changes_nothing(monkeypatch):
         model.merge_adapter()
     assert_same(bits_of(base), before)
     assert torch.equal(logits(model, x), y) and not layer.merged
+
+
+@pytest.mark.parametrize("form", [GATED, WEIGHT, GATE_FREE], ids=["output", "weight", "free"])
+@pytest.mark.parametrize("kind", [k for k in PACKED if k != "hqq"])  # whose inputs have its dtype
+def test_moved_to_another_dtype(kind, form):
+    model, layer = adapted(kind, torch.float32, **form)
+    x = torch.randn(3, 5, 96)
+    y = logits(model, x)
+    for dtype in (torch.bfloat16, torch.float32):
+        model.to(dtype)
+        assert layer.base_matrix().dtype == layer.secura_adapter["default"].C.dtype == dtype
+        # The scales were rounded to bfloat16.
+        assert relative_error(logits(model, x.to(dtype)), y) < 2e-2
 
 
 @pytest.mark.parametrize("kind", PACKED)
