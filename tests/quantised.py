@@ -4,6 +4,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from secura_kernels.backends import reference
+from secura_kernels.backends.reference.gate import decode, encode, inverse_gate
+
 BNB = ("nf4", "nf4 double", "int8")
 TORCHAO = ("torchao int8", "torchao float8", "torchao int4", "torchao nvfp4")
 KINDS = BNB + TORCHAO
@@ -78,3 +81,49 @@ def dequantised(layer: nn.Module) -> Tensor:
 
         return bnb.functional.int8_vectorwise_dequant(weight.data, weight.SCB)
     return weight.dequantize().detach().clone()
+
+
+def weight_and_bias(N=64, K=96, dtype=torch.float32, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    return (
+        (torch.randn(N, K, generator=generator) / K**0.5).to(dtype),
+        torch.randn(N, generator=generator).to(dtype),
+    )
+
+
+def leaves_of(adapter, dtype=None):
+    return {
+        name: p.detach().to(dtype or p.dtype).requires_grad_()
+        for name, p in adapter.named_parameters()
+    }
+
+
+def formula(adapter, leaves, x, W, bias, C, R, base=None):
+    """The method as it is written, over ``base(x)`` where given; y and gradients follow in W's
+    dtype in the weight domain, else in x's."""
+    core = leaves["U"] if "U" in leaves else reference.cabr_core(leaves["A"], leaves["B"])
+    if adapter.fold_c is not None:
+        core = adapter.fold_c.to(core.dtype) @ core @ adapter.fold_r.to(core.dtype)
+    norm, adapter_bias = adapter.norm, leaves.get("adapter_bias")
+    if base is None or (norm is not None and norm.domain == "weight"):
+        return reference.cur_linear(
+            x.to(W.dtype),
+            W,
+            bias.to(W.dtype),
+            core,
+            C.to(W.dtype),
+            R.to(W.dtype),
+            norm=norm,
+            adapter_bias=adapter_bias,
+        ).to(x.dtype)
+    y0 = base(x)
+    delta = (x @ R.to(x.dtype).T) @ core.to(x.dtype).T @ C.to(x.dtype).T
+    if adapter_bias is not None:
+        delta = delta + adapter_bias.to(x.dtype)
+    if norm is None:
+        return y0 + delta
+    b, d = y0.float(), delta.float()
+    s = inverse_gate(b, d, norm, None).detach()
+    saved = decode(encode(s, norm, x.dtype), norm, torch.float32)  # bfloat16: in 8 bits
+    out = norm.base_weight * b + d
+    return (out * saved + (out * (s - saved)).detach()).to(x.dtype)

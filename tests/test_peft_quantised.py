@@ -14,10 +14,17 @@ pytest.importorskip("transformers")
 
 from layer_cases import relative_error
 from peft_models import layers, logits, move, peft
-from quantised import KINDS, TORCHAO, bnb_layer, dequantised, quantised, torchao_config
-
-from secura_kernels.backends import reference
-from secura_kernels.backends.reference.gate import decode, encode, inverse_gate
+from quantised import (
+    KINDS,
+    TORCHAO,
+    bnb_layer,
+    dequantised,
+    formula,
+    leaves_of,
+    quantised,
+    torchao_config,
+    weight_and_bias,
+)
 
 GATE_FREE = dict(variant="secura", m=12)
 GATED = GATE_FREE | dict(norm="calibrated")
@@ -30,14 +37,6 @@ FORMS = {
     "svd": dict(variant="curlora", basis="svd"),
 }
 MERGEABLE = WEIGHT | dict(adapter_bias=True)
-
-
-def weight_and_bias(N=64, K=96, dtype=torch.float32, seed=0):
-    generator = torch.Generator().manual_seed(seed)
-    return (
-        (torch.randn(N, K, generator=generator) / K**0.5).to(dtype),
-        torch.randn(N, generator=generator).to(dtype),
-    )
 
 
 def base_model(kind, dtype=torch.float32, seed=0, requantisable=True):
@@ -59,44 +58,6 @@ def adapted(kind, dtype=torch.float32, seed=0, std=0.02, requantisable=True, **s
     base, W, bias = base_model(kind, dtype, seed, requantisable)
     model = peft(base, target_modules=["0"], r=8, **settings)
     return move(model, std=std), next(iter(layers(model).values())), W, bias
-
-
-def leaves_of(adapter, dtype=None):
-    return {
-        name: p.detach().to(dtype or p.dtype).requires_grad_()
-        for name, p in adapter.named_parameters()
-    }
-
-
-def formula(adapter, leaves, x, W, bias, C, R, base=None):
-    """The method as it is written, over ``base(x)`` where given; y and gradients follow in W's
-    dtype in the weight domain, else in x's."""
-    core = leaves["U"] if "U" in leaves else reference.cabr_core(leaves["A"], leaves["B"])
-    if adapter.fold_c is not None:
-        core = adapter.fold_c.to(core.dtype) @ core @ adapter.fold_r.to(core.dtype)
-    norm, adapter_bias = adapter.norm, leaves.get("adapter_bias")
-    if base is None or (norm is not None and norm.domain == "weight"):
-        return reference.cur_linear(
-            x.to(W.dtype),
-            W,
-            bias.to(W.dtype),
-            core,
-            C.to(W.dtype),
-            R.to(W.dtype),
-            norm=norm,
-            adapter_bias=adapter_bias,
-        ).to(x.dtype)
-    y0 = base(x)
-    delta = (x @ R.to(x.dtype).T) @ core.to(x.dtype).T @ C.to(x.dtype).T
-    if adapter_bias is not None:
-        delta = delta + adapter_bias.to(x.dtype)
-    if norm is None:
-        return y0 + delta
-    b, d = y0.float(), delta.float()
-    s = inverse_gate(b, d, norm, None).detach()
-    saved = decode(encode(s, norm, x.dtype), norm, torch.float32)  # bfloat16: in 8 bits
-    out = norm.base_weight * b + d
-    return (out * saved + (out * (s - saved)).detach()).to(x.dtype)
 
 
 @pytest.mark.parametrize("form", FORMS)
@@ -309,13 +270,13 @@ def test_refused_with_the_reason(make, words):
         peft(nn.Sequential(make()), target_modules=["0"], r=8, **GATED)
 
 
-@pytest.mark.parametrize("name", ["gptq", "awq", "hqq"])
+@pytest.mark.parametrize("name", ["aqlm", "eetq", "inc", "te"])
 def test_other_backends_of_peft_are_refused(name, monkeypatch):
-    from peft.utils.quantization_utils import ForwardOnlyQuantizationBackend, HqqBackend
+    from peft.utils.quantization_utils import ForwardOnlyQuantizationBackend
 
     from secura_kernels.peft import quantised as ours
 
-    backend = HqqBackend() if name == "hqq" else ForwardOnlyQuantizationBackend(name)
+    backend = ForwardOnlyQuantizationBackend(name)
     monkeypatch.setattr(ours, "resolve_quantization_backend", lambda *_, **__: backend)
-    with pytest.raises(TypeError, match=f"{name}, which .* bitsandbytes"):
+    with pytest.raises(TypeError, match=f"{name}, which cannot be dequantised.* bitsandbytes"):
         peft(nn.Sequential(nn.Linear(16, 16)), target_modules=["0"], r=8, **GATED)

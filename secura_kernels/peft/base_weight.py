@@ -1,11 +1,15 @@
 """W (N, K) of whatever layer PEFT wraps: plain, quantised or sharded; and W replaced when merging.
 
+Beside it only ``quantised.py`` and ``sharding.py`` ask a base for its weight, of the forms that are
+theirs: it need not have one.
+
 Four kinds of base layer decide how an adapter runs:
 
 - *plain*: an ``nn.Linear`` or ``Conv1D`` with its weight in memory as an ordinary matrix. The
   fused layer takes W itself, and C and R are slices of it.
 - *quantised*: its own product is used, and the change is added to its output. C and R are taken
-  once from the dequantised weight and kept. See ``quantised.py``.
+  once from the dequantised weight and kept. See ``quantised.py``, and ``packed.py`` for layers
+  that have no weight.
 - *sharded*: by tensor parallelism, or partitioned by DeepSpeed's ZeRO-3; as quantised, see
   ``sharding.py``. Under FSDP a base is sharded outside the forward pass only, and plain within.
 - refused, with the reason.
@@ -21,19 +25,24 @@ from transformers.pytorch_utils import Conv1D
 from ..checks import fail
 from ..nn.linear import RUNS_NOWHERE, runs_nowhere
 from ..ops import is_dtensor
-from . import quantised, sharding
+from . import packed, quantised, sharding
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
 @dataclass(frozen=True)
 class Kept:
-    """A base layer's weight and bias from before a merge: the parameters, and what bitsandbytes
-    and torchao keep in the weight's attributes."""
+    """What held a base layer's W, and its bias, from before a merge: the parameters, and what
+    belongs to the quantised one (see ``quantised.keep``)."""
 
     weight: nn.Parameter
     attributes: dict
-    bias: nn.Parameter | None
+    bias: Tensor | None
+
+
+def holder(base: nn.Module) -> Tensor:
+    """The tensor that holds W: the layer's weight, or the packed bits of one that has none."""
+    return packed.bits(base) if packed.is_packed(base) else base.weight
 
 
 def backend_of(base: nn.Module, **kwargs):
@@ -54,8 +63,8 @@ def backend_of(base: nn.Module, **kwargs):
     if not isinstance(base, nn.Linear | Conv1D):
         raise TypeError(
             f"target_modules matches a {type(base).__name__}, which SECURA cannot adapt: only "
-            "nn.Linear, transformers' Conv1D and quantised linear layers of bitsandbytes and "
-            "torchao can be"
+            "nn.Linear, transformers' Conv1D and quantised linear layers of bitsandbytes, "
+            "torchao, GPTQModel and HQQ can be"
         )
     weight = getattr(base, "weight", None)
     if not isinstance(weight, Tensor) or weight.dtype not in DTYPES or _is_wrapper(weight):
@@ -116,7 +125,7 @@ def matrix(base: nn.Module, backend=None, kept: Kept | None = None) -> Tensor:
         ValueError: a weight that has no values here (meta device).
         TypeError: a quantised weight that has lost what it needs to be dequantised.
     """
-    weight = base.weight if kept is None else kept.weight
+    weight = holder(base) if kept is None else kept.weight
     if weight.is_meta:
         raise fail("base weight's device", "meta", "one with values: C and R are taken from it")
     if backend is None:
@@ -125,8 +134,8 @@ def matrix(base: nn.Module, backend=None, kept: Kept | None = None) -> Tensor:
         quantised.check_state(base, backend)
         weight = backend.get_base_weight(base).detach()
     else:
-        weight = quantised.dequantised(weight, backend)
-    weight = weight.to(base.weight.device)
+        weight = quantised.dequantised(weight, kept.attributes, backend)
+    weight = weight.to(holder(base).device)
     return weight.mT if is_transposed(base) else weight
 
 
@@ -135,10 +144,20 @@ def is_transposed(base) -> bool:
     return isinstance(base, Conv1D) or getattr(base, "is_transposed", False)
 
 
+def check_merge(base: nn.Module, backend=None) -> None:
+    """Raises what is wrong with a base that is to be merged into, whatever the adapter.
+
+    Raises:
+        ValueError: a quantised base that nothing could quantise again.
+        RuntimeError: one that is sharded over ranks.
+    """
+    sharding.check_merge(base)
+    quantised.check_merge(base, backend)
+
+
 def keep(base: nn.Module, backend=None) -> Kept:
     """What ``restore`` needs; before ``replace``."""
-    quantised.gather_statistics(base, backend)
-    return Kept(base.weight, dict(vars(base.weight)), base.bias)
+    return Kept(*quantised.keep(base, backend), base.bias)
 
 
 @torch.no_grad()
@@ -156,19 +175,21 @@ def replace(layer: nn.Module, weight: Tensor, bias: Tensor | None, backend=None)
         base.weight = nn.Parameter(weight.to(base.weight.dtype), requires_grad=False)
     else:
         quantised.requantise(layer, weight, backend)
-    base.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)
+    if bias is not None and not packed.is_packed(base):  # HQQ's is a tensor
+        bias = nn.Parameter(bias, requires_grad=False)
+    base.bias = bias
 
 
 def restore(base: nn.Module, kept: Kept, backend=None) -> None:
     """Puts back what was kept, to the bit, on the device where the base is by now, and in the
     dtype that a plain one has by now."""
-    device, dtype = base.weight.device, base.weight.dtype
+    device, dtype = holder(base).device, holder(base).dtype
     if backend is None:
         base.weight = kept.weight
     else:
         quantised.restore(base, kept.weight, kept.attributes, backend)
     base.bias = kept.bias
     if kept.weight.device != device:
-        base.to(device)
+        packed.move(base, device) if packed.is_packed(base) else base.to(device)
     if backend is None and kept.weight.dtype != dtype:
         base.to(dtype)

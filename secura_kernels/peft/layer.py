@@ -109,6 +109,11 @@ class SecuraLinear(Projection, nn.Module, Mergeable, Stages, BaseTunerLayer):
         and R are its columns and rows."""
         return base_weight.matrix(self.get_base_layer(), self.quantization_backend, self._unmerged)
 
+    @property
+    def weight(self) -> Tensor:
+        """What holds W: (N, K) as the base keeps it, or packed bits."""
+        return base_weight.holder(self.get_base_layer())
+
     def is_spread(self) -> bool:
         """Whether W lies on several ranks, so that only all of them together can read it."""
         base = self.get_base_layer()
@@ -173,7 +178,7 @@ class SecuraLinear(Projection, nn.Module, Mergeable, Stages, BaseTunerLayer):
             return None
         adapter = self._ready(names[0])
         fits = self._is_fused(adapter) and not base_weight.is_transposed(base)
-        return Part(base.weight, adapter) if fits else None
+        return Part(self.weight, adapter) if fits else None
 
     def _over(self, y0: Tensor, x: Tensor, name: str) -> Tensor:
         """An adapter over a base output y0 (..., N) that has been computed already."""

@@ -14,6 +14,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from ..checks import fail
+from . import base_weight
 from .experts import SecuraStack
 from .file_format import PREFIX, adapters_of
 from .layer import SecuraLinear
@@ -71,7 +72,7 @@ def save_as_lora(model: PeftModel, path: str | os.PathLike, adapter_name: str = 
         base_model_name_or_path=config.base_model_name_or_path,
         inference_mode=True,
         fan_in_fan_out=any(
-            not isinstance(layer.get_base_layer(), torch.nn.Linear) for layer in layers.values()
+            base_weight.is_transposed(layer.get_base_layer()) for layer in layers.values()
         ),
     )
     path = Path(path)

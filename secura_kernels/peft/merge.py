@@ -18,20 +18,25 @@ class Mergeable:
         """Raises what ``merge`` would raise, before anything is changed.
 
         Raises:
-            ValueError: a gate on outputs, several adapters of which one has a gate, or, with
-                ``safe_merge``, a merged weight that is not finite.
+            ValueError: a gate on outputs, several adapters of which one has a gate, a base that
+                cannot be quantised again, or, with ``safe_merge``, a merged weight that is not
+                finite.
             RuntimeError: a base that is sharded over ranks.
         """
         names = self._present(self.active_adapters if adapter_names is None else adapter_names)
         if names:
-            sharding.check_merge(self.get_base_layer())
+            base_weight.check_merge(self.get_base_layer(), self.quantization_backend)
+        self._check_linear(names)
+        if safe_merge and names:
+            self._check_finite(names, *self._merged_tensors(names))
+
+    def _check_linear(self, names: list[str]) -> None:
+        """Raises ValueError unless a matrix describes what the adapters change together."""
         if len(names) > 1:
             self._check_several(names)
         for name in names:
             if not self.secura_adapter[name].is_linear():
                 raise ValueError(f"adapter {name!r} {CANNOT_MERGE}")
-        if safe_merge and names:
-            self._check_finite(names, *self._merged_tensors(names))
 
     @torch.no_grad()
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
@@ -110,7 +115,7 @@ class Mergeable:
         base, dtype = self.get_base_layer(), self._unmerged.weight.dtype
         base_weight.restore(base, self._unmerged, self.quantization_backend)
         self._unmerged, self.merged_adapters, self.requantisation_error = None, [], None
-        if base.weight.dtype != dtype:  # what derives from W did so in the former one
+        if self.weight.dtype != dtype:  # what derives from W did so in the former one
             for adapter in self.secura_adapter.values():
                 self._settle(adapter)
 
@@ -120,8 +125,10 @@ class Mergeable:
 
         Raises:
             ValueError: a gate on outputs, which no matrix describes.
+            RuntimeError: a base that is sharded over ranks.
         """
-        self.check_merge([adapter])
+        sharding.check_merge(self.get_base_layer())
+        self._check_linear([adapter])
         weight, ready = self.base_matrix(), self._ready(adapter)
         if ready.norm is not None and ready.norm.domain == "weight":
             change = ready.merged_matrix(weight).sub_(weight)

@@ -10,7 +10,7 @@ from peft.utils.other import AuxiliaryTrainingWrapper, get_pattern_key
 from torch import Tensor, nn
 
 from ..checks import fail
-from . import base_weight, experts, file_format, handed, quantised, sharding
+from . import base_weight, experts, file_format, handed, packed, quantised, sharding
 from .by_token import AdaptersByToken
 from .config import SecuraConfig
 from .layer import SecuraLinear
@@ -29,6 +29,7 @@ class SecuraModel(BaseTuner):
         config = self.peft_config[adapter_name]
         with undone_on_error(self, model, adapter_name) as before:
             quantised.keep_unpacked(model)
+            packed.freeze_biases(model)
             with warnings.catch_warnings():  # PEFT looks among modules alone; an error follows
                 warnings.filterwarnings("ignore", "The following rank_pattern keys")
                 super().inject_adapter(model, adapter_name, *args, **kwargs)
@@ -76,7 +77,7 @@ class SecuraModel(BaseTuner):
             )
 
     def _replace_module(self, parent: nn.Module, name: str, new: nn.Module, old: nn.Module) -> None:
-        if isinstance(old, experts.SecuraExperts):
+        if isinstance(old, experts.SecuraExperts) or packed.is_packed(new):
             setattr(parent, name, new)  # PEFT would look for a weight
         else:
             super()._replace_module(parent, name, new, old)

@@ -1,17 +1,25 @@
-"""Quantised base layers of bitsandbytes and torchao: which can be trained over, and one quantised
-again with another weight.
+"""Quantised base layers: which can be trained over, and one quantised again with another weight.
 
 What PEFT's backends leave to their caller is done here: the quantised weight is kept whole, so that
 it can be put back bit for bit, and layers are refused whose dequantised weight or whose input
-gradient would be wrong.
+gradient would be wrong. Those of bitsandbytes and torchao have a weight; for those that have none
+see ``packed.py``.
 """
 
 from types import SimpleNamespace
 
 import torch
 from peft.utils import resolve_quantization_backend
-from peft.utils.quantization_utils import Bnb4bitBackend, Bnb8bitBackend, TorchaoBackend
+from peft.utils.quantization_utils import (
+    Bnb4bitBackend,
+    Bnb8bitBackend,
+    HqqBackend,
+    QuantizationBackend,
+    TorchaoBackend,
+)
 from torch import Tensor, nn
+
+from . import packed
 
 # torchao's weights with an exact input gradient, and where each says that inputs are quantised too:
 # those give outputs that do not depend on x as far as autograd can see.
@@ -43,16 +51,17 @@ def backend_of(base: nn.Module, **kwargs):
     )
     if backend is None:
         return None
+    if isinstance(backend, HqqBackend) or backend.backend_name in ("gptq", "awq"):
+        backend = packed.backend_of(base, backend)
+        if isinstance(backend, str):
+            raise _refused(base, backend)
+        return backend
     if not isinstance(backend, Bnb4bitBackend | Bnb8bitBackend | TorchaoBackend):
-        why = (
-            "cannot be dequantised, and C and R are columns and rows of the weight"
-            if not backend.supports_merge
-            else "has not been tried with this package"
-        )
         raise _refused(
             base,
-            f"{backend.backend_name}, which {why}: quantise the model by "
-            "bitsandbytes (4 or 8 bits) or torchao (weight only)",
+            f"{backend.backend_name}, which cannot be dequantised, and C and R are columns and "
+            "rows of the weight: quantise the model by bitsandbytes (4 or 8 bits) or torchao "
+            "(weight only)",
         )
     if isinstance(backend, TorchaoBackend):
         _check_torchao(base)
@@ -115,9 +124,15 @@ def lost_quant_state(base: nn.Module) -> bool:
     return getattr(base.weight, "quant_state", None) is None
 
 
-def dequantised(weight: nn.Parameter, backend) -> Tensor:
-    """W (N, K) of a weight with its statistics, in the dtype it dequantises to (float32 for
-    bitsandbytes' 8 bits)."""
+def dequantised(weight: Tensor, attributes: dict, backend: QuantizationBackend) -> Tensor:
+    """W (N, K) of what a layer that can be merged into held, in the dtype it dequantises to
+    (float32 for bitsandbytes' 8 bits).
+
+    Args:
+        weight, attributes: see ``keep``.
+    """
+    if isinstance(backend, HqqBackend):
+        return packed.dequantised(weight, attributes).detach()
     return backend.get_base_weight(
         SimpleNamespace(weight=weight, state=SimpleNamespace(SCB=None))
     ).detach()
@@ -132,18 +147,28 @@ def gather_statistics(base: nn.Module, backend) -> None:
         base.state.reset_grads()
 
 
+def keep(base: nn.Module, backend: QuantizationBackend) -> tuple[nn.Parameter, dict]:
+    """What holds a layer's W, for ``restore``: the weight and its attributes, in which bitsandbytes
+    and torchao keep its statistics; HQQ's bits and ``meta``."""
+    if isinstance(backend, HqqBackend):
+        return packed.bits(base), dict(base.meta)
+    gather_statistics(base, backend)
+    return base.weight, dict(vars(base.weight))
+
+
 @torch.no_grad()
-def requantise(layer: nn.Module, weight: Tensor, backend) -> None:
+def requantise(layer: nn.Module, weight: Tensor, backend: QuantizationBackend) -> None:
     """Gives the base of a PEFT layer a new W (N, K), quantised as its present one is.
 
     Raises:
         ValueError: it cannot be, with the reason; nothing is changed then.
     """
     base = layer.get_base_layer()
-    gather_statistics(base, backend)
-    before = base.weight
-    attributes = dict(vars(before))
+    before, attributes = keep(base, backend)
     try:
+        if isinstance(backend, HqqBackend):
+            packed.requantise(base, weight, backend)
+            return
         backend.set_base_weight(layer, weight)
         if type(base.weight) is not type(before):
             raise TypeError(
@@ -157,8 +182,24 @@ def requantise(layer: nn.Module, weight: Tensor, backend) -> None:
     _set_attributes(before, attributes)
 
 
-def restore(base: nn.Module, weight: nn.Parameter, attributes: dict, backend) -> None:
-    """Puts a quantised weight back, to the bit."""
+def check_merge(base: nn.Module, backend: QuantizationBackend) -> None:
+    """Raises ValueError for a layer whose W nothing could quantise again."""
+    if isinstance(backend, packed.GPTQModelBackend):
+        raise ValueError(
+            f"adapters cannot be merged into a {type(base).__name__}: {backend.backend_name} "
+            "quantises by its calibration's inputs, and a merged weight cannot be quantised again "
+            "here; save_as_lora() serves the adapter beside it, and the adapter's own file can be "
+            "loaded and merged into the unquantised model"
+        )
+
+
+def restore(
+    base: nn.Module, weight: nn.Parameter, attributes: dict, backend: QuantizationBackend
+) -> None:
+    """Puts what ``keep`` gave back, to the bit."""
+    if isinstance(backend, HqqBackend):
+        base.W_q, base.meta = weight, dict(attributes)
+        return
     _set_attributes(weight, attributes)
     base.weight = weight
     if isinstance(backend, Bnb8bitBackend):
