@@ -246,11 +246,11 @@ def test_every_pass_of_both_backends_is_run(tmp_path, monkeypatch):
     load_cuda()
     times = iter(range(1, 1000))
 
-    def do_bench(run, warmup, rep, return_mode):
+    def replayed_ms(run, rep):
         run()
         return float(next(times))
 
-    monkeypatch.setattr(passes.triton.testing, "do_bench", do_bench)
+    monkeypatch.setattr(passes, "replayed_ms", replayed_ms)
     top = PASSES_ABOUT["ceilings"]
     rows, wrong = passes.measure((33, 48, 40, 5), torch.device("cpu"), top, cuda=True)
     assert not wrong
@@ -269,7 +269,7 @@ def test_every_pass_of_both_backends_is_run(tmp_path, monkeypatch):
 
 
 def test_a_pass_that_fails_costs_no_other_figure(monkeypatch):
-    def do_bench(run, warmup, rep, return_mode):
+    def replayed_ms(run, rep):
         if run.__name__ == "broken":
             run()
         return 1.0
@@ -277,7 +277,7 @@ def test_a_pass_that_fails_costs_no_other_figure(monkeypatch):
     def broken():
         raise RuntimeError("launch of gather\nmore")
 
-    monkeypatch.setattr(passes.triton.testing, "do_bench", do_bench)
+    monkeypatch.setattr(passes, "replayed_ms", replayed_ms)
     monkeypatch.setattr(passes, "PASSES", ("gather",))
     monkeypatch.setattr(passes, "contenders", lambda *_: {"triton": [print], "cuda": [broken]})
     rows, wrong = passes.measure(

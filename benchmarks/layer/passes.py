@@ -1,7 +1,7 @@
 """Each pass of the Triton and of the CUDA kernels beside its own roofline (bytes and operations of
 ``costs.py`` over the copy bandwidth and the library's rate, both measured in the same run), and the
-products beside cuBLAS. On a GPU only. dT is added to G' by Triton's core gradient, but by CUDA's
-gate backward."""
+products beside cuBLAS. On a GPU only; each pass is replayed from a CUDA graph. dT is added to G' by
+Triton's core gradient, but by CUDA's gate backward."""
 
 import argparse
 import sys
@@ -13,7 +13,6 @@ import ceilings
 import machine
 import results
 import torch
-import triton
 from cuda_cases import LIBRARY, CudaPasses
 from rich.console import Console
 from rich.table import Table
@@ -23,6 +22,7 @@ from secura_kernels.backends.triton.tiles import rows_of
 from secura_kernels.ops import why_unavailable
 from secura_kernels.tools.cases import RUNS, Inputs
 from secura_kernels.tools.costs import Layer
+from secura_kernels.tools.replay import FAILURES, first_line, replayed_ms
 
 SHAPES = (
     (8192, 4096, 4096, 16),
@@ -78,12 +78,9 @@ def measure(
         best: dict[str, float] = {}
         for impl in [*found] * ROUNDS:
             try:
-                ms = min(
-                    triton.testing.do_bench(form, warmup=10, rep=50, return_mode="median")
-                    for form in found[impl]
-                )
-            except RuntimeError as error:  # one that fails must not cost the others' figures
-                wrong.append(f"{IMPLS[impl]} {name} at {shape}: {str(error).splitlines()[0]}")
+                ms = min(replayed_ms(form, rep=50) for form in found[impl])
+            except FAILURES as error:  # one that fails must not cost the others' figures
+                wrong.append(f"{IMPLS[impl]} {name} at {shape}: {first_line(error)}")
                 continue
             best[impl] = min(ms / 1e3, best.get(impl, float("inf")))
         for impl, seconds in best.items():
