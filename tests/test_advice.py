@@ -60,7 +60,7 @@ def test_a_gpu_without_kernels_one_that_was_not_tuned_and_one_that_was(gpu):
     assert "python -m secura_kernels tune measures them here" in advice(kernels)
     # The CUDA kernels have no tiles to tune.
     assert advice([*REFERENCE, ("cuda", GPU)]).startswith("nothing is left to do")
-    tune_cache.save(tune_cache.path(GPU), {"down bfloat16 8x8 r8": tune_cache.LIBRARY}, {})
+    tune_cache.save(tune_cache.path(GPU), {"down bfloat16 8x8 r8": tune_cache.LIBRARY}, {}, {})
     assert advice(kernels) == "nothing is left to do; every GPU has instructions for bfloat16"
 
 

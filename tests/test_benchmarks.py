@@ -53,13 +53,19 @@ def test_rows_of_a_case(tiny):
         "LoRA (PEFT)",
         "DoRA (PEFT)",
         "CURLoRA, eager",
+        "CURLoRA, orthonormal, reference",
+        "CURLoRA, natural, reference",
+        "SECURA, orthonormal, bias, reference",
     } <= names
+    assert "CURLoRA, natural, eager" not in names  # only compared with
     assert {row["mode"] for row in rows} == set(timing.MODES)
     by = {(row["rival"], row["mode"]): row for row in rows}
     assert by["frozen", "both"]["ratio"] == 1 and by["frozen", "both"]["saved_bytes"] == 0
     assert by["CURLoRA, reference", "both"]["saved_bytes"] == 8 * 4 * 4  # t alone
     assert by["SECURA, reference", "both"]["saved_bytes"] >= 8 * (4 + 48) * 4  # and the gate
     assert by["SECURA, dense", "both"]["error"] < 1e-5
+    assert 0 < by["CURLoRA, natural, reference", "both"]["error"] < 1e-5
+    assert all(row["graph_ms"] is None for row in rows)  # no graphs on a CPU
     assert (
         by["CURLoRA, reference", "both"]["host_ms"]
         >= by["CURLoRA, reference", "both"]["low_ms"]
@@ -98,6 +104,56 @@ def test_what_fails_is_left_out(tiny, monkeypatch):
     rows, missing = timing.measure(tiny[0], torch.device("cpu"), 1, compiled=False)
     assert {row["rival"] for row in rows} == {"frozen"}
     assert missing == ["broken failed: out of memory (tiny proj, M = 8, r = 4)"]
+
+
+def test_what_users_get_is_among_the_rivals():
+    """Bases and biases of the layers themselves, in bfloat16 too, and their truth has them."""
+    linear = torch.nn.Linear(96, 80, bias=False).bfloat16()
+    found, _ = rivals.rivals(linear, 4, compiled=False)
+    natural = found["CURLoRA, natural, reference"].layer
+    assert natural.C.dtype == torch.bfloat16 and natural.C.shape == (80, 4) and natural.calibrated
+    assert found["CURLoRA, orthonormal, reference"].layer.fold_c is not None
+    assert found["SECURA, orthonormal, bias, reference"].layer.adapter_bias is not None
+    forms = [n for n, rival in found.items() if rival.truth and n.count(",") > 1]
+    off, wrong = timing.errors(found, torch.randn(8, 96).bfloat16(), torch.randn(8, 80).bfloat16())
+    assert len(forms) >= 3 and set(forms) <= set(off) and not wrong
+    with torch.no_grad():  # its C is part of what is compared
+        natural.C.mul_(1.2)
+    _, wrong = timing.errors(found, torch.randn(8, 96).bfloat16(), torch.randn(8, 80).bfloat16())
+    assert set(wrong) == {"CURLoRA, natural, reference"}
+
+
+class PlayedRecorder:
+    """Computes at the capture what a replay should leave in its results; of one layer it does
+    not."""
+
+    stale: torch.nn.Module
+
+    def capture(self, function):
+        results = function()
+        if function.__defaults__[0] is self.stale:
+            results = [torch.zeros_like(value) for value in results]
+        return lambda: None, results
+
+
+def test_a_replay_must_be_what_the_step_is(monkeypatch):
+    class Reads(torch.nn.Module):
+        def forward(self, x):
+            raise timing.FAILURES[0]("not captured: it reads\nmore")
+
+    linear = torch.nn.Linear(32, 48, bias=False)
+    found, _ = rivals.rivals(linear, 4, compiled=False)
+    x, dy = torch.randn(8, 32), torch.randn(8, 48)
+    off, _ = timing.errors(found, x, dy)
+    PlayedRecorder.stale = found["SECURA, reference"].layer
+    found["reads"] = rivals.Rival(Reads())
+    monkeypatch.setattr(timing, "Recorder", PlayedRecorder)
+    replays, wrong = timing.graphs(found, off, x, dy)
+    assert set(found) - set(replays) == {"SECURA, reference", "reads"}
+    assert wrong == [
+        "SECURA, reference in a CUDA graph is off by 1.0e+00 from what it is without",
+        "reads in a CUDA graph: not captured: it reads",
+    ]
 
 
 def test_hand_written_lora_is_lora():
@@ -246,18 +302,20 @@ def test_every_pass_of_both_backends_is_run(tmp_path, monkeypatch):
     load_cuda()
     times = iter(range(1, 1000))
 
-    def do_bench(run, warmup, rep, return_mode):
+    def replayed_ms(run, rep):
         run()
         return float(next(times))
 
-    monkeypatch.setattr(passes.triton.testing, "do_bench", do_bench)
+    monkeypatch.setattr(passes, "replayed_ms", replayed_ms)
     top = PASSES_ABOUT["ceilings"]
-    rows, wrong = passes.measure((33, 48, 40, 5), torch.device("cpu"), top, cuda=True)
+    rows, wrong = passes.measure((36, 48, 40, 5), torch.device("cpu"), top, cuda=True)
     assert not wrong
+    assert not hasattr(passes.CudaPasses, "own_core") and hasattr(passes.CudaPasses, "down")
     by = {(row["run"], row["impl"]): row for row in rows}
     products = [name for name in passes.PASSES if name.startswith("product")]
     assert set(by) == (
-        {(name, impl) for name in passes.PASSES for impl in ("triton", "cuda")}
+        {(name, "triton") for name in passes.PASSES}
+        | {(name, "cuda") for name in passes.PASSES if hasattr(passes.CudaPasses, name)}
         | {(name, "cublas") for name in products}
     )
     ours, cublas = by["product", "cuda"], by["product", "cublas"]
@@ -269,7 +327,7 @@ def test_every_pass_of_both_backends_is_run(tmp_path, monkeypatch):
 
 
 def test_a_pass_that_fails_costs_no_other_figure(monkeypatch):
-    def do_bench(run, warmup, rep, return_mode):
+    def replayed_ms(run, rep):
         if run.__name__ == "broken":
             run()
         return 1.0
@@ -277,7 +335,7 @@ def test_a_pass_that_fails_costs_no_other_figure(monkeypatch):
     def broken():
         raise RuntimeError("launch of gather\nmore")
 
-    monkeypatch.setattr(passes.triton.testing, "do_bench", do_bench)
+    monkeypatch.setattr(passes, "replayed_ms", replayed_ms)
     monkeypatch.setattr(passes, "PASSES", ("gather",))
     monkeypatch.setattr(passes, "contenders", lambda *_: {"triton": [print], "cuda": [broken]})
     rows, wrong = passes.measure(

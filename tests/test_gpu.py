@@ -11,6 +11,7 @@ from secura_kernels import SECURALinear, SMagNorm
 from secura_kernels.backends.cuda import passes as cuda_passes
 from secura_kernels.backends.triton import dispatch, tune_cache
 from secura_kernels.ops import resolve
+from secura_kernels.tools.replay import NotCaptured, Recorder, replayed_ms
 
 pytestmark = pytest.mark.gpu
 FORMS = dict(argnames="one_pass", argvalues=[True, False], ids=["one pass", "library"])
@@ -137,3 +138,22 @@ def test_a_cuda_graph_replays_a_training_step(impl):
     found = [p.grad for p in layer.parameters() if p.requires_grad]
     for a, b in zip(found, expected, strict=True):
         torch.testing.assert_close(a, b)
+
+
+def test_a_replay_is_timed_and_what_synchronises_is_left_out():
+    x, calls = torch.ones(2**22, device="cuda"), []
+
+    def add():
+        calls.append(x.add_(1))
+
+    recorder = Recorder()
+    replay, _ = recorder.capture(add)
+    before, host = x[0].item(), len(calls)
+    replay()
+    assert x[0].item() == before + 1 and len(calls) == host
+    with pytest.raises(NotCaptured):
+        recorder.capture(lambda: x.sum().item())
+    replay, total = recorder.capture(lambda: x.sum())
+    replay()
+    assert total.item() == pytest.approx(x.double().sum().item(), rel=1e-6)
+    assert 0 < replayed_ms(add) < 1000

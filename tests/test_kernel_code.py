@@ -80,3 +80,4 @@ def test_what_an_element_costs_is_counted_by_pass():
     assert _issued(code, "epilogue") == 5
     assert _issued(code, "gate_backward") == 2
     assert _issued(code, "product_gate") == 3
+    assert _issued(code.replace("0x50", "0x0"), "bias_parts") == 2  # of nested loops the inner one

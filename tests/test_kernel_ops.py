@@ -224,6 +224,44 @@ def test_tuning_picks_the_fastest_and_resumes(tmp_path):
     assert timed
 
 
+def test_what_cannot_be_measured_is_left_out(tmp_path, monkeypatch):
+    """A tile, the library or all of a choice: with its reason, and at no cost to the others."""
+    a, b = tiles.Tile(16, 16, 16), tiles.Tile(32, 16, 16)
+    monkeypatch.setattr(tune, "rows_of", lambda *_: (a, b))
+    monkeypatch.setattr(tune, "run", lambda name, inputs, tile, function: tile)
+    products = {"product": ("product", None, lambda _: "down", lambda _: tune_cache.LIBRARY)}
+    monkeypatch.setattr(tune, "PRODUCTS", products)
+    product, epilogue = (
+        tune.Job(name, 64, 32, 32, 8, torch.bfloat16) for name in ("product", "epilogue")
+    )
+    device, file = torch.device(DEVICE), tmp_path / "tiles.json"
+
+    def tuned(job, *broken, error=RuntimeError, **times):
+        def time(function):
+            what = function()
+            if what in broken:
+                raise error(f"no {what}\nmore")
+            return times.get(what, 5.0) if isinstance(what, str) else float(what.m)
+
+        return tune.tune([job], device, file, again=True, time=time).get(job.key)
+
+    def reasons(job):
+        return json.loads(file.read_text())["left_out"].get(job.key, {})
+
+    assert tuned(epilogue) == asdict(a) and reasons(epilogue) == {}
+    assert tuned(epilogue, a, error=triton.TritonError) == asdict(b)
+    assert reasons(epilogue) == {str(a): f"no {a}"}
+    assert tuned(product, library=30.0) == asdict(a)  # 16 and 5 for what comes before
+    assert tuned(product, library=20.0) == tune_cache.LIBRARY
+    assert tuned(product, a, b, library=99.0) == tune_cache.LIBRARY
+    assert tuned(product, tune_cache.LIBRARY, library=1.0) == asdict(a)
+    assert reasons(epilogue) and set(reasons(product)) == {"the library's product"}
+    assert tuned(product, "down", library=99.0) == tune_cache.LIBRARY
+    file.unlink()
+    assert tuned(product, "down", tune_cache.LIBRARY) is None  # and is measured next time
+    assert set(reasons(product)) == {"what comes before it", "the library's product"}
+
+
 def test_a_tuned_choice_is_used_while_the_table_has_it(monkeypatch):
     def choose(choice):
         monkeypatch.setattr(tune_cache, "choice", lambda *_: choice)

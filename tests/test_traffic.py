@@ -7,8 +7,8 @@ from devices import GPU
 from triton.runtime import interpreter
 
 from secura_kernels.backends.triton.tiles import TABLES
-from secura_kernels.tools.cases import Inputs
-from secura_kernels.tools.costs import Layer
+from secura_kernels.tools.cases import ADAPTERS, Inputs
+from secura_kernels.tools.costs import Batch, Layer
 
 pytestmark = pytest.mark.skipif(GPU, reason="counted in the interpreter")
 M, N, K, r = 192, 512, 256, 24
@@ -53,13 +53,20 @@ RUNS = {
     "gate_backward": Inputs.gate_backward,
     "core_gradient": Inputs.core_gradient,
     "effective_weight": Inputs.effective_weight,
+    "own_core": Inputs.own_core,
+    "own_core_of_gradient": Inputs.own_core_of_gradient,
+    "batched_epilogue": Inputs.batched_epilogue,
+    "core_parts": Inputs.core_parts,
+    "bias_parts": Inputs.bias_parts,
+    "sum_of_core_parts": Inputs.sum_of_core_parts,
+    "sum_of_bias_parts": Inputs.sum_of_bias_parts,
 }
 
 
 @pytest.mark.parametrize("name", RUNS)
 def test_bytes_of_a_pass(name, monkeypatch):
     inputs = Inputs(M, N, K, r, torch.bfloat16, "cpu")
-    cost = getattr(Layer(M, N, K, r), name)()
+    cost = getattr(Batch(M, N, K, r, A=ADAPTERS, I=ADAPTERS), name)()
     traffic = Traffic(monkeypatch)
     RUNS[name](inputs)
     assert (len(traffic.read), len(traffic.written)) == (cost.read, cost.written)

@@ -1,7 +1,7 @@
 """Each pass of the Triton and of the CUDA kernels beside its own roofline (bytes and operations of
 ``costs.py`` over the copy bandwidth and the library's rate, both measured in the same run), and the
-products beside cuBLAS. On a GPU only. dT is added to G' by Triton's core gradient, but by CUDA's
-gate backward."""
+products beside cuBLAS. On a GPU only; each pass is replayed from a CUDA graph. dT is added to G' by
+Triton's core gradient, but by CUDA's gate backward."""
 
 import argparse
 import sys
@@ -13,7 +13,6 @@ import ceilings
 import machine
 import results
 import torch
-import triton
 from cuda_cases import LIBRARY, CudaPasses
 from rich.console import Console
 from rich.table import Table
@@ -21,8 +20,9 @@ from rich.table import Table
 from secura_kernels.backends.triton import chips
 from secura_kernels.backends.triton.tiles import rows_of
 from secura_kernels.ops import why_unavailable
-from secura_kernels.tools.cases import RUNS, Inputs
-from secura_kernels.tools.costs import Layer
+from secura_kernels.tools.cases import ADAPTERS, RUNS, Inputs
+from secura_kernels.tools.costs import Batch
+from secura_kernels.tools.replay import FAILURES, first_line, replayed_ms
 
 SHAPES = (
     (8192, 4096, 4096, 16),
@@ -30,7 +30,8 @@ SHAPES = (
     (8192, 4096, 4096, 150),
     (16384, 8192, 8192, 64),
 )
-# Method of Layer, of Inputs and of CudaPasses; the products of Inputs take a tile.
+# Method of Batch, of Inputs and, where CUDA has the pass, of CudaPasses; the products of Inputs
+# take a tile. Those from ``own_core`` on are of a batch of several adapters.
 PASSES = (
     "gather",
     "down",
@@ -43,6 +44,13 @@ PASSES = (
     "product",
     "product_of_input_gradient",
     "product_gate",
+    "own_core",
+    "own_core_of_gradient",
+    "batched_epilogue",
+    "core_parts",
+    "bias_parts",
+    "sum_of_core_parts",
+    "sum_of_bias_parts",
 )
 IMPLS = {"triton": "Triton", "cuda": "CUDA", "cublas": "cuBLAS"}
 ROUNDS = 2  # the implementations take turns, the best round of each counts
@@ -59,7 +67,7 @@ def contenders(name: str, inputs: Inputs, cuda: bool) -> dict[str, list[Callable
             (tile,) for tile in rows_of(table, chips.chip_of(inputs.x.device), inputs.dtype, rank)
         ]
     found = {"triton": [partial(function, inputs, *tile) for tile in tiles]}
-    if cuda:
+    if cuda and hasattr(CudaPasses, name):
         found["cuda"] = [getattr(CudaPasses(inputs), name)]
     if name in LIBRARY:
         found["cublas"] = [partial(LIBRARY[name], inputs)]
@@ -71,19 +79,17 @@ def measure(
 ) -> tuple[list[dict], list[str]]:
     """Rows, one a pass and implementation, and what went wrong."""
     M, N, K, r = shape
-    inputs, layer = Inputs(M, N, K, r, torch.bfloat16, device), Layer(M, N, K, r)
+    inputs = Inputs(M, N, K, r, torch.bfloat16, device)
+    layer = Batch(M, N, K, r, A=ADAPTERS, I=ADAPTERS)
     rows, wrong = [], []
     for name in PASSES:
         found = contenders(name, inputs, cuda)
         best: dict[str, float] = {}
         for impl in [*found] * ROUNDS:
             try:
-                ms = min(
-                    triton.testing.do_bench(form, warmup=10, rep=50, return_mode="median")
-                    for form in found[impl]
-                )
-            except RuntimeError as error:  # one that fails must not cost the others' figures
-                wrong.append(f"{IMPLS[impl]} {name} at {shape}: {str(error).splitlines()[0]}")
+                ms = min(replayed_ms(form, rep=50) for form in found[impl])
+            except FAILURES as error:  # one that fails must not cost the others' figures
+                wrong.append(f"{IMPLS[impl]} {name} at {shape}: {first_line(error)}")
                 continue
             best[impl] = min(ms / 1e3, best.get(impl, float("inf")))
         for impl, seconds in best.items():

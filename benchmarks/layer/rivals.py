@@ -10,16 +10,17 @@ from torch import Tensor, nn
 
 from secura_kernels import CURLoRALinear, SECURALinear, SMagNorm
 from secura_kernels.backends import reference
-from secura_kernels.ops import why_unavailable
+from secura_kernels.ops import resolve, why_unavailable
 
 
 @dataclass(frozen=True)
 class Rival:
     """``truth``: the name of the rival that computes the same, in plain PyTorch; None for the floor
-    and for other methods."""
+    and for other methods. ``timed``: False for one that is only compared with."""
 
     layer: nn.Module
     truth: str | None = None
+    timed: bool = True
 
 
 class PlainLinear(nn.Module):
@@ -36,8 +37,7 @@ class PlainLinear(nn.Module):
             layer.weight,
             layer.bias,
             layer.core(),
-            layer.weight[:, layer.cols],
-            layer.weight[layer.rows, :],
+            *layer.C_and_R(layer.weight),
             alpha=layer.alpha,
             norm=layer.norm,
             adapter_bias=getattr(layer, "adapter_bias", None),
@@ -89,6 +89,7 @@ def rivals(linear: nn.Linear, r: int, *, compiled: bool) -> tuple[dict[str, Riva
         if form != "SECURA, weight domain":
             dense = DenseLinear(_ours(kind, linear, r, "reference", settings))
             found[f"{form}, dense"] = Rival(dense, f"{form}, eager")
+    found |= _defaults(linear, r)
     found["LoRA (addmm)"] = Rival(_HandWritten(linear, r, _Addmm.apply))
     for name, add in (("PEFT", _peft), ("Unsloth", _unsloth)):
         try:
@@ -97,6 +98,23 @@ def rivals(linear: nn.Linear, r: int, *, compiled: bool) -> tuple[dict[str, Riva
             missing.append(f"LoRA ({name}): {error}")
     missing.append("LoRA (Liger): its kernels have no LoRA layer")
     return found, missing
+
+
+def _defaults(linear: nn.Linear, r: int) -> dict[str, Rival]:
+    """What a user gets who sets nothing, a calibrated layer, whose C and R are stored, and a gated
+    layer as SECURA's own defaults have it; on the backend that ``impl="auto"`` takes."""
+    impl = resolve("auto", linear.weight.device, linear.weight.dtype, r)
+    gated = dict(m=_m(linear, r), adapter_bias=True, norm=SMagNorm())
+    found = {}
+    for form, kind, settings in (
+        ("CURLoRA, orthonormal", CURLoRALinear, dict(basis="orthonormal")),
+        ("CURLoRA, natural", CURLoRALinear, dict(basis="natural")),
+        ("SECURA, orthonormal, bias", SECURALinear, dict(basis="orthonormal", **gated)),
+    ):
+        ours, plain = (_ours(kind, linear, r, each, settings) for each in (impl, "reference"))
+        found[f"{form}, {impl}"] = Rival(ours, f"{form}, eager")
+        found[f"{form}, eager"] = Rival(PlainLinear(plain), timed=False)
+    return found
 
 
 def _m(linear: nn.Linear, r: int) -> int:
@@ -110,13 +128,19 @@ def _ours(kind, linear: nn.Linear, r: int, impl: str, settings: dict) -> nn.Modu
     layer = kind.from_linear(
         copy.deepcopy(linear),
         r,
-        basis="raw",
         selection="inverted",
         replace=False,
         generator=generator,
         impl=impl,
-        **settings,
+        **dict(basis="raw") | settings,
     )
+    if layer.basis == "natural":  # C and R of which only the shapes count here
+        sides = (
+            torch.randn(size, r, generator=generator).to(layer.weight.device) / size**0.5
+            for size in layer.weight.shape
+        )
+        C, R = (torch.linalg.qr(side.double()).Q for side in sides)
+        layer.move_on(C, R.T, 1.0, layer.weight, learned=False)
     with torch.no_grad():
         start = torch.randn(layer.core_parameter().shape, generator=generator.manual_seed(1))
         layer.core_parameter().copy_(0.02 * start)

@@ -2,7 +2,8 @@
 
 On a GPU the time is the GPU's: it is kept busy while the host issues a rival's step, or what was
 measured would be the host, and only of those rivals that follow a fast one. The host's own time is
-a figure beside it; what a user waits for is the larger of the two.
+a figure beside it; what a user waits for is the larger of the two. Beside both stands the step
+replayed from a CUDA graph, for which the host does nothing.
 """
 
 import copy
@@ -16,10 +17,13 @@ from rivals import Rival, rivals
 from shapes import DTYPES, Case
 from torch import Tensor, nn
 
+from secura_kernels.tools.replay import FAILURES, Recorder, first_line
+
 MODES = ("forward", "backward", "both")
 WARM_UP = 3
 CACHE_BYTES = {"cpu": 0, "cuda": 256 * 2**20}  # rotated inputs exceed the last cache by far
-BUSY_CYCLES = 10**7  # of the GPU, 5 ms on an H100: longer than any host takes for a step
+# Of the GPU: 5 ms on an H100, longer than any host takes for a step, and for a replay.
+BUSY_CYCLES, BUSY_CYCLES_REPLAY = 10**7, 10**6
 
 
 @dataclass
@@ -50,10 +54,10 @@ class Clock:
     def __init__(self, device: torch.device) -> None:
         self.gpu = device.type == "cuda"
 
-    def keep_busy(self) -> None:
+    def keep_busy(self, cycles: int = BUSY_CYCLES) -> None:
         """The GPU, while the host issues what is marked next."""
         if self.gpu:
-            torch.cuda._sleep(BUSY_CYCLES)
+            torch.cuda._sleep(cycles)
 
     def mark(self):
         if not self.gpu:
@@ -99,25 +103,55 @@ def errors(
     truths, off, wrong = {}, {}, {}
     for name, rival in found.items():
         plain = rival.truth or (name if name.endswith(", eager") else None)
-        if plain is not None and plain not in truths:
-            exact = copy.deepcopy(found[plain].layer).double()
-            truths[plain] = step(exact, x.double(), dy.double(), Clock(x.device))[1]
         try:
+            if plain is not None and plain not in truths:
+                exact = copy.deepcopy(found[plain].layer).double()
+                truths[plain] = step(exact, x.double(), dy.double(), Clock(x.device))[1]
             results = step(rival.layer, x, dy, Clock(x.device))[1]
-        except RuntimeError as error:
-            wrong[name] = f"{name} failed: {str(error).splitlines()[0]}"
+        except FAILURES as error:
+            wrong[name] = f"{name} failed: {first_line(error)}"
             continue
         if plain is not None:
             off[name] = max(map(relative_error, results, truths[plain]))
     for name in off:
-        plain = found[name].truth or name
-        allowed = 3 * off[plain] + 1e-5 if plain in off else 0.0
-        if not off[name] <= allowed:
+        if not off[name] <= allowed(name, found, off):
+            plain = off.get(found[name].truth or name, float("nan"))
             wrong[name] = (
                 f"{name} is off by {off[name]:.1e}, eager PyTorch by "
-                f"{off.get(plain, float('nan')):.1e}: they do not compute the same"
+                f"{plain:.1e}: they do not compute the same"
             )
     return off, wrong
+
+
+def allowed(name: str, found: dict[str, Rival], off: dict[str, float]) -> float:
+    """The largest relative error of a rival that computes what eager PyTorch does."""
+    plain = found[name].truth or name
+    return 3 * off[plain] + 1e-5 if plain in off else 0.0
+
+
+def graphs(
+    found: dict[str, Rival], off: dict[str, float], x: Tensor, dy: Tensor
+) -> tuple[dict[str, Callable[[], None]], list[str]]:
+    """The replay of each rival's step, and why others have none: they cannot be captured, or their
+    replay is not what their step is, by more than ``errors`` allows."""
+    replays, wrong, unmarked = {}, [], Clock(torch.device("cpu"))
+    recorder = Recorder()
+    for name, rival in found.items():
+        try:
+            replay, results = recorder.capture(
+                lambda layer=rival.layer: step(layer, x, dy, unmarked)[1]
+            )
+            replay()
+            again = step(rival.layer, x, dy, unmarked)[1]
+        except FAILURES as error:
+            wrong.append(f"{name} in a CUDA graph: {first_line(error)}")
+            continue
+        apart = max(map(relative_error, results, (value.double() for value in again)))
+        if name in off and not apart <= allowed(name, found, off):
+            wrong.append(f"{name} in a CUDA graph is off by {apart:.1e} from what it is without")
+            continue
+        replays[name] = replay
+    return replays, wrong
 
 
 def saved_bytes(layer: nn.Module, x: Tensor) -> int:
@@ -167,11 +201,15 @@ def measure(
     found, missing = rivals(linear, case.r, compiled=compiled)
     inputs, clock = Inputs.random(case, device), Clock(device)
     off, wrong = errors(found, *inputs[0])
-    for name, reason in wrong.items():
-        del found[name]
-        missing.append(f"{reason} ({case.model} {case.layer}, M = {case.M}, r = {case.r})")
+    found = {n: rival for n, rival in found.items() if n not in wrong and rival.timed}
+    replays, unreplayed = graphs(found, off, *inputs[0]) if clock.gpu else ({}, [])
+    missing += [
+        f"{reason} ({case.model} {case.layer}, M = {case.M}, r = {case.r})"
+        for reason in (*wrong.values(), *unreplayed)
+    ]
     times: dict[str, dict[str, list[float]]] = {n: {m: [] for m in MODES} for n in found}
     host: dict[str, list[float]] = {name: [] for name in found}
+    replayed: dict[str, list[float]] = {name: [] for name in replays}
     order = list(found)
     for i in range(WARM_UP + rounds):
         marks = {}
@@ -186,6 +224,13 @@ def measure(
                 times[name]["forward"].append(clock.between(start, middle))
                 times[name]["backward"].append(clock.between(middle, end))
                 times[name]["both"].append(clock.between(start, end))
+        for name in filter(replays.__contains__, order):  # none right after its own step
+            clock.keep_busy(BUSY_CYCLES_REPLAY)
+            start = clock.mark()
+            replays[name]()
+            end = clock.mark()
+            if i >= WARM_UP:
+                replayed[name].append(clock.between(start, end))
         order.append(order.pop(0))
         tick()
     rows = []
@@ -206,7 +251,12 @@ def measure(
                 | dict(rival=name, mode=mode)
                 | summary(ms)
                 | fixed
-                | dict(ratio=statistics.median(ratios))
+                | dict(
+                    ratio=statistics.median(ratios),
+                    graph_ms=statistics.median(replayed[name])
+                    if mode == "both" and name in replayed
+                    else None,
+                )
             )
     return rows, missing
 

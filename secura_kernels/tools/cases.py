@@ -13,7 +13,7 @@ from ..backends.operands import CurOperands
 from ..backends.passes import Finish, WeightChange
 from ..backends.triton.passes import adapter_sums, factors
 from ..backends.triton.passes.batched_epilogue import batched_epilogue
-from ..backends.triton.passes.core_gradient import core_gradient
+from ..backends.triton.passes.core_gradient import core_gradient, programs_over_rows
 from ..backends.triton.passes.decode import decode
 from ..backends.triton.passes.down import down, project
 from ..backends.triton.passes.effective_weight import effective_weight
@@ -29,7 +29,8 @@ ADAPTERS = 4  # of a batch of several
 
 
 class Inputs:
-    """Operands of a layer of M tokens, N outputs, K inputs, rank r."""
+    """Operands of a layer of M tokens, N outputs, K inputs, rank r; for the passes of a batch M is
+    a multiple of ADAPTERS."""
 
     def __init__(
         self, M: int, N: int, K: int, r: int, dtype: torch.dtype, device: torch.device | str
@@ -56,7 +57,9 @@ class Inputs:
         self.cores = self.random(ADAPTERS, r, r, dtype=torch.float32)
         self.adapter = torch.arange(ADAPTERS, device=device)
         numbers = torch.arange(ADAPTERS + 1, device=device)
-        self.order = adapter_sums.Order(self.adapter, numbers)
+        self.order = adapter_sums.Order(self.adapter.clone(), numbers)
+        self.biases = self.random(ADAPTERS, N, dtype=torch.float32)
+        self.stored_C = self.W[:, :r].contiguous()
         self.gated = Finish(gate=self.gate, saved=self.code)
         P = self.random(N, ranks, dtype=torch.float32)
         self.change = WeightChange(self.layer, self.C.matrix, P, self.R, self.gate)
@@ -162,8 +165,8 @@ class Inputs:
             self.dy,
             self.h,
             self.adapter,
-            self.W[:, : self.r].contiguous(),
-            self.random(ADAPTERS, len(self.W), dtype=torch.float32),
+            self.stored_C,
+            self.biases,
             ADAPTERS,
             self.gate,
             largest=largest,
@@ -176,10 +179,16 @@ class Inputs:
     def bias_parts(self) -> None:
         adapter_sums.bias_parts(self.dy, self.adapter, self.order, 1.0, ADAPTERS)
 
-    def sum_of_parts(self) -> None:
-        parts = self.random(2 * ADAPTERS, self.r, self.r, dtype=torch.float32)
-        out = torch.empty_like(self.cores)
-        adapter_sums.sum_of_parts(parts, self.order, len(self.y), out)
+    def sum_of_core_parts(self) -> None:
+        self._sum_of_parts(self.cores)
+
+    def sum_of_bias_parts(self) -> None:
+        self._sum_of_parts(self.biases)
+
+    def _sum_of_parts(self, like: Tensor) -> None:
+        M = len(self.y)
+        parts = like.new_empty(programs_over_rows(M) + ADAPTERS - 1, *like.shape[1:])
+        adapter_sums.sum_of_parts(parts, self.order, M, torch.empty_like(like))
 
 
 # Row of the tile table -> the runs that use it.
@@ -199,7 +208,7 @@ RUNS: dict[str, tuple[Callable, ...]] = {
     "batched_epilogue": (Inputs.batched_epilogue, Inputs.batched_largest),
     "core_parts": (Inputs.core_parts,),
     "bias_parts": (Inputs.bias_parts,),
-    "sum_of_parts": (Inputs.sum_of_parts,),
+    "sum_of_parts": (Inputs.sum_of_core_parts, Inputs.sum_of_bias_parts),
 }
 
 

@@ -160,3 +160,69 @@ class Layer:
     def saved_bytes(self, gate: bool) -> int:
         """Saved for the backward pass: t, and the gate."""
         return self.M * (self.r * self.e + self.N * self.g * gate)
+
+
+@dataclass(frozen=True)
+class Batch(Layer):
+    """Rows that belong to A adapters of one layer, by I ids of M / I rows each. C is (N, r), not
+    padded; each adapter has rows, and those of an id lie in one program's or fill several."""
+
+    A: int = 1
+    I: int = 1
+
+    def own_core(self) -> Cost:
+        """h = alpha t core^T, each row with its adapter's core."""
+        return self._own_core(self.e)
+
+    def own_core_of_gradient(self) -> Cost:
+        """dT = alpha v core."""
+        return self._own_core(CORE)
+
+    def _own_core(self, p: int) -> Cost:
+        M, r = self.M, self.r
+        return Cost(M * r * p + self.A * r * r * CORE + self.I * INDEX, M * self.h, 2 * M * r * r)
+
+    def batched_epilogue(self) -> Cost:
+        """y0 -> y, with the adapters' biases and the saved gate."""
+        M, N, r = self.M, self.N, self.r
+        biases = self.A * N * CORE + self.I * INDEX
+        return Cost(
+            (M * N + N * r) * self.e + M * self.h + biases,
+            M * N * (self.e + self.g),
+            2 * M * N * r,
+        )
+
+    @property
+    def adapter_parts(self) -> int:
+        """Of the sums: a chunk of rows has one for each of its adapters. At most; an adapter that
+        begins where a chunk does takes one less."""
+        return programs_over_rows(self.M) + self.A - 1
+
+    def core_parts(self) -> Cost:
+        """v, t -> parts of each adapter's d_core."""
+        M, r = self.M, self.r
+        return Cost(
+            M * r * (CORE + self.e) + self._order(),
+            self.adapter_parts * r * r * CORE,
+            2 * M * r * r,
+        )
+
+    def bias_parts(self) -> Cost:
+        """G -> parts of each adapter's column sums."""
+        M, N = self.M, self.N
+        return Cost(M * N * self.e + self._order(), self.adapter_parts * N * CORE, 0)
+
+    def sum_of_core_parts(self) -> Cost:
+        return self._sum(self.r * self.r)
+
+    def sum_of_bias_parts(self) -> Cost:
+        return self._sum(self.N)
+
+    def _sum(self, width: int) -> Cost:
+        return Cost(
+            self.adapter_parts * width * CORE + (self.A + 1) * INDEX, self.A * width * CORE, 0
+        )
+
+    def _order(self) -> int:
+        """Bytes of the ids, their places in the order, and where each adapter begins."""
+        return (2 * self.I + self.A + 1) * INDEX

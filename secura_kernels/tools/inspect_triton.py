@@ -32,7 +32,7 @@ RANKS = (16, 64, 150)
 INSTRUCTIONS = ("HMMA", "HGMMA", "UTCHMMA", "UTMALDG", "LDGSTS", "LDG", "STG", "LDL", "STL", "MUFU")
 TENSOR_CORES = ("HMMA", "HGMMA", "UTCHMMA")
 # Blocks an SM, at least, where ``tiles.INSTRUCTIONS`` hold.
-BLOCKS = {"epilogue": 2, "gate_backward": 2}
+BLOCKS = {"epilogue": 2, "batched_epilogue": 2, "gate_backward": 2}
 BAR_RANK = 64
 WITHOUT_PRODUCT = ("gather", "bias_parts", "sum_of_parts")
 
@@ -185,6 +185,8 @@ def _issued(code: str, name: str) -> int:
     main = [loop for loop in loops if any(loop[0] <= at <= loop[1] for at in tensor)]
     if name == "gate_backward":
         return length(max(main, key=length)) if main else len(lines)
+    if name == "bias_parts" and loops:
+        return length(min(loops, key=length))
     if name == "product_gate":
         return len(lines) - (length(min(main, key=length)) if main else 0)
     return len(lines)

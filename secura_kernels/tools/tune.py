@@ -2,9 +2,11 @@
 
 ``python -m secura_kernels tune`` runs it; the result lies in the user's cache
 (``tune_cache.py``) and is used from then on. A stopped run is resumed: what was measured
-is not measured again.
+is not measured again. Passes are timed in CUDA graphs: a launch takes the host longer than a short
+pass takes the GPU.
 """
 
+import math
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -15,8 +17,9 @@ from tqdm import tqdm
 
 from ..backends.triton import chips, tune_cache
 from ..backends.triton.dispatch import tuned_name
-from ..backends.triton.tiles import rows_of
+from ..backends.triton.tiles import Tile, rows_of
 from .cases import RUNS, Inputs, run
+from .replay import FAILURES, first_line, replayed_ms
 
 # N, K of the linear layers of common models: Llama-3.1-8B, Qwen2-7B, Gemma-2-2B.
 LAYERS = (
@@ -106,26 +109,35 @@ def jobs(
     return list(found.values())
 
 
-def measure(function: Callable[[], None]) -> float:
-    """Median milliseconds on the GPU; the L2 is flushed before each run."""
-    return triton.testing.do_bench(function, warmup=10, rep=40, return_mode="median")
-
-
-def fastest(job: Job, device: torch.device, time: Callable[[Callable], float]) -> dict | str:
-    """Fields of the fastest tile of a pass, or ``tuned.LIBRARY`` for a product that loses."""
+def fastest(
+    job: Job, device: torch.device, time: Callable[[Callable[[], None]], float]
+) -> tuple[dict | str | None, dict[str, str]]:
+    """Fields of the fastest tile of a pass, or ``tune_cache.LIBRARY`` for a product that loses, or
+    None where nothing could be measured; and why candidates are left out."""
     inputs = Inputs(job.M, job.N, job.K, job.r, job.dtype, device)
     name, function, before, library = PRODUCTS.get(
         job.name, (job.name, RUNS.get(job.name, (None,))[0], None, None)
     )
-    times = {}
+    left_out: dict[str, str] = {}
+
+    def measured(candidate: str, run_it: Callable[[], None]) -> float:
+        try:
+            return time(run_it)
+        except FAILURES as error:
+            left_out[candidate] = first_line(error)
+            return math.inf
+
+    times: dict[Tile | str, float] = {}
+    first = measured("what comes before it", lambda: before(inputs)) if before else 0.0
     for tile in rows_of(name, chips.chip_of(device), job.dtype, chips.rank_block(job.r)):
-        times[tile] = time(lambda tile=tile: run(name, inputs, tile, function))
-    best = min(times, key=times.__getitem__)
+        alone = measured(str(tile), lambda tile=tile: run(name, inputs, tile, function))
+        times[tile] = first + alone
     if library is not None:
-        ours = times[best] + (time(lambda: before(inputs)) if before else 0.0)
-        if time(lambda: library(inputs)) < ours:
-            return tune_cache.LIBRARY
-    return asdict(best)
+        times[tune_cache.LIBRARY] = measured("the library's product", lambda: library(inputs))
+    best = min(times, key=times.__getitem__)
+    if math.isinf(times[best]):
+        return None, left_out
+    return best if best == tune_cache.LIBRARY else asdict(best), left_out
 
 
 def tune(
@@ -134,13 +146,15 @@ def tune(
     file: Path,
     *,
     again: bool = False,
-    time: Callable[[Callable], float] = measure,
+    time: Callable[[Callable[[], None]], float] = replayed_ms,
 ) -> dict[str, dict | str]:
     """Measures every job that ``file`` does not hold (for ``again``: all), saving as it goes.
 
+    A candidate that raises is left out, said so, and stands in the file with its reason.
+
     Returns the entries of the file.
     """
-    entries = dict(tune_cache.load(file))
+    entries, left_out = dict(tune_cache.load(file)), tune_cache.left_out(file)
     about = dict(torch=torch.__version__, triton=triton.__version__, device=str(device))
     if device.type == "cuda":
         about["device"] = torch.cuda.get_device_name(device)
@@ -148,6 +162,13 @@ def tune(
     progress = tqdm(left, desc="tuning", unit="choice", disable=not left)
     for job in progress:
         progress.set_postfix_str(job.key)
-        entries[job.key] = fastest(job, device, time)
-        tune_cache.save(file, entries, about)
+        best, reasons = fastest(job, device, time)
+        for candidate, reason in reasons.items():
+            progress.write(f"left out: {job.key}: {candidate}: {reason}")
+        if best is not None:  # or it is tried again
+            entries[job.key] = best
+        left_out.pop(job.key, None)
+        if reasons:
+            left_out[job.key] = reasons
+        tune_cache.save(file, entries, about, left_out)
     return entries

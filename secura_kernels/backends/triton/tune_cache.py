@@ -70,11 +70,22 @@ def load(file: Path) -> dict[str, dict | str]:
     return entries
 
 
-def save(file: Path, entries: dict[str, dict | str], about: dict) -> None:
+def left_out(file: Path) -> dict[str, dict[str, str]]:
+    """By entry: the candidates that could not be measured, and why."""
+    return dict(json.loads(file.read_text()).get("left_out", {})) if load(file) else {}
+
+
+def save(
+    file: Path,
+    entries: dict[str, dict | str],
+    about: dict,
+    left_out: dict[str, dict[str, str]],
+) -> None:
     """Writes whole or not at all."""
     file.parent.mkdir(parents=True, exist_ok=True)
     part = file.with_suffix(".part")
-    part.write_text(json.dumps(dict(format=FORMAT, about=about, entries=entries), indent=1))
+    content = dict(format=FORMAT, about=about, entries=entries, left_out=left_out)
+    part.write_text(json.dumps(content, indent=1))
     part.replace(file)
     forget()
 
