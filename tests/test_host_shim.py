@@ -101,6 +101,12 @@ def test_missing_wait_shows(program):
         assert run(program, "early_read", schedule) == ["1", str(0xFFFFFFFF)]
 
 
+def test_a_source_that_changes_under_a_copy_shows(program):
+    assert run(program, "late_source", "forward") == ["1", "2"]
+    for schedule in ("reversed", "random"):
+        assert run(program, "late_source", schedule) == ["1", "7"]
+
+
 def test_order_of_blocks(program):
     ascending = [str(block) for block in range(8)]
     assert run(program, "block_order", "forward") == ascending

@@ -12,7 +12,8 @@
 //
 //   forward (default)  lanes, warps and blocks in ascending order, each warp up to __syncthreads;
 //                      asynchronous copies are done at once
-//   reversed           all of it in descending order; copies are done when they are waited for
+//   reversed           all of it in descending order; copies read their source and write their target
+//                      when they are waited for
 //   random             warps take turns at each collective, lanes and blocks in any order, from the
 //                      seed SECURA_HOST_SEED (0); copies as under reversed
 //
@@ -151,8 +152,15 @@ using Operation = void (*)(void* const (&lanes)[WARP]);
 // An asynchronous copy under way.
 struct Copy {
   void* to;
-  unsigned char data[16];
+  const void* from;
+  int bytes;  // of the source; zeros behind them
   int group;
+
+  void finish() const {
+    unsigned char data[16] = {};
+    if (bytes > 0) std::memcpy(data, from, bytes);
+    std::memcpy(to, data, 16);
+  }
 };
 
 struct Thread {

@@ -43,10 +43,9 @@ inline void copy_async(void* shared, const void* global, int bytes,
     host::fail("cp.async to an address outside of the block's shared memory", where);
   }
 
-  host::Copy copy{shared, {}, host::running->group};
-  if (bytes > 0) std::memcpy(copy.data, global, bytes);
+  const host::Copy copy{shared, global, bytes, host::running->group};
   if (!TENSOR_CORES || host::schedule == host::Schedule::forward) {
-    std::memcpy(shared, copy.data, 16);
+    copy.finish();
   } else {
     std::memset(shared, 0xFF, 16);
     host::running->copies.push_back(copy);
@@ -60,7 +59,7 @@ inline void wait_copies() {
   static_assert(PENDING >= 0);
   auto& copies = host::running->copies;
   while (!copies.empty() && copies.front().group < host::running->group - PENDING) {
-    std::memcpy(copies.front().to, copies.front().data, 16);
+    copies.front().finish();
     copies.pop_front();
   }
 }

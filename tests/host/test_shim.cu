@@ -263,8 +263,8 @@ __global__ void copy_kernel(const uint4* from, uint4* out) {
   out[5 * n + i] = tiles[n + i];
 }
 
-// With argument 1, tile 1 is read when only tile 0's group has been waited for.
-__global__ void early_kernel(const uint4* from, uint4* out) {
+// Tile 1 is read when only tile 0's group has been waited for.
+__global__ void early_kernel(uint4* from, uint4* out) {
   auto* tiles = reinterpret_cast<uint4*>(shared_memory());
   for (int tile = 0; tile < 2; ++tile) {
     copy_async(tiles + tile, from + tile, 16);
@@ -274,6 +274,20 @@ __global__ void early_kernel(const uint4* from, uint4* out) {
   out[0] = tiles[0];
   out[1] = tiles[1];
   wait_copies<0>();
+}
+
+// Tile 1's source is overwritten when only tile 0's group has been waited for.
+__global__ void late_kernel(uint4* from, uint4* out) {
+  auto* tile = reinterpret_cast<uint4*>(shared_memory());
+  for (int i = 0; i < 2; ++i) {
+    copy_async(tile + i, from + i, 16);
+    commit_copies();
+  }
+  wait_copies<1>();
+  from[0] = from[1] = {7, 7, 7, 7};
+  wait_copies<0>();
+  out[0] = tile[0];
+  out[1] = tile[1];
 }
 
 bool same(uint4 a, uint4 b) { return std::memcmp(&a, &b, sizeof(a)) == 0; }
@@ -294,9 +308,9 @@ void copies() {
 }
 
 // Prints what was read.
-void early_read() {
+void two_copies(void (*kernel)(uint4*, uint4*)) {
   std::vector<uint4> from = {{1, 1, 1, 1}, {2, 2, 2, 2}}, out(2);
-  launch(1, 1, 32, early_kernel, from.data(), out.data());
+  launch(1, 1, 32, kernel, from.data(), out.data());
   std::printf("%u %u\n", out[0].x, out[1].x);
 }
 
@@ -605,7 +619,8 @@ int main(int count, char** arguments) {
       {"multiply", multiply},
       {"shuffles", shuffles},
       {"copies", copies},
-      {"early_read", early_read},
+      {"early_read", [] { two_copies(early_kernel); }},
+      {"late_source", [] { two_copies(late_kernel); }},
       {"barriers", barriers},
       {"unset", unset},
       {"block_order", block_order},
