@@ -1,4 +1,4 @@
-// The part of CUDA's runtime and built-ins that the kernels use, for a host compiler [fibers.h].
+// The part of CUDA's runtime and built-ins that the kernels use, for a host compiler [grid.h].
 #pragma once
 
 #include <math.h>
@@ -14,7 +14,7 @@
 #include <type_traits>
 #include <utility>
 
-#include "fibers.h"
+#include "grid.h"
 
 #ifndef SECURA_HOST_ARCH
 #define SECURA_HOST_ARCH 800
@@ -106,6 +106,8 @@ namespace host {
 // One fiber runs at a time, and none is interrupted here.
 template <typename T, typename F>
 inline T exchange(T* address, F change) {
+  if (watching) watch(address, sizeof(T), Access::atomic, __builtin_return_address(0));
+  const Unwatched own;
   const T old = *address;
   *address = change(old);
   return old;

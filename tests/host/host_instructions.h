@@ -33,6 +33,8 @@ inline float power_of_2(float value) {
 
 inline void copy_async(void* shared, const void* global, int bytes,
                        host::Where where = host::Where::current()) {
+  if (host::watching && bytes > 0) host::watch(global, bytes, host::Access::read, where);
+  const host::Unwatched own;
   const auto unaligned = [](const void* p) { return reinterpret_cast<uintptr_t>(p) % 16 != 0; };
   if (bytes < 0 || bytes > 16) {
     host::fail("cp.async of " + std::to_string(bytes) + " bytes", where);
@@ -52,11 +54,15 @@ inline void copy_async(void* shared, const void* global, int bytes,
   }
 }
 
-inline void commit_copies() { ++host::running->group; }
+inline void commit_copies() {
+  const host::Unwatched own;
+  ++host::running->group;
+}
 
 template <int PENDING>
 inline void wait_copies() {
   static_assert(PENDING >= 0);
+  const host::Unwatched own;
   auto& copies = host::running->copies;
   while (!copies.empty() && copies.front().group < host::running->group - PENDING) {
     copies.front().finish();

@@ -379,6 +379,49 @@ void block_order() {
   std::printf("\n");
 }
 
+__global__ void turns_kernel(int* order, int* next) {
+  auto* mine = reinterpret_cast<int*>(shared_memory());
+  if (threadIdx.x == 0) order[atomicAdd(next, 1)] = *mine = blockIdx.x;
+  __syncthreads();
+  if (threadIdx.x == 0) order[atomicAdd(next, 1)] = *mine;
+}
+
+// Prints the order of 4 blocks, from before and after a barrier.
+void turns() {
+  int order[8], next = 0;
+  launch(4, 64, 4, turns_kernel, order, &next);
+  for (const int block : order) std::printf("%d ", block);
+  std::printf("\n");
+}
+
+// ---- Blocks that meet in global memory ----
+
+enum class Meeting { apart, both_write, reads_neighbour, copies_neighbour, reads_counter };
+
+template <Meeting MEETING>
+__global__ void meeting_kernel(uint4* values, int* count) {
+  const int thread = threadIdx.x, next = (blockIdx.x + 1) % gridDim.x;
+  auto* bytes = reinterpret_cast<unsigned char*>(values);
+  if (thread == 0) atomicAdd(count, 1);
+  if (thread == 0) values[1 + blockIdx.x].x = values[9].x;  // which all read
+  bytes[blockIdx.x] = thread;                               // one byte of a word that others write
+  if (MEETING == Meeting::both_write) bytes[3 * next] = 1;
+  __syncthreads();
+  if (MEETING == Meeting::reads_neighbour && thread == 0) values[1 + blockIdx.x].y = values[1 + next].x;
+  if (MEETING == Meeting::copies_neighbour) {
+    copy_async(shared_memory() + 16 * thread, values + 1 + next, 16);
+  }
+  if (MEETING == Meeting::reads_counter && *count == 4) values[1 + blockIdx.x].y = 1;
+}
+
+template <Meeting MEETING>
+void meeting() {
+  std::vector<uint4> values(10);
+  int count = 0;
+  launch(4, 64, 1024, meeting_kernel<MEETING>, values.data(), &count);
+  CHECK(count == 4);
+}
+
 // ---- What must end the process ----
 
 enum class Fault {
@@ -624,6 +667,12 @@ int main(int count, char** arguments) {
       {"barriers", barriers},
       {"unset", unset},
       {"block_order", block_order},
+      {"turns", turns},
+      {"apart", meeting<Meeting::apart>},
+      {"both_write", meeting<Meeting::both_write>},
+      {"reads_neighbour", meeting<Meeting::reads_neighbour>},
+      {"copies_neighbour", meeting<Meeting::copies_neighbour>},
+      {"reads_counter", meeting<Meeting::reads_counter>},
       {"limits", limits},
       {"cpu_threads", cpu_threads},
       {"tile", tile},
