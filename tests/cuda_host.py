@@ -19,6 +19,8 @@ from secura_kernels.backends.cuda import commands, compiler
 HOST = Path(__file__).parent / "host"
 BUILD = Path(__file__).parents[1] / "build"
 SANITIZE = ("-O0", "-g1", "-fsanitize=address,undefined", "-fno-sanitize-recover=all")
+# g++ then calls the simulated GPU at each access of the kernels [host/global_memory.cpp].
+WATCH = "-fsanitize=thread"
 SCHEDULES = ("forward", "reversed", "random")
 
 
@@ -102,16 +104,22 @@ def _compile(command: list[str], sources: list[Path], folder: Path, library: Pat
     first.write_text('#include "cuda_runtime.h"\n')
     _run([*command, "-x", "c++-header", str(first), "-o", f"{first}.gch"])
 
+    unwatched = [word for word in command if word != WATCH]
+
     def compiled(source: Path) -> str:
         output = folder / f"{source.name}.o"
-        _run([*command, "-include", str(first), "-x", "c++", "-c", str(source), "-o", str(output)])
+        flags = command if source.suffix == ".cu" else unwatched
+        if source.parent == HOST:
+            flags = [*flags, "-O2"]  # called at each access
+        _run([*flags, "-include", str(first), "-x", "c++", "-c", str(source), "-o", str(output)])
         return str(output)
 
+    units = [path for path in sources if path.suffix in (".cu", ".cpp")]
     with ThreadPoolExecutor(2) as pool:
-        objects = list(pool.map(compiled, (s for s in sources if s.suffix in (".cu", ".cpp"))))
+        objects = list(pool.map(compiled, [*units, HOST / "global_memory.cpp"]))
     whole = folder / "linking.so"
     libraries = Path(torch.__file__).parent / "lib"
-    _run([*command, "-shared", *objects, f"-L{libraries}", "-ltorch_cpu", "-o", str(whole)])
+    _run([*unwatched, "-shared", *objects, f"-L{libraries}", "-ltorch_cpu", "-o", str(whole)])
     whole.rename(library)
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from cuda_host import SANITIZE, SCHEDULES, host_command, load_cuda
+from cuda_host import SANITIZE, SCHEDULES, WATCH, host_command, load_cuda
 from devices import DEVICE, GPU, MARKS
 from layer_cases import DETACHED, case, compare, small_change
 
@@ -68,6 +68,13 @@ def run_tests(flags: str, selected: str, **environment: str) -> None:
 def test_without_tensor_cores():
     """A chip of sm_75: the products on plain multiply-adds, and 64 KiB of shared memory."""
     run_tests("-O0 -DSECURA_HOST_ARCH=750", "no_more_than_eager")
+
+
+@simulated
+def test_blocks_do_not_meet():
+    """No block writes a byte of global memory that another one of its grid touches."""
+    forms = "every_form or importance_count or duplicates"
+    run_tests(f"-O0 {WATCH}", forms, SECURA_HOST_RACES="1")
 
 
 @simulated

@@ -1,10 +1,11 @@
 """The host shim, which runs CUDA kernels on a CPU: its instructions, schedules and checks."""
 
 import os
+import re
 import subprocess
 
 import pytest
-from cuda_host import HOST, SANITIZE, host_command
+from cuda_host import HOST, SANITIZE, WATCH, host_command
 
 SCHEDULES = ["forward", "reversed", "random"]
 CASES = ["conversions", "load_layout", "multiply", "shuffles", "copies", "unset", "limits"]
@@ -26,16 +27,24 @@ FAULTS = {
     "load_outside": "ldmatrix.trans of a row outside of the block's shared memory",
     "write_outside": "a write beyond the end of shared memory",
 }
+RACES = ["both_write", "reads_neighbour", "copies_neighbour", "reads_counter"]
+RACE = r"(reads|writes) byte 0x\w+, which (block \d|more than one block) has (read|written)"
 
 
 def build(directory, *flags):
     program = directory / "test_shim"
-    command = [*host_command(), *flags, "-x", "c++", str(HOST / "test_shim.cu"), "-o", str(program)]
-    result = subprocess.run(command, capture_output=True, text=True)
-    if "cannot find -lasan" in result.stderr or "cannot find -lubsan" in result.stderr:
-        pytest.skip("g++ has no sanitizers")
-    assert result.returncode == 0, result.stderr
-    assert result.stderr == ""
+    kernels = str(directory / "test_shim.o")
+    source, watch = str(HOST / "test_shim.cu"), str(HOST / "global_memory.cpp")
+    unwatched = [*host_command(), *(flag for flag in flags if flag != WATCH)]
+    for command in (
+        [*host_command(), *flags, "-x", "c++", "-c", source, "-o", kernels],
+        [*unwatched, kernels, watch, "-o", str(program)],
+    ):
+        result = subprocess.run(command, capture_output=True, text=True)
+        if "cannot find -lasan" in result.stderr or "cannot find -lubsan" in result.stderr:
+            pytest.skip("g++ has no sanitizers")
+        assert result.returncode == 0, result.stderr
+        assert result.stderr == ""
     return program
 
 
@@ -101,6 +110,12 @@ def test_missing_wait_shows(program):
         assert run(program, "early_read", schedule) == ["1", str(0xFFFFFFFF)]
 
 
+def test_a_source_that_changes_under_a_copy_shows(program):
+    assert run(program, "late_source", "forward") == ["1", "2"]
+    for schedule in ("reversed", "random"):
+        assert run(program, "late_source", schedule) == ["1", "7"]
+
+
 def test_order_of_blocks(program):
     ascending = [str(block) for block in range(8)]
     assert run(program, "block_order", "forward") == ascending
@@ -109,6 +124,36 @@ def test_order_of_blocks(program):
     assert all(sorted(order) == ascending for order in orders)
     assert orders[0] == orders[1]
     assert len(set(map(tuple, orders))) == 3
+
+
+def test_blocks_take_turns(program):
+    """Each prints its number before and after a barrier."""
+    assert run(program, "turns", "forward") == list("00112233")
+    assert run(program, "turns", "reversed") == list("32321010")
+    orders = [run(program, "turns", "random", SECURA_HOST_SEED=seed) for seed in "1123"]
+    assert all(sorted(order) == list("00112233") for order in orders)
+    assert orders[0] == orders[1] and len(set(map(tuple, orders))) == 3
+    assert any(order[::2] != order[1::2] for order in orders)
+
+
+@pytest.fixture(scope="session")
+def watched(tmp_path_factory):
+    return build(tmp_path_factory.mktemp("shim_watched"), "-O0", WATCH)
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+@pytest.mark.parametrize("race", RACES)
+def test_blocks_that_meet_in_global_memory(watched, race, schedule):
+    result = start(watched, race, schedule, SECURA_HOST_RACES="1")
+    assert result.returncode != 0
+    assert re.search(RACE, result.stderr), result.stderr
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_blocks_that_keep_apart(watched, schedule):
+    for case in ("apart", "turns", "unset", "limits"):
+        run(watched, case, schedule, SECURA_HOST_RACES="1")
+    run(watched, "both_write", schedule)  # not asked for
 
 
 @pytest.mark.parametrize("fault", FAULTS)

@@ -1,4 +1,4 @@
-// The part of CUDA's runtime and built-ins that the kernels use, for a host compiler [fibers.h].
+// The part of CUDA's runtime and built-ins that the kernels use, for a host compiler [grid.h].
 #pragma once
 
 #include <math.h>
@@ -14,7 +14,7 @@
 #include <type_traits>
 #include <utility>
 
-#include "fibers.h"
+#include "grid.h"
 
 #ifndef SECURA_HOST_ARCH
 #define SECURA_HOST_ARCH 800
@@ -106,6 +106,8 @@ namespace host {
 // One fiber runs at a time, and none is interrupted here.
 template <typename T, typename F>
 inline T exchange(T* address, F change) {
+  if (watching) watch(address, sizeof(T), Access::atomic, __builtin_return_address(0));
+  const Unwatched own;
   const T old = *address;
   *address = change(old);
   return old;
@@ -255,6 +257,14 @@ inline int processors() {
   return count == nullptr ? MULTIPROCESSORS : std::atoi(count);
 }
 
+// What runs in place of a kernel, given the bytes of its one parameter. Where there is any such
+// function, a kernel that has none cannot be launched.
+struct Translated {
+  void (*run)(const unsigned char* parameters);
+  int launches;
+};
+inline std::map<const void*, Translated> translated;
+
 inline std::map<const void*, int> opted_in;  // each kernel's dynamic shared memory, at most
 inline thread_local cudaError_t last_error = cudaSuccess;
 
@@ -329,7 +339,18 @@ cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(
   const std::lock_guard lock(host::launch_mutex);
   if (!host::acceptable(*config, reinterpret_cast<const void*>(kernel))) return host::report(false);
   const std::tuple<P...> parameters(std::forward<A>(arguments)...);
-  host::launch(config->gridDim, config->blockDim, config->dynamicSmemBytes,
-               [&] { std::apply(kernel, parameters); });
+  std::function<void()> run = [&] { std::apply(kernel, parameters); };
+  if constexpr (sizeof...(P) == 1) {
+    const auto found = host::translated.find(reinterpret_cast<const void*>(kernel));
+    if (found != host::translated.end()) {
+      ++found->second.launches;
+      run = [&parameters, function = found->second.run] {
+        function(reinterpret_cast<const unsigned char*>(&std::get<0>(parameters)));
+      };
+    } else if (!host::translated.empty()) {
+      return host::report(false);
+    }
+  }
+  host::launch(config->gridDim, config->blockDim, config->dynamicSmemBytes, run);
   return cudaSuccess;
 }

@@ -33,6 +33,8 @@ inline float power_of_2(float value) {
 
 inline void copy_async(void* shared, const void* global, int bytes,
                        host::Where where = host::Where::current()) {
+  if (host::watching && bytes > 0) host::watch(global, bytes, host::Access::read, where);
+  const host::Unwatched own;
   const auto unaligned = [](const void* p) { return reinterpret_cast<uintptr_t>(p) % 16 != 0; };
   if (bytes < 0 || bytes > 16) {
     host::fail("cp.async of " + std::to_string(bytes) + " bytes", where);
@@ -43,24 +45,27 @@ inline void copy_async(void* shared, const void* global, int bytes,
     host::fail("cp.async to an address outside of the block's shared memory", where);
   }
 
-  host::Copy copy{shared, {}, host::running->group};
-  if (bytes > 0) std::memcpy(copy.data, global, bytes);
+  const host::Copy copy{shared, global, bytes, host::running->group};
   if (!TENSOR_CORES || host::schedule == host::Schedule::forward) {
-    std::memcpy(shared, copy.data, 16);
+    copy.finish();
   } else {
     std::memset(shared, 0xFF, 16);
     host::running->copies.push_back(copy);
   }
 }
 
-inline void commit_copies() { ++host::running->group; }
+inline void commit_copies() {
+  const host::Unwatched own;
+  ++host::running->group;
+}
 
 template <int PENDING>
 inline void wait_copies() {
   static_assert(PENDING >= 0);
+  const host::Unwatched own;
   auto& copies = host::running->copies;
   while (!copies.empty() && copies.front().group < host::running->group - PENDING) {
-    std::memcpy(copies.front().to, copies.front().data, 16);
+    copies.front().finish();
     copies.pop_front();
   }
 }

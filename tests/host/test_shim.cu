@@ -263,8 +263,8 @@ __global__ void copy_kernel(const uint4* from, uint4* out) {
   out[5 * n + i] = tiles[n + i];
 }
 
-// With argument 1, tile 1 is read when only tile 0's group has been waited for.
-__global__ void early_kernel(const uint4* from, uint4* out) {
+// Tile 1 is read when only tile 0's group has been waited for.
+__global__ void early_kernel(uint4* from, uint4* out) {
   auto* tiles = reinterpret_cast<uint4*>(shared_memory());
   for (int tile = 0; tile < 2; ++tile) {
     copy_async(tiles + tile, from + tile, 16);
@@ -274,6 +274,20 @@ __global__ void early_kernel(const uint4* from, uint4* out) {
   out[0] = tiles[0];
   out[1] = tiles[1];
   wait_copies<0>();
+}
+
+// Tile 1's source is overwritten when only tile 0's group has been waited for.
+__global__ void late_kernel(uint4* from, uint4* out) {
+  auto* tile = reinterpret_cast<uint4*>(shared_memory());
+  for (int i = 0; i < 2; ++i) {
+    copy_async(tile + i, from + i, 16);
+    commit_copies();
+  }
+  wait_copies<1>();
+  from[0] = from[1] = {7, 7, 7, 7};
+  wait_copies<0>();
+  out[0] = tile[0];
+  out[1] = tile[1];
 }
 
 bool same(uint4 a, uint4 b) { return std::memcmp(&a, &b, sizeof(a)) == 0; }
@@ -294,9 +308,9 @@ void copies() {
 }
 
 // Prints what was read.
-void early_read() {
+void two_copies(void (*kernel)(uint4*, uint4*)) {
   std::vector<uint4> from = {{1, 1, 1, 1}, {2, 2, 2, 2}}, out(2);
-  launch(1, 1, 32, early_kernel, from.data(), out.data());
+  launch(1, 1, 32, kernel, from.data(), out.data());
   std::printf("%u %u\n", out[0].x, out[1].x);
 }
 
@@ -363,6 +377,49 @@ void block_order() {
   launch(8, 32, 0, order_kernel, order, &next);
   for (const int block : order) std::printf("%d ", block);
   std::printf("\n");
+}
+
+__global__ void turns_kernel(int* order, int* next) {
+  auto* mine = reinterpret_cast<int*>(shared_memory());
+  if (threadIdx.x == 0) order[atomicAdd(next, 1)] = *mine = blockIdx.x;
+  __syncthreads();
+  if (threadIdx.x == 0) order[atomicAdd(next, 1)] = *mine;
+}
+
+// Prints the order of 4 blocks, from before and after a barrier.
+void turns() {
+  int order[8], next = 0;
+  launch(4, 64, 4, turns_kernel, order, &next);
+  for (const int block : order) std::printf("%d ", block);
+  std::printf("\n");
+}
+
+// ---- Blocks that meet in global memory ----
+
+enum class Meeting { apart, both_write, reads_neighbour, copies_neighbour, reads_counter };
+
+template <Meeting MEETING>
+__global__ void meeting_kernel(uint4* values, int* count) {
+  const int thread = threadIdx.x, next = (blockIdx.x + 1) % gridDim.x;
+  auto* bytes = reinterpret_cast<unsigned char*>(values);
+  if (thread == 0) atomicAdd(count, 1);
+  if (thread == 0) values[1 + blockIdx.x].x = values[9].x;  // which all read
+  bytes[blockIdx.x] = thread;                               // one byte of a word that others write
+  if (MEETING == Meeting::both_write) bytes[3 * next] = 1;
+  __syncthreads();
+  if (MEETING == Meeting::reads_neighbour && thread == 0) values[1 + blockIdx.x].y = values[1 + next].x;
+  if (MEETING == Meeting::copies_neighbour) {
+    copy_async(shared_memory() + 16 * thread, values + 1 + next, 16);
+  }
+  if (MEETING == Meeting::reads_counter && *count == 4) values[1 + blockIdx.x].y = 1;
+}
+
+template <Meeting MEETING>
+void meeting() {
+  std::vector<uint4> values(10);
+  int count = 0;
+  launch(4, 64, 1024, meeting_kernel<MEETING>, values.data(), &count);
+  CHECK(count == 4);
 }
 
 // ---- What must end the process ----
@@ -605,10 +662,17 @@ int main(int count, char** arguments) {
       {"multiply", multiply},
       {"shuffles", shuffles},
       {"copies", copies},
-      {"early_read", early_read},
+      {"early_read", [] { two_copies(early_kernel); }},
+      {"late_source", [] { two_copies(late_kernel); }},
       {"barriers", barriers},
       {"unset", unset},
       {"block_order", block_order},
+      {"turns", turns},
+      {"apart", meeting<Meeting::apart>},
+      {"both_write", meeting<Meeting::both_write>},
+      {"reads_neighbour", meeting<Meeting::reads_neighbour>},
+      {"copies_neighbour", meeting<Meeting::copies_neighbour>},
+      {"reads_counter", meeting<Meeting::reads_counter>},
       {"limits", limits},
       {"cpu_threads", cpu_threads},
       {"tile", tile},
