@@ -39,6 +39,27 @@ def test_no_spill_and_the_claimed_instructions(dtype):
         assert sum(line.split()[1] == f"sm_{chip}" for line in lines[:-1]) > 15
 
 
+def test_a_configuration_that_does_not_compile_is_a_fault():
+    """Blocks of a size that is no power of two."""
+    program = """if True:
+        import torch
+        from secura_kernels.backends.triton.tiles import Tile
+        from secura_kernels.tools import inspect_triton
+        inspect_triton.rows_of = lambda *_: (Tile(48, 64, warps=4), Tile(32, 64, warps=4))
+        for found in inspect_triton.compile_rows(80, "epilogue", torch.bfloat16, 16):
+            print(type(found).__name__, found.faults(), found)
+    """
+    clean = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, env=clean
+    )
+    lines = done.stdout.splitlines()
+    bad, good = lines[: len(lines) // 2], lines[len(lines) // 2 :]
+    assert bad and all(line.startswith("NotCompiled ['does not compile: ") for line in bad), lines
+    assert all("m=48" in line for line in bad)
+    assert all(line.startswith("Compiled [] sm_80") for line in good), done.stderr
+
+
 def test_faults_are_found():
     from secura_kernels.backends.triton.tiles import Tile
     from secura_kernels.tools.inspect_triton import INSTRUCTIONS, Compiled

@@ -26,6 +26,7 @@ from ..backends.triton.chips import CHIPS, INTERPRETER, rank_block
 from ..backends.triton.launch import INTERPRETED, instead_of_launching
 from ..backends.triton.tiles import Tile, rows_of
 from .cases import RUNS, Inputs, run
+from .replay import FAILURES, first_line
 
 SHAPE = (8192, 4096, 4096)  # M, N, K: sizes that are multiples of 16 are compiled for as such
 RANKS = (16, 64, 150)
@@ -105,6 +106,24 @@ class Compiled:
         )
 
 
+@dataclass(frozen=True)
+class NotCompiled:
+    """A configuration that the compiler refuses."""
+
+    chip: int
+    run: str
+    tile: Tile
+    dtype: str
+    r: int
+    why: str
+
+    def faults(self) -> list[str]:
+        return [f"does not compile: {self.why}"]
+
+    def __str__(self) -> str:
+        return f"sm_{self.chip:<3} {self.run:26} {self.dtype:8} r {self.r:<3} {self.tile}"
+
+
 class _Absent:
     """A driver for a chip that is not here: Triton asks it what to compile for."""
 
@@ -121,10 +140,10 @@ class _Absent:
         return GPUTarget("cuda", self.chip, 32)
 
 
-def compile_rows(chip: int, name: str, dtype: torch.dtype, r: int) -> list[Compiled]:
+def compile_rows(chip: int, name: str, dtype: torch.dtype, r: int) -> list[Compiled | NotCompiled]:
     """Every row of a pass for a chip, dtype and rank."""
     driver.set_active(_Absent(chip))
-    found = []
+    found: list[Compiled | NotCompiled] = []
     with chips.pretend(chip):
         inputs = Inputs(*SHAPE, r, dtype, "meta")
         for i, tile in enumerate(rows_of(name, chip, dtype, rank_block(r))):
@@ -134,8 +153,12 @@ def compile_rows(chip: int, name: str, dtype: torch.dtype, r: int) -> list[Compi
                 def compile_instead(kernel, programs, arguments, kernels=kernels):
                     kernels.append(kernel.run(grid=(programs,), warmup=True, **arguments))
 
-                with instead_of_launching(compile_instead):
-                    run(name, inputs, tile, function)
+                try:
+                    with instead_of_launching(compile_instead):
+                        run(name, inputs, tile, function)
+                except FAILURES as error:
+                    about = (chip, function.__name__, tile, str(dtype).removeprefix("torch."), r)
+                    found.append(NotCompiled(*about, first_line(error)))
                 found += [
                     _read(k, chip, name, function.__name__, tile, dtype, r, i == 0) for k in kernels
                 ]
