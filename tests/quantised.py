@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from layer_cases import relative_error
 from torch import Tensor, nn
 
 from secura_kernels.backends import reference
@@ -96,6 +97,49 @@ def leaves_of(adapter, dtype=None):
         name: p.detach().to(dtype or p.dtype).requires_grad_()
         for name, p in adapter.named_parameters()
     }
+
+
+def check_no_more_than_eager(trials, dtype):
+    """y, dx and every trained tensor's gradient of layers over quantised bases against float64,
+    pooled.
+
+    Args:
+        trials: for each its model, its layer, what gives W (N, K) of the base, and the base's bias.
+    """
+    pairs = {}
+    for model, layer, matrix, bias in trials:
+        model.train()
+        adapter, base = layer.secura_adapter["default"], layer.get_base_layer()
+        C, R, W = adapter.C, adapter.R, matrix()
+        if adapter.basis == "raw":
+            assert torch.equal(C, W[:, adapter.cols]) and torch.equal(R, W[adapter.rows])
+        x = torch.randn(2, 60, 96).to(dtype).requires_grad_()
+        dy = torch.randn(2, 60, 64).to(dtype)
+        base(x)  # in bfloat16 AWQ's scales are rounded to it in the first forward pass
+        W = matrix()
+
+        def gradients(y, x, leaves, dy=dy):
+            return y, *torch.autograd.grad(y, [x, *leaves.values()], dy.to(y.dtype))
+
+        ours = gradients(model(x), x, dict(adapter.named_parameters()))
+        assert ours[0].dtype == dtype
+        leaves, z = leaves_of(adapter), x.detach().requires_grad_()
+        eager = gradients(formula(adapter, leaves, z, W, bias, C, R, base), z, leaves)
+        leaves, z = leaves_of(adapter, torch.float64), x.detach().double().requires_grad_()
+        true = gradients(
+            formula(adapter, leaves, z, W.double(), bias.double(), C.double(), R.double()),
+            z,
+            leaves,
+        )
+        for name, *found in zip(("y", "x", *leaves), ours, eager, true, strict=True):
+            pairs.setdefault(name, []).append(
+                [relative_error(value, found[-1]) for value in found[:2]]
+            )
+    assert pairs
+    for name, found in pairs.items():
+        mine, plain = torch.tensor(found).square().mean(0).sqrt().tolist()
+        assert mine <= plain + 1e-6, f"{name}: {mine:.3e}, eager {plain:.3e}"
+        assert plain < (1e-5 if dtype == torch.float32 else 3e-2), name  # the base's own gradient
 
 
 def formula(adapter, leaves, x, W, bias, C, R, base=None):

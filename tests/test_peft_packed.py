@@ -18,7 +18,7 @@ import packed_layers
 from layer_cases import relative_error
 from packed_layers import PACKED, matrix_of, packed
 from peft_models import layers, logits, move, peft
-from quantised import formula, leaves_of, weight_and_bias
+from quantised import check_no_more_than_eager, weight_and_bias
 
 GATE_FREE = dict(variant="secura", m=12)
 GATED = GATE_FREE | dict(norm="calibrated")
@@ -78,41 +78,14 @@ def test_W_is_what_the_layer_multiplies_by(kind):
 @pytest.mark.parametrize(("kind", "dtype"), DTYPES, ids=str)
 def test_error_is_no_more_than_eager_over_the_same_base(kind, dtype, form):
     """y, dx and every trained tensor's gradient, pooled over seeds."""
-    pairs = {}
-    for seed in range(12):
-        torch.manual_seed(seed)
-        model, layer = adapted(kind, dtype, seed, std=0.3, **FORMS[form])
-        model.train()
-        adapter, base = layer.secura_adapter["default"], layer.get_base_layer()
-        C, R, W = adapter.C, adapter.R, layer.base_matrix()
-        if adapter.basis == "raw":
-            assert torch.equal(C, W[:, adapter.cols]) and torch.equal(R, W[adapter.rows])
-        x = torch.randn(2, 60, 96).to(dtype).requires_grad_()
-        dy = torch.randn(2, 60, 64).to(dtype)
-        base(x)  # in bfloat16 AWQ's scales are rounded to it in the first forward pass
-        W, bias = layer.base_matrix(), base.bias
 
-        def gradients(y, x, leaves, dy=dy):
-            return y, *torch.autograd.grad(y, [x, *leaves.values()], dy.to(y.dtype))
+    def trials():
+        for seed in range(12):
+            torch.manual_seed(seed)
+            model, layer = adapted(kind, dtype, seed, std=0.3, **FORMS[form])
+            yield model, layer, layer.base_matrix, layer.get_base_layer().bias
 
-        ours = gradients(model(x), x, dict(adapter.named_parameters()))
-        assert ours[0].dtype == dtype
-        leaves, z = leaves_of(adapter), x.detach().requires_grad_()
-        eager = gradients(formula(adapter, leaves, z, W, bias, C, R, base), z, leaves)
-        leaves, z = leaves_of(adapter, torch.float64), x.detach().double().requires_grad_()
-        true = gradients(
-            formula(adapter, leaves, z, W.double(), bias.double(), C.double(), R.double()),
-            z,
-            leaves,
-        )
-        for name, *found in zip(("y", "x", *leaves), ours, eager, true, strict=True):
-            pairs.setdefault(name, []).append(
-                [relative_error(value, found[-1]) for value in found[:2]]
-            )
-    for name, found in pairs.items():
-        mine, plain = torch.tensor(found).square().mean(0).sqrt().tolist()
-        assert mine <= plain + 1e-6, f"{name}: {mine:.3e}, eager {plain:.3e}"
-        assert plain < (1e-5 if dtype == torch.float32 else 3e-2), name  # the base's own gradient
+    check_no_more_than_eager(trials(), dtype)
 
 
 @pytest.mark.parametrize("kind", PACKED)

@@ -18,9 +18,8 @@ from quantised import (
     KINDS,
     TORCHAO,
     bnb_layer,
+    check_no_more_than_eager,
     dequantised,
-    formula,
-    leaves_of,
     quantised,
     torchao_config,
     weight_and_bias,
@@ -65,38 +64,13 @@ def adapted(kind, dtype=torch.float32, seed=0, std=0.02, requantisable=True, **s
 def test_error_is_no_more_than_eager_over_the_same_base(dtype, form):
     """y, dx and every trained tensor's gradient, pooled over kinds and seeds, as the base's own
     product is most of the error in some; in training, in which nothing rounds x to int8."""
-    pairs = {}
-    for kind, seed in itertools.product(KINDS, range(3)):
-        model, layer, W, bias = adapted(kind, dtype, seed, std=0.3, **FORMS[form])
-        model.train()
-        adapter, base = layer.secura_adapter["default"], layer.get_base_layer()
-        C, R = adapter.C, adapter.R
-        if adapter.basis == "raw":
-            assert torch.equal(C, W[:, adapter.cols]) and torch.equal(R, W[adapter.rows])
-        x = torch.randn(2, 60, 96).to(dtype).requires_grad_()
-        dy = torch.randn(2, 60, 64).to(dtype)
 
-        def gradients(y, x, leaves, dy=dy):
-            return y, *torch.autograd.grad(y, [x, *leaves.values()], dy.to(y.dtype))
+    def trials():
+        for kind, seed in itertools.product(KINDS, range(3)):
+            model, layer, W, bias = adapted(kind, dtype, seed, std=0.3, **FORMS[form])
+            yield model, layer, lambda W=W: W, bias
 
-        ours = gradients(model(x), x, dict(adapter.named_parameters()))
-        assert ours[0].dtype == dtype
-        leaves, z = leaves_of(adapter), x.detach().requires_grad_()
-        eager = gradients(formula(adapter, leaves, z, W, bias, C, R, base), z, leaves)
-        leaves, z = leaves_of(adapter, torch.float64), x.detach().double().requires_grad_()
-        true = gradients(
-            formula(adapter, leaves, z, W.double(), bias.double(), C.double(), R.double()),
-            z,
-            leaves,
-        )
-        for name, *found in zip(("y", "x", *leaves), ours, eager, true, strict=True):
-            pairs.setdefault(name, []).append(
-                [relative_error(value, found[-1]) for value in found[:2]]
-            )
-    for name, found in pairs.items():
-        mine, plain = torch.tensor(found).square().mean(0).sqrt().tolist()
-        assert mine <= plain + 1e-6, f"{name}: {mine:.3e}, eager {plain:.3e}"
-        assert plain < (1e-5 if dtype == torch.float32 else 3e-2), name  # the base's own gradient
+    check_no_more_than_eager(trials(), dtype)
 
 
 def everything(layer):
