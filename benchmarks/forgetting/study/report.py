@@ -265,7 +265,7 @@ def draw(records: Sequence[dict], subject: Subject, path: Path) -> None:
         panels.setdefault("all methods" if few else family, []).append(row)
     columns = min(3, len(panels))
     lines = math.ceil(len(panels) / columns)
-    size = (9, 6) if few else (6 * columns, 5 * lines)
+    size = (9, 7) if few else (6 * columns, 6 * lines)
     figure, grid = plt.subplots(
         lines, columns, figsize=size, sharex=True, sharey=True, squeeze=False
     )
@@ -300,7 +300,8 @@ def draw(records: Sequence[dict], subject: Subject, path: Path) -> None:
             ylabel=f"{measure} at the end",
         )
         panel.tick_params(labelbottom=True, labelleft=True)
-        panel.legend(fontsize=8)
+        # Below the axes: within, it would lie over curves.
+        panel.legend(fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.17), ncols=2)
     for panel in grid.flat[len(panels) :]:
         panel.remove()
     room = 0.05 * (high - low)
