@@ -165,6 +165,19 @@ def logits(model: nn.Module, inputs: torch.Tensor, **kwargs) -> torch.Tensor:
     return getattr(out, "logits", out)
 
 
+def runs_of_each(model, inputs, names) -> list[torch.Tensor]:
+    """The whole batch's logits under each of the adapters alone; "__base__" is none."""
+    found = []
+    for name in names:
+        if name == "__base__":
+            with model.disable_adapter():
+                found.append(logits(model, inputs))
+        else:
+            model.set_adapter(name)
+            found.append(logits(model, inputs))
+    return found
+
+
 def state(model: nn.Module) -> dict[str, torch.Tensor]:
     return copy.deepcopy(model.state_dict())
 

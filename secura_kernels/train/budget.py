@@ -111,9 +111,12 @@ def shrink_to_budget(
     learned = [parameter for adapter in adapters for parameter in adapter.learned_parameters()]
     kept = [parameter.detach().clone() for parameter in learned]
 
-    def divergence(factor: float) -> float:
+    def keep_only(factor: float) -> None:
         for parameter, value in zip(learned, kept, strict=True):
             parameter.copy_(factor * value)
+
+    def divergence(factor: float) -> float:
+        keep_only(factor)
         # Processes may round differently; they must not decide differently.
         return broadcast_object_list([base_kl(model, batches)])[0]
 
@@ -140,6 +143,5 @@ def shrink_to_budget(
             raise fail("budget", budget, f"more than the {kl:g} of what was learned before")
         return Shrunk(under, kl)
     except BaseException:
-        for parameter, value in zip(learned, kept, strict=True):
-            parameter.copy_(value)
+        keep_only(1.0)
         raise

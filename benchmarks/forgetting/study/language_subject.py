@@ -80,8 +80,9 @@ class Language:
         finished: list[Batch],
     ) -> Calibration:
         if method.basis == "whitened":
-            general = self.general_text(method.wikipedia)
-            return before or calibrate(model, general, progress=False, **method.metric)
+            return before or calibrate(
+                model, self.general_text(method.wikipedia), progress=False, **method.metric
+            )
         # What general text says of the base is the same in every run with the same layers.
         layers, settings = LAYERS if method.every_layer else self.targets, dict(method.metric)
         key = (*layers, settings.get("rank"), method.wikipedia)
