@@ -136,7 +136,7 @@ def arguments() -> argparse.Namespace:
     add("--out", type=Path, default=ROOT / "build" / "forgetting")
     options = parser.parse_args()
     if options.subject != WRITES:
-        unable = [name for name in options.method or () if METHODS[name].calibrated]
+        unable = [name for name in options.method or () if METHODS[name].of_language_alone]
         unable += [name for name in options.strategy if name in ON_GENERAL_TEXT]
         if unable:
             parser.error(
@@ -149,7 +149,7 @@ def arguments() -> argparse.Namespace:
         else tuple(
             name
             for name, method in METHODS.items()
-            if options.subject == WRITES or not method.calibrated
+            if options.subject == WRITES or not method.of_language_alone
         )
     )
     options.seeds = options.seeds or (1 if options.quick else 3)

@@ -19,6 +19,8 @@ With gradient accumulation each micro-batch's loss, as ``strategy.loss`` returns
 their number, and ``after_step`` follows the optimiser's step alone.
 """
 
+from functools import partial
+
 from .base import Strategy, transformers_forward
 from .ewc import EWC
 from .general_text import BaseKL, GeneralReplay
@@ -26,11 +28,13 @@ from .ilora import ILoRA
 from .replay import Replay
 
 STRATEGIES = {"sequential": Strategy, "replay": Replay, "ewc": EWC, "ilora": ILoRA}
-ON_GENERAL_TEXT = {"base kl": BaseKL, "general replay": GeneralReplay}
+PREDICTED = {"base kl": BaseKL, "base kl, weight 4": partial(BaseKL, weight=4.0)}
+ON_GENERAL_TEXT = {**PREDICTED, "general replay": GeneralReplay}
 
 __all__ = [
     "EWC",
     "ON_GENERAL_TEXT",
+    "PREDICTED",
     "STRATEGIES",
     "BaseKL",
     "GeneralReplay",

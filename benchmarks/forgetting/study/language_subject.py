@@ -1,6 +1,7 @@
 """The subject whose tasks are text domains: a causal language model."""
 
 import copy
+from functools import partial
 
 import torch
 from strategies import transformers_forward
@@ -25,6 +26,7 @@ from .language_retention import weights_sha256
 from .methods import Method
 from .protocol import Batch
 from .setup import Setup, digest, title
+from .unseen import unseen_reference
 
 GRADIENT_BATCHES = 8  # of a task, whose gradient gives the natural basis
 
@@ -57,7 +59,9 @@ class Language:
         self.of_general_text: dict[tuple, Calibration] = {}
         self.tokens = dict(validation=1024, test=1024 if setup.quick else 2048)
         self.speech = Speech(self.base, tokenizer, setup.general)
-        self.shown, self.before = self.speech.shown, self.speech.measure(self.base)
+        with mixed_precision():
+            self.unseen = None if setup.quick else unseen_reference(self.base, tokenizer)
+        self.shown, self.before = self.speech.shown, self.retention(self.base)
         self.identity = digest(
             2,
             self.batch_size,
@@ -69,7 +73,12 @@ class Language:
         )
 
     def model(self, method: Method, seed: int) -> nn.Module:
-        return method.attach(copy.deepcopy(self.base), self.targets, LAYERS, seed)
+        def task() -> list[Batch]:
+            return self.batches(self.tasks[0], GRADIENT_BATCHES, 1000 * seed)
+
+        general = partial(self.general_text, method.wikipedia)
+        base = copy.deepcopy(self.base)
+        return method.attach(base, self.targets, LAYERS, seed, general, task)
 
     def calibrate(
         self,
@@ -142,5 +151,6 @@ class Language:
                 losses.append(model(input_ids=ids, labels=ids).loss * len(ids))
         return -float(torch.stack(losses).sum() / len(windows))
 
+    @mixed_precision()
     def retention(self, model: nn.Module) -> dict[str, float]:
-        return self.speech.measure(model)
+        return self.speech.measure(model) | (self.unseen.measure(model) if self.unseen else {})

@@ -3,11 +3,13 @@
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from peft import LoraConfig, PeftConfig, get_peft_model
+from peft import LoraConfig, OSFConfig, PeftConfig, PsoftConfig, ShiraConfig, get_peft_model
 from torch import nn
 
 from secura_kernels.checks import check_choice
 from secura_kernels.peft import SecuraConfig
+
+from .starts import STARTS, Batches
 
 ADAPTER, FULL, HEAD = "adapter", "full", "head"
 
@@ -19,13 +21,15 @@ class Method:
     Attributes:
         name: as the tables have it. kind: what is trained beside a task's head: adapters, the whole
         model, nothing.
-        settings: of ``SecuraConfig``, or with ``lora`` of ``LoraConfig``. metric: of ``calibrate``.
+        settings: of ``peft``'s configuration. metric: of ``calibrate``.
+        start: one of ``STARTS``: text is read before the factors of LoRA are made.
         keeps_tasks: of a natural basis: the statistics of each task that is done join it.
         wikipedia: what is to be kept is said by passages of it beside the model's own text.
         stage: ``"m1"`` or ``"m2"`` between tasks. rates: the learning rates that are tried, as many
         for each method; heads have their own. family: whose curves are drawn in one panel.
         every_layer: adapters go to all linear layers of a block, not to queries, keys and values
         alone; and of the whole model these layers alone are trained, not embeddings and norms.
+        only: of these layers those whose names end so.
     """
 
     name: str
@@ -35,10 +39,12 @@ class Method:
     metric: dict = field(default_factory=dict)
     keeps_tasks: bool = False
     wikipedia: bool = False
-    lora: bool = False
+    peft: type[PeftConfig] = SecuraConfig
+    start: str | None = None
     stage: str | None = None
     family: str = "methods"
     every_layer: bool = False
+    only: tuple[str, ...] = ()
 
     @property
     def calibrated(self) -> bool:
@@ -49,18 +55,34 @@ class Method:
     def basis(self) -> str | None:
         return self.settings.get("basis")
 
+    @property
+    def of_language_alone(self) -> bool:
+        """Whether it needs a model that writes text, or layers named as Llama's."""
+        return self.calibrated or self.start is not None or bool(self.only)
+
     def attach(
-        self, model: nn.Module, targets: Sequence[str], layers: Sequence[str], seed: int
+        self,
+        model: nn.Module,
+        targets: Sequence[str],
+        layers: Sequence[str],
+        seed: int,
+        general: Batches | None = None,
+        task: Batches | None = None,
     ) -> nn.Module:
         """``model`` with what this method trains requiring gradients, and nothing else.
 
         Args:
             targets: the layers that adapters go to, by the ends of their names. layers: every
                 linear layer of a block, for a method with ``every_layer``.
+            general, task: what a ``start`` reads: general text, and the first task's batches.
         """
         check_choice("kind", self.kind, (ADAPTER, FULL, HEAD))
         if self.kind == ADAPTER:
-            return get_peft_model(model, self.config(layers if self.every_layer else targets, seed))
+            names = [name for name in layers if name.endswith(self.only or ("",))]
+            config = self.config(names if self.every_layer else targets, seed)
+            if self.start:
+                return STARTS[self.start](model, config, general, task)
+            return get_peft_model(model, config)
         if self.kind == HEAD or not self.every_layer:
             return model.requires_grad_(self.kind == FULL)
         model.requires_grad_(False)
@@ -70,9 +92,9 @@ class Method:
         return model
 
     def config(self, targets: Sequence[str], seed: int) -> PeftConfig:
-        if self.lora:
-            return LoraConfig(target_modules=list(targets), **self.settings)
-        return SecuraConfig(target_modules=list(targets), seed=seed, **self.settings)
+        seeded = {SecuraConfig: dict(seed=seed), ShiraConfig: dict(random_seed=seed)}
+        own = seeded.get(self.peft, {})
+        return self.peft(target_modules=list(targets), **own, **self.settings)
 
 
 def up_to(rate: float) -> tuple[float, ...]:
@@ -87,6 +109,8 @@ def lora(
     rate: float = 3e-3,
     every_layer: bool = False,
     wikipedia: bool = False,
+    start: str | None = None,
+    only: tuple[str, ...] = (),
     **settings,
 ) -> Method:
     return Method(
@@ -95,9 +119,24 @@ def lora(
         up_to(rate),
         dict(r=16, lora_alpha=16) | settings,
         wikipedia=wikipedia,
-        lora=True,
+        peft=LoraConfig,
+        start=start,
         family=family,
         every_layer=every_layer,
+        only=only,
+    )
+
+
+def rival(name: str, peft: type[PeftConfig], rate: float, **settings) -> Method:
+    """A method of PEFT's, on every linear layer."""
+    return Method(
+        f"{name}, every layer",
+        ADAPTER,
+        up_to(rate),
+        settings,
+        peft=peft,
+        family=RIVALS,
+        every_layer=True,
     )
 
 
@@ -110,6 +149,7 @@ def secura(
     metric: dict | None = None,
     keeps_tasks: bool = False,
     wikipedia: bool = False,
+    only: tuple[str, ...] = (),
     **settings,
 ) -> Method:
     default = dict(variant="secura", r=64, basis="orthonormal", norm="calibrated")
@@ -124,6 +164,7 @@ def secura(
         stage=stage,
         family=family,
         every_layer=every_layer,
+        only=only,
     )
 
 
@@ -145,6 +186,8 @@ def curlora(name: str, family: str = "methods", rate: float = 2e-2, **settings) 
 SELECTION, GATE = "CURLoRA: basis, rank, selection", "SECURA: gate"
 STAGES, LAYERS = "SECURA: decay and stages", "every linear layer"
 METRIC = "every linear layer: the natural basis's metric"
+RIVALS = "every linear layer: rivals that keep"
+MLP = ("gate_proj", "up_proj", "down_proj")
 
 
 METHODS = {
@@ -188,8 +231,6 @@ METHODS = {
         Method("full, every layer", FULL, up_to(2e-4), family=LAYERS, every_layer=True),
         lora("LoRA, every layer", LAYERS, 1e-3, every_layer=True),
         curlora("CURLoRA, every layer", LAYERS, 7e-3, every_layer=True),
-        # Not run yet; the rates are those of the other bases, which its scale is made for.
-        curlora("LoRA-XS, every layer", LAYERS, 7e-3, every_layer=True, basis="svd"),
         curlora("CURLoRA, every layer, whitened", LAYERS, 7e-3, every_layer=True, basis="whitened"),
         curlora("CURLoRA, every layer, natural", LAYERS, 7e-3, every_layer=True, basis="natural"),
         curlora(
@@ -219,6 +260,15 @@ METHODS = {
         ),
         # For a KL loss on the same passages.
         lora("LoRA, every layer, with Wikipedia", LAYERS, 1e-3, every_layer=True, wikipedia=True),
+        curlora("LoRA-XS, every layer", RIVALS, 7e-3, every_layer=True, basis="svd"),
+        lora("CorDA, every layer", RIVALS, 1e-3, every_layer=True, start="corda"),
+        lora("EVA, every layer", RIVALS, 1e-3, every_layer=True, start="eva"),
+        lora("LoRA-Null, every layer", RIVALS, 1e-3, every_layer=True, start="null"),
+        rival("OSF", OSFConfig, 1e-4),
+        rival("PSOFT", PsoftConfig, 3e-3, r=64, psoft_alpha=64),
+        rival("SHiRA", ShiraConfig, 3e-3, r=16),
+        lora("LoRA, MLP layers", RIVALS, 1e-3, every_layer=True, only=MLP),
+        curlora("CURLoRA, MLP layers", RIVALS, 7e-3, every_layer=True, only=MLP),
         natural("diagonal", rank=0),
         natural("rank 64", rank=64),
         natural("rank 512", rank=512),

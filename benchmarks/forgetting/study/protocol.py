@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass
 from typing import Protocol
 
 import torch
-from strategies import ON_GENERAL_TEXT, STRATEGIES
+from strategies import ON_GENERAL_TEXT, PREDICTED, STRATEGIES
 from torch import Tensor, nn
 
 from secura_kernels.train.calibration import Calibration
@@ -191,7 +191,7 @@ def make_strategy(name: str, method: Method, subject: Subject, steps: int):
         "ilora": dict(ema=max(0.0, 1 - 2.4 / steps), budget=200, forward=subject.forward),
     }
     if name in ON_GENERAL_TEXT:
-        return ON_GENERAL_TEXT[name](**subject.general_rows(method, name == "base kl"))
+        return ON_GENERAL_TEXT[name](**subject.general_rows(method, name in PREDICTED))
     return STRATEGIES[name](**settings[name])
 
 

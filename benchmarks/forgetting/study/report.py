@@ -9,6 +9,7 @@ from pathlib import Path
 from .methods import METHODS
 from .protocol import Subject, final_forgetting
 from .search import SEQUENTIAL, Row, best_rates, complete, grouped, row_of
+from .unseen import KINDS
 
 PEER = "LoRA", SEQUENTIAL  # at its levels of learning the others are compared
 RIVALS = [
@@ -34,6 +35,11 @@ def write(records: Sequence[dict], subject: Subject, path: Path) -> None:
             equal_table(records, subject),
             "### At the best rates: how much more is kept than by others at equal learning",
             rival_table(records, subject),
+        ]
+    if any(map(measured_unseen, records)):
+        parts += [
+            "### Kinds of text that no task and no calibration is of: agreement, KL in nats",
+            unseen_table(records, subject),
         ]
     path.with_suffix(".md").write_text("\n\n".join(parts) + "\n")
     if whole(records):
@@ -198,6 +204,28 @@ def rival_table(records: Sequence[dict], subject: Subject) -> str:
                 )
             )
     return table(["", "seeds", "learned", subject.shown[0], *map(label, curves)], lines)
+
+
+def measured_unseen(record: dict) -> bool:
+    """Older records have none of these measures."""
+    return not record["diverged"] and f"{KINDS[0]} kl" in record["retention"]["end"]
+
+
+def unseen_table(records: Sequence[dict], subject: Subject) -> str:
+    """A line a row and rate, those that learned least first: what was learned, what is kept of the
+    kinds that are always measured, and of each of ``KINDS``."""
+    show, kept = shown_as(subject), retained(subject.shown[0])
+    runs = grouped(list(filter(measured_unseen, records)), lambda r: (row_of(r), r["rate"]))
+    lines = []
+    for (row, rate), own in sorted(
+        runs.items(), key=lambda item: statistics.mean(map(learned, item[1]))
+    ):
+        values = [show(learned(r)) for r in own], list(map(kept, own))
+        lines.append([label(row), f"{rate:g}", str(len(own)), *map(mean_and_spread, values)])
+        for kind in KINDS:
+            pair = (list(map(retained(f"{kind} {of}"), own)) for of in ("agreement", "kl"))
+            lines[-1].append(", ".join(map(mean_and_spread, pair)))
+    return table(["", "rate", "seeds", "learned", subject.shown[0], *KINDS], lines)
 
 
 def curves_by_seed(

@@ -20,14 +20,23 @@ from secura_kernels import calibrate
 TASKS = ("first", "second")
 
 
+class Body(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.up_proj = nn.Linear(12, 10)
+
+    def forward(self, x):
+        return self.up_proj(x)
+
+
 class Model(nn.Module):
     def __init__(self) -> None:
         super().__init__()
-        self.body = nn.ModuleDict({"layer": nn.Linear(12, 10)})
+        self.body = Body()
         self.head = nn.Linear(10, 1)
 
     def forward(self, x):
-        return self.head(self.body.layer(x).tanh())[:, 0]
+        return self.head(self.body(x).tanh())[:, 0]
 
 
 @dataclass
@@ -49,19 +58,24 @@ class Subject:
     def model(self, method, seed):
         torch.manual_seed(7)  # the pretrained model is the same one for every seed
         model = Model()
-        model.body = method.attach(model.body, ["layer"], ["layer"], seed)
+        general = [dict(x=self.general().view(4, 16, 12))]  # rows of tokens
+        model.body = method.attach(
+            model.body, ["up_proj"], ["up_proj"], seed, lambda: general, lambda: general
+        )
         return model
 
+    def general(self):
+        return torch.randn(64, 12, generator=torch.Generator().manual_seed(8))
+
     def calibrate(self, model, method, batches, before, finished):
-        generator = torch.Generator().manual_seed(8)
-        general = [torch.randn(64, 12, generator=generator)]
+        general = [self.general()]
         if method.basis == "whitened":
-            return before or calibrate(model.body.layer, general, progress=False)
+            return before or calibrate(model.body.up_proj, general, progress=False)
         assert len(finished) == (len(batches) if before else 0)
         if before and method.keeps_tasks:
             general = [batch["x"] for batch in finished]
         return calibrate(
-            model.body.layer,
+            model.body.up_proj,
             general,
             batches,
             progress=False,
@@ -346,6 +360,34 @@ def test_rivals_at_equal_learning():
     assert lines[4] == "| DoRA | 2 | 0.805 ± 0.007 | 0.500 ± 0.000 | +0.000 (1 of 2 seeds) |  |  |"
     assert lines[2].startswith("| LoRA | 2 | 0.800 ± 0.000 | 0.550 ± 0.071 |  |")
     assert len(lines) == 5
+
+
+def test_kinds_that_no_calibration_saw_are_tabulated_where_they_were_measured(tmp_path):
+    subject = Subject()
+    plain, measured = (
+        dict(
+            method=name,
+            strategy="sequential",
+            rate=1e-3,
+            seed=0,
+            diverged=None,
+            trained=1,
+            validation={"first": -1.0, "second": -1.0},
+            learned={"first": {"first": -1.0, "second": -1.0}, "second": {"second": -1.0}},
+            retention={"end": {"kept": 0.5}},
+        )
+        for name in ("LoRA", "CURLoRA")
+    )
+    report.write([plain], subject, tmp_path / "study.json")
+    assert "mmlu" not in (tmp_path / "study.md").read_text()
+    for number, kind in enumerate(report.KINDS):
+        measured["retention"]["end"] |= {f"{kind} agreement": 0.9, f"{kind} kl": 0.001 * number}
+    report.write([plain, measured], subject, tmp_path / "study.json")
+    written = (tmp_path / "study.md").read_text().splitlines()
+    line = written[-1].split(" | ")
+    assert line[0] == "| CURLoRA" and line[1:5] == ["0.001", "1", "-1.000", "0.500"]
+    assert line[5:] == ["0.900, 0.000", "0.900, 0.001", "0.900, 0.002", "0.900, 0.003 |"]
+    assert not any(row.startswith("| LoRA | 0.001 | 1 | -1.000 | 0.500") for row in written)
 
 
 def test_one_task_alone_has_no_forgetting(tmp_path):
