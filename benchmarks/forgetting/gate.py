@@ -9,7 +9,7 @@ import argparse
 from pathlib import Path
 
 import torch
-from study.report import table
+from study.tables import table
 
 from secura_kernels import SMagNorm
 from secura_kernels.backends.reference.eager import smagnorm

@@ -24,9 +24,9 @@ from study.language_subject import GRADIENT_BATCHES, Language
 from study.methods import METHODS
 from study.protocol import make_strategy, train
 from study.records import Records
-from study.report import table
 from study.search import SEQUENTIAL
 from study.setup import Setup
+from study.tables import table
 
 from secura_kernels import calibrate
 from secura_kernels.train.calibration import Calibration, natural
@@ -37,26 +37,27 @@ RESULTS = Path(__file__).parents[1] / "results" / "forgetting"
 METHOD = METHODS["CURLoRA, every layer, natural"]
 STEPS, RATES, RATE, TOKENS = 24, (2.3e-3, 4e-3, 7e-3), 4e-3, 4096
 DEFAULT = "default"
-# "batches", "oversampling", "tokens", "shrink" are of this file, the others of ``calibrate``.
+# "rates", "batches", "oversampling", "tokens" and "shrink" are of this file, the others of
+# ``calibrate``.
 WAYS = {
-    DEFAULT: {},
+    DEFAULT: dict(rates=RATES),
     "exact moments": dict(rank=1536),
     "diagonal moments": dict(rank=0),
     "damping 0.03": dict(damping=0.03),
-    "damping 0.3": dict(damping=0.3),
-    "damping 1": dict(damping=1.0),
+    # The more damping, the more a rate learns.
+    "damping 0.3": dict(damping=0.3, rates=(2.3e-3, RATE)),
+    "damping 1": dict(damping=1.0, rates=(1.3e-3, 2.3e-3)),
+    "damping 3": dict(damping=3.0, rates=(1.3e-3, 2.3e-3)),
     "gradient of all 24 batches": dict(batches=STEPS),
     "range finder of 128 more directions": dict(oversampling=128),
     "16,384 tokens of general text": dict(tokens=4 * TOKENS),
-    "shrunk to 0.8": dict(shrink=0.8),
-    "shrunk to 0.6": dict(shrink=0.6),
+    "shrunk to 0.8": dict(shrink=0.8, rates=RATES[-1:]),
+    "shrunk to 0.6": dict(shrink=0.6, rates=RATES[-1:]),
 }
 
 
 def rates_of(way: str) -> tuple[float, ...]:
-    if way == DEFAULT:
-        return RATES
-    return (RATES[-1] if "shrink" in WAYS[way] else RATE,)
+    return WAYS[way].get("rates", (RATE,))
 
 
 class Trials:
@@ -134,7 +135,8 @@ def main() -> None:
         for rate in rates_of(way):
             key = f"{way}, {rate:g}"
             if key not in records.by_key:
-                records.add(key, dict(way=way) | trials.run(rate, **WAYS[way]))
+                settings = {k: v for k, v in WAYS[way].items() if k != "rates"}
+                records.add(key, dict(way=way) | trials.run(rate, **settings))
     text = report(list(records.by_key.values()))
     (options.out / "metric.md").write_text(text + "\n")
     print(text)

@@ -2,6 +2,8 @@ r"""Does the size of the cores say how far the predictions have moved? Two runs,
 
     python benchmarks/forgetting/prediction.py     # SmolLM2 on a CPU: half an hour
 
+Each run's record is written as it ends; a stopped command goes on with the next one.
+
 Shakespeare is learned between whitened and natural bases. Along the way ``core_size``, which costs
 no pass of the model, stands beside ``base_kl``, measured on text of the model's own that
 calibration did not see and on Wikipedia. At the end each of some layers' changes is measured alone,
@@ -9,7 +11,6 @@ to say whether one layer's prediction holds and what the layers' adding up makes
 """
 
 import argparse
-import json
 import math
 import random
 from pathlib import Path
@@ -20,8 +21,9 @@ from study import subjects
 from study.language_subject import GRADIENT_BATCHES, Language
 from study.methods import METHODS, Method
 from study.protocol import train
-from study.report import table
+from study.records import Records
 from study.setup import Setup
+from study.tables import table
 from torch import nn
 
 from secura_kernels import calibrate
@@ -60,13 +62,15 @@ def main() -> None:
         "--out", type=Path, default=RESULTS, help="folder of prediction.json, .md and .png"
     )
     options = parser.parse_args()
-    options.out.mkdir(parents=True, exist_ok=True)
     subject = subjects.load("language", Setup(precision="float32", model=options.model))
-    found = {name: run(subject, method, options) for name, method in RUNS.items()}
-    (options.out / "prediction.json").write_text(json.dumps(found, indent=1) + "\n")
-    (options.out / "prediction.md").write_text(report(found) + "\n")
-    draw(found, options.out / "prediction.png")
-    print(report(found))
+    study = dict(subject=subject.identity, steps=options.steps, rate=options.rate)
+    records = Records(options.out / "prediction.json", study, {})
+    for name, method in RUNS.items():
+        if name not in records.by_key:
+            records.add(name, run(subject, method, options))
+    (options.out / "prediction.md").write_text(report(records.by_key) + "\n")
+    draw(records.by_key, options.out / "prediction.png")
+    print(report(records.by_key))
 
 
 def run(subject: Language, method: Method, options: argparse.Namespace) -> dict:

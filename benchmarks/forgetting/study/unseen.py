@@ -20,6 +20,7 @@ from torch import nn
 from secura_kernels.finetune.corpus import Corpus
 from secura_kernels.finetune.downloads import package_files
 
+from . import language_retention
 from .language import DJANGO, encode
 from .language_retention import Passages, Reference
 
@@ -88,7 +89,7 @@ def unseen_reference(base: nn.Module, tokenizer) -> Reference:
         rows = Corpus({name: encode(tokenizer, text())}).held_out(name, LENGTH, TOKENS)
         kinds[name] = Passages(rows, torch.ones_like(rows[:, 1:], dtype=torch.bool))
     kinds["arithmetic"] = sums(tokenizer)
-    return Reference.of(base, kinds)
+    return Reference.of(base, kinds, language_retention.TOP)
 
 
 def sums(tokenizer) -> Passages:

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import nn
 
 pytest.importorskip("peft", reason="the methods compared are PEFT's and this package's")
-from study import methods, protocol, report, search
+from study import curves, drawing, methods, protocol, report, search, tables
 from study.records import Records
 
 from secura_kernels import calibrate
@@ -319,7 +319,7 @@ def test_the_table_at_the_best_rates():
         record_of("SECURA", 0.2, 0.8, 0.8),
         record_of("SECURA", 0.1, 0.7, 1.0),
     ]
-    lines = report.best_table(records, Subject(before={"kept": 1.0})).splitlines()
+    lines = tables.best_table(records, Subject(before={"kept": 1.0})).splitlines()
     assert lines[0] == (
         "|  | rate | seeds | trained | first → end | second | forgetting | "
         "kept (before: 1.000) | gain per 100k |"
@@ -350,7 +350,7 @@ def test_rivals_at_equal_learning():
         record_of("head only", 0, 0.4, 1.0),
         record_of("SECURA", 1, 0, 0, diverged="first"),
     ]
-    lines = report.rival_table(records, Subject()).splitlines()
+    lines = tables.rival_table(records, Subject()).splitlines()
     assert lines[0] == "|  | seeds | learned | kept | LoRA | CABR | SECURA |"
     # Of LoRA half way between its rates: 0.7 and 0.75. CABR's one rate, and 0.4 untrained.
     assert lines[3] == (
@@ -380,7 +380,7 @@ def test_kinds_that_no_calibration_saw_are_tabulated_where_they_were_measured(tm
     )
     report.write([plain], subject, tmp_path / "study.json")
     assert "mmlu" not in (tmp_path / "study.md").read_text()
-    for number, kind in enumerate(report.KINDS):
+    for number, kind in enumerate(tables.KINDS):
         measured["retention"]["end"] |= {f"{kind} agreement": 0.9, f"{kind} kl": 0.001 * number}
     report.write([plain, measured], subject, tmp_path / "study.json")
     written = (tmp_path / "study.md").read_text().splitlines()
@@ -414,9 +414,9 @@ def test_a_study_that_diverged_has_tables_and_no_curves(tmp_path):
 def test_log_likelihoods_are_shown_as_perplexities():
     subject = Subject(before={"kept": 1.0}, log_likelihood=True)
     records = [record_of("LoRA", 1, -2.0, 0.9), record_of("LoRA", 2, -1.0, 0.8)]
-    lines = report.best_table(records[1:], subject).splitlines()
+    lines = tables.best_table(records[1:], subject).splitlines()
     assert lines[2].startswith("| LoRA | 2 | 1 | 20,000 | 2.718 → 3.004 | 2.718 | 0.100 | 0.800 |")
-    lines = report.equal_table(records, subject).splitlines()
+    lines = tables.equal_table(records, subject).splitlines()
     assert "1 (7.389): kept" in lines[0] and "2 (2.718): kept" in lines[0]
 
 
@@ -432,7 +432,7 @@ def test_seeds_that_do_not_learn_as_much_are_counted():
         for rate, learned in ((1, 0.5), (2, 0.8))
         for seed in (0, 1)
     ]
-    line = report.equal_table(records, Subject()).splitlines()[3]
+    line = tables.equal_table(records, Subject()).splitlines()[3]
     assert line.startswith("| DoRA | 0.500 (1 of 2 seeds) | 0.100 (1 of 2 seeds) | 0.500 (1 of")
 
 
@@ -447,7 +447,7 @@ def test_what_is_kept_at_equal_learning(tmp_path):
         for rate, learned, kept in ((1, 0.5, 1.0), (2, 0.7, 0.8), (3, 0.6, 0.2))
         for seed in (0, 1)
     ]
-    lines = report.equal_table(of_lora + of_dora, Subject()).splitlines()
+    lines = tables.equal_table(of_lora + of_dora, Subject()).splitlines()
     assert lines[0] == (
         "| where as much is learned as by LoRA at | 1 (0.600): kept | forgetting | "
         "2 (0.680): kept | forgetting |"
@@ -455,32 +455,32 @@ def test_what_is_kept_at_equal_learning(tmp_path):
     assert lines[3] == ("| DoRA | 0.905 ± 0.007 | 0.100 ± 0.000 | 0.825 ± 0.007 | 0.100 ± 0.000 |")
     lone = record_of("DoRA", 3, 0.9, 0.9, seed=2)
     assert (
-        report.equal_table(
+        tables.equal_table(
             [*of_lora, *of_dora, lone, record_of("LoRA", 2, 0.9, 0.9, 2)], Subject()
         ).splitlines()
         == lines
     )
     start = [record_of("head only", 0, 0.4, 1.0)]  # of one seed, whose curve it begins
-    lines = report.equal_table(
+    lines = tables.equal_table(
         [*of_lora, record_of("DoRA", 1, 0.8, 0.8), *start], Subject()
     ).splitlines()
     assert lines[3].startswith("| DoRA | 0.900 | 0.100 | 0.860 |") and len(lines) == 4
-    curve = report.curve_of(of_dora[::2], lambda r: r["retention"]["end"]["kept"])
+    curve = curves.curve_of(of_dora[::2], lambda r: r["retention"]["end"]["kept"])
     assert curve == [(0.5, 1.0), (0.7, 0.8), (0.6, 0.2)]
-    assert report.value_at(curve, 0.6) == pytest.approx(0.9)  # the better of two places
-    assert report.value_at(curve, 0.65, min) == pytest.approx(0.5)
-    assert report.value_at(curve, 0.8) is None
+    assert curves.value_at(curve, 0.6) == pytest.approx(0.9)  # the better of two places
+    assert curves.value_at(curve, 0.65, min) == pytest.approx(0.5)
+    assert curves.value_at(curve, 0.8) is None
     report.write(of_lora + of_dora, Subject(), tmp_path / "made-up.json")
     assert (tmp_path / "made-up.png").stat().st_size > 5000
-    tables = (tmp_path / "made-up.md").read_text()
-    assert "At equal learning" in tables and tables.startswith("### a made-up model: ")
+    written = (tmp_path / "made-up.md").read_text()
+    assert "At equal learning" in written and written.startswith("### a made-up model: ")
 
 
 def test_what_learned_far_less_than_the_untrained_body_is_left_of_the_plot():
-    curves = {("LoRA", "sequential"): [(0.5, 0.9), (0.7, 0.8)], ("DoRA", "ewc"): [(0.1, 0.1)]}
-    assert report.least_shown(curves) == pytest.approx(0.1 - 0.02 * 0.6)
-    curves["head only", "sequential"] = [(0.4, 1.0)]
-    assert report.least_shown(curves) == pytest.approx(0.3 - 0.02 * 0.4)
+    found = {("LoRA", "sequential"): [(0.5, 0.9), (0.7, 0.8)], ("DoRA", "ewc"): [(0.1, 0.1)]}
+    assert drawing.least_shown(found) == pytest.approx(0.1 - 0.02 * 0.6)
+    found["head only", "sequential"] = [(0.4, 1.0)]
+    assert drawing.least_shown(found) == pytest.approx(0.3 - 0.02 * 0.4)
 
 
 def test_the_command_goes_on_where_it_was_stopped(tmp_path, monkeypatch, capsys):

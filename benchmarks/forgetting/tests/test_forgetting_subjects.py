@@ -27,6 +27,7 @@ from study import (  # noqa: E402
     methods,
     protocol,
     subjects,
+    unseen,
 )
 from study.classification import make_task  # noqa: E402
 from study.setup import Setup  # noqa: E402
@@ -80,6 +81,7 @@ def language_folder(tmp_path, monkeypatch):
         monkeypatch.setattr(module, "wikipedia", lambda: articles)
     monkeypatch.setattr(language_retention, "CHAT", {"questions": ("who?", "what is it?")})
     monkeypatch.setattr(language_retention, "TOP", 5)
+    monkeypatch.setattr(unseen, "TEXTS", dict.fromkeys(unseen.TEXTS, lambda: "so it goes. " * 90))
     monkeypatch.setenv("SECURA_CACHE", str(tmp_path / "cache"))
     (tmp_path / "cache").mkdir()
     return tmp_path
@@ -321,7 +323,7 @@ def test_prediction_and_measurement_are_drawn(two_domains, monkeypatch, capsys):
     assert "| natural | 6 |" in printed and "layers' changes, each alone" in printed
     assert (out / "prediction.md").read_text().strip() == printed.strip()
     assert (out / "prediction.png").stat().st_size > 5000
-    rows = json.loads((out / "prediction.json").read_text())["natural"]["rows"]
+    rows = json.loads((out / "prediction.json").read_text())["records"]["natural"]["rows"]
     assert [row["step"] for row in rows] == [3, 6] and rows[0]["size"] < rows[1]["size"]
 
 
