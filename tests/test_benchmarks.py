@@ -204,6 +204,40 @@ def test_wrong_options_name_themselves():
         assert done.returncode == 2 and words[0] in done.stderr.replace("layers=", "--layer")
 
 
+def test_an_older_revision_is_timed_by_todays_benchmark(tmp_path, monkeypatch, capsys):
+    root, real = tmp_path / "repository", subprocess.run
+    (root / run.REPLAY).parent.mkdir(parents=True)
+
+    def git(*arguments):
+        who = ("-c", "user.name=a", "-c", "user.email=a@b")
+        real(["git", "-C", root, *who, *arguments], check=True)
+
+    git("init", "--quiet")
+    (root / run.REPLAY).with_name("__init__.py").touch()
+    git("add", ".")
+    git("commit", "--quiet", "--message", "before the module that takes times")
+    (root / run.REPLAY).write_text("# today's")
+    git("add", ".")
+    git("commit", "--quiet", "--message", "with it")
+
+    def instead_of_timing(command, **settings):
+        if command[0] != sys.executable:
+            return real(command, **settings)
+        package = Path(settings["env"]["PYTHONPATH"])
+        assert (package / run.REPLAY).read_text() == "# today's"
+        row = dict(model="m", layer="l", M=1, r=4, dtype="float32", mode="both")
+        row |= dict(rival="CURLoRA, reference", ratio=1.0 if package == root else 2.0)
+        scratch = Path(command[command.index("--out") + 1])
+        name = command[command.index("--name") + 1]
+        (scratch / f"{name}.json").write_text(json.dumps(dict(rows=[row])))
+
+    monkeypatch.setattr(run.machine, "ROOT", root)
+    monkeypatch.setattr(run.subprocess, "run", instead_of_timing)
+    monkeypatch.setattr(sys, "argv", ["run.py", "--device", "cpu", "--base", "HEAD~1"])
+    assert run.main() == 0
+    assert "2.000 -> 1.000 of frozen" in capsys.readouterr().out
+
+
 def test_a_fine_tuning_step_of_each_method(tmp_path):
     done = subprocess.run(
         [

@@ -12,6 +12,7 @@ with float64 before it is timed. A stopped run goes on where it stopped.
 import argparse
 import json
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -26,6 +27,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from shapes import DTYPES, LAYERS, Case, select
 from timing import WARM_UP, measure
 
+REPLAY = "secura_kernels/tools/replay.py"
 SLOWER = 1.05  # ratios to the frozen layer that differ by less are noise
 
 
@@ -99,12 +101,15 @@ def _resume(file: Path, about: dict) -> dict[str, list[dict]]:
 
 def compare(options: argparse.Namespace, cases: list[Case], device: torch.device) -> int:
     """The ratios of a git revision beside the working tree's, each in a process of its own; 1 where
-    something of ours has become slower by more than SLOWER."""
+    something of ours has become slower by more than SLOWER. The revision must have what today's
+    benchmark imports of the package."""
     with tempfile.TemporaryDirectory() as scratch:
         tree = Path(scratch) / "tree"
         git = ["git", "-C", str(machine.ROOT), "worktree"]
         subprocess.run([*git, "add", "--quiet", "--detach", tree, options.base], check=True)
         try:
+            # Both are timed by today's benchmark, a part of which stands in the package.
+            shutil.copy(machine.ROOT / REPLAY, tree / REPLAY)
             results = {}
             for name, root in (("base", tree), ("now", machine.ROOT)):
                 command = [

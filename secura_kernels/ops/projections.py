@@ -53,7 +53,8 @@ class SharedInput(torch.autograd.Function):
         dx = G @ weight.to(G.dtype)
         for i in there:
             if sides[i].ndim == 2 and dT[i] is not None:
-                dx = dx.addmm(dT[i], sides[i].to(dx.dtype))
+                add = dx.addmm if torch.is_grad_enabled() else dx.addmm_
+                dx = add(dT[i], sides[i].to(dx.dtype))
         return dx.to(ctx.dtype).view(ctx.shape), *none
 
 

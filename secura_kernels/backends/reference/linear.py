@@ -54,12 +54,14 @@ def backward(
     db, dT, dcore, dbias = epilogue.backward(dy, layer, t, saved, (needs[0], *needs))
     dx = None
     if needs[0]:
+        in_place = not torch.is_grad_enabled()
         if layer.R is None:
-            # Identity 3: both terms of dx are one product with W. In place where db is ours alone.
-            ours = db is not dy and not torch.is_grad_enabled()
+            # Identity 3: both terms of dx are one product with W. db may be dy, which is not ours.
+            ours = in_place and db is not dy
             dx = (db.index_add_ if ours else db.index_add)(1, layer.rows, dT) @ layer.weight
         else:
-            dx = (db @ layer.weight).addmm(dT, layer.R)
+            dx = db @ layer.weight
+            dx = (dx.addmm_ if in_place else dx.addmm)(dT, layer.R)
     return dx, dcore, dbias
 
 

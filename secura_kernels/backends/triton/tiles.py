@@ -149,10 +149,10 @@ TABLES = {
 _FLOAT32 = {
     "gather": (Tile(64, warps=4, max_rank=64), Tile(32, warps=8)),
     "down": (Tile(32, k=32, warps=8, stages=2, max_rank=64), Tile(16, k=32, warps=8, stages=2)),
-    "project": (Tile(16, warps=4, max_rank=64), Tile(16, warps=8)),
+    "project": (Tile(16, warps=8),),
     "epilogue": (Tile(32, 64, warps=8), Tile(16, 32, warps=4)),
     "gate_backward": (Tile(16, 64, warps=4, stages=2, max_rank=64), Tile(16, 32, warps=8)),
-    "core_gradient": (Tile(16, warps=8, max_rank=64), Tile(16, warps=4)),
+    "core_gradient": (Tile(16, warps=8, max_rank=64), Tile(16, warps=16)),
     "effective_weight": (Tile(32, 64, warps=8),),
     "weight_core_gradient": (Tile(16, 32, warps=8),),
     "decode": (Tile(32, k=32, warps=8),),
