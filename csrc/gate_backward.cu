@@ -153,8 +153,12 @@ __device__ __forceinline__ Operand<T> from_column(Operand<T> matrix, int column0
   return matrix;
 }
 
+// That an SM has registers for, at least. Of wide ranks one: v alone takes half of them.
+template <int RANK, Reads READS>
+constexpr int BLOCKS = READS == Reads::ANY || RANK == 256 ? 1 : (RANK == 128 ? 2 : 3);
+
 template <typename T, int RANK, Reads READS>
-__global__ void __launch_bounds__(Step<T, RANK>::THREADS, 1)
+__global__ void __launch_bounds__(Step<T, RANK>::THREADS, BLOCKS<RANK, READS>)
     gate_backward_kernel(GateBackward p) {
   constexpr bool IN_CHUNKS = READS == Reads::CHUNKS;
   using Copies = std::conditional_t<IN_CHUNKS, ChunkCopies<T, RANK>, AnyCopies<T, RANK>>;
@@ -181,7 +185,6 @@ __global__ void __launch_bounds__(Step<T, RANK>::THREADS, 1)
   const bool chunks_of_g = IN_CHUNKS || is_aligned(g, N, sizeof(T));
   // Without decay dd is db / beta: one matrix, rounded once, serves both.
   const bool proportional = p.decay == nullptr;
-  const float beta = p.gate.beta;
   unsigned char* memory = shared_memory();
   const int steps = (columns + WIDTH - 1) / WIDTH;
   const auto tiles = [&](int step) { return Tiles(memory + step % STAGES * Tiles::BYTES); };
@@ -204,21 +207,29 @@ __global__ void __launch_bounds__(Step<T, RANK>::THREADS, 1)
     start(step + STAGES - 1);
     const Tiles tile = tiles(step);
     const int n0 = column0 + step * WIDTH;
+    // A thread's chunks lie below one another: their columns decay alike.
+    static_assert(THREADS % CHUNKS == 0, "one chunk of each line");
+    const int index = threadIdx.x % CHUNKS, n = n0 + index * PER_CHUNK;
+    float c[PER_CHUNK];
 #pragma unroll
-    for (int i = threadIdx.x; i < ROWS_PER_PROGRAM * CHUNKS; i += THREADS) {
-      const int row = i / CHUNKS, index = i % CHUNKS, n = n0 + index * PER_CHUNK;
-      auto& dd = *reinterpret_cast<Chunk<T>*>(tile.gradient.chunk(row, index));  // dY until then
-      const auto& from = *reinterpret_cast<const Vector<Saved, PER_CHUNK>*>(
+    for (int e = 0; e < PER_CHUNK; ++e) {
+      c[e] = p.decay != nullptr && (IN_CHUNKS ? n : n + e) < N ? p.decay[n + e] : 1.0f;
+    }
+#pragma unroll 1  // registers for more blocks an SM
+    for (int row = threadIdx.x / CHUNKS; row < ROWS_PER_PROGRAM; row += THREADS / CHUNKS) {
+      // Whole chunks in and out: nvcc accesses a reference to shared memory element by element.
+      Chunk<T>& place = *reinterpret_cast<Chunk<T>*>(tile.gradient.chunk(row, index));
+      const Chunk<T> of_y = place;
+      const auto from = *reinterpret_cast<const Vector<Saved, PER_CHUNK>*>(
           &tile.saved.at(row, index * PER_CHUNK));
-      Chunk<T> db;
+      Chunk<T> db, dd;
 #pragma unroll
       for (int e = 0; e < PER_CHUNK; ++e) {
-        const bool inside = m0 + row < M && n + e < N;
-        const float c = inside && p.decay != nullptr ? p.decay[n + e] : 1.0f;
-        const float scaled = decode(from.value[e], p.gate) * to_float(dd.value[e]);
-        db.value[e] = from_float<T>((beta - 1.0f + c) * scaled);
-        dd.value[e] = proportional ? db.value[e] : from_float<T>(c * scaled);
+        const float scaled = decode(from.value[e], p.gate) * to_float(of_y.value[e]);
+        db.value[e] = from_float<T>((p.gate.beta - 1.0f) * scaled + c[e] * scaled);
+        dd.value[e] = proportional ? db.value[e] : from_float<T>(c[e] * scaled);
       }
+      place = dd;
       if (g != nullptr && m0 + row < M && n < N) {
         T* to = g + static_cast<int64_t>(m0 + row) * N + n;
         if (IN_CHUNKS || (chunks_of_g && n + PER_CHUNK <= N)) {

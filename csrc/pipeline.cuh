@@ -14,15 +14,19 @@ class Copier {
   static constexpr int APART = THREADS / Tile::CHUNKS, LINE = Tile::CHUNKS * Tile::PER_CHUNK;
   static_assert(APART % 8 == 0, "lines that are turned alike");
 
-  const T *first, *source;  // of the step's first chunk, and of the next one
-  int64_t apart;
-  int offset;       // in the tile
-  int lines_left;   // from this thread's first line on
-  int depth_left;   // from this thread's first chunk on, where lines are rows
-
  public:
   static constexpr int COUNT = std::max(Tile::LINES / APART, 1);
 
+ private:
+  const T *first, *source;  // of the step's first chunk, and of the next one
+  int64_t apart;
+  int offset;      // in the tile
+  int lines_left;  // from this thread's first line on
+  // Where lines are rows: the depth copied, and up to where each chunk's line goes on; 0 for a line
+  // outside. Each is kept in a register: nvcc would form it again at every copy, of two conditions.
+  int copied = 0, until[Tile::ALONG_DEPTH ? COUNT : 1];
+
+ public:
   __device__ __forceinline__ Copier(const Operand<T>& from, int row0) {
     const int line = threadIdx.x / Tile::CHUNKS, index = threadIdx.x % Tile::CHUNKS;
     const int place = index * Tile::PER_CHUNK;
@@ -31,7 +35,10 @@ class Copier {
       first = from.data + (row0 + line) * from.stride_row + place;
       apart = APART * from.stride_row;
       lines_left = from.rows - row0 - line;
-      depth_left = from.depth - place;
+#pragma unroll
+      for (int n = 0; n < COUNT; ++n) {
+        until[n] = found_anew(n * APART < lines_left ? from.depth - place : 0);
+      }
     } else {
       first = from.data + line * from.stride_depth + row0 + place;
       apart = APART * from.stride_depth;
@@ -45,10 +52,10 @@ class Copier {
     if (APART > Tile::LINES && threadIdx.x >= Tile::LINES * Tile::CHUNKS) {
       return;
     }
-    const int lines = !Tile::ALONG_DEPTH || depth_left > 0 ? lines_left : 0;
 #pragma unroll
     for (int n = begin; n < end; ++n) {
-      copy_async(to.data + offset + n * APART * LINE, source, n * APART < lines ? 16 : 0);
+      const bool inside = Tile::ALONG_DEPTH ? copied < until[n] : n * APART < lines_left;
+      copy_async(to.data + offset + n * APART * LINE, source, inside ? 16 : 0);
       source += apart;
     }
   }
@@ -62,7 +69,7 @@ class Copier {
   __device__ __forceinline__ void next_step() {
     if constexpr (Tile::ALONG_DEPTH) {
       source = first += Tile::DEPTH;
-      depth_left -= Tile::DEPTH;
+      copied += Tile::DEPTH;
     } else {  // the last chunk's next line is the next step's first
       lines_left -= Tile::DEPTH;
     }
@@ -119,17 +126,19 @@ class Pipeline {
   static constexpr int STAGE = TileA::BYTES + TileB::BYTES, STEPS = DEPTH / 16;
   static_assert(sizeof(T) == 2 && STEPS >= 2 && STAGES >= 2, "a step of fragments is read ahead");
 
-  // Turns round the stages.
-  struct Ring {
+  // One of the stages, of which each step takes the next.
+  struct Stage {
     unsigned char* memory;
     int at;
     __device__ __forceinline__ TileA a() const { return TileA(memory + at); }
     __device__ __forceinline__ TileB b() const { return TileB(memory + at + TileA::BYTES); }
-    __device__ __forceinline__ void next() { at = at == BYTES - STAGE ? 0 : at + STAGE; }
+    __device__ __forceinline__ Stage next() const {
+      return {memory, at == BYTES - STAGE ? 0 : at + STAGE};
+    }
   };
 
   // Part `part` of `parts` of a step's copies.
-  __device__ __forceinline__ static void copy(CopierA& a, CopierB& b, const Ring& to, int part,
+  __device__ __forceinline__ static void copy(CopierA& a, CopierB& b, const Stage& to, int part,
                                               int parts) {
     constexpr int A = CopierA::COUNT, ALL = A + CopierB::COUNT;
     const int begin = ALL * part / parts, end = ALL * (part + 1) / parts;
@@ -137,11 +146,10 @@ class Pipeline {
     b.copy(to.b(), max(begin, A) - A, max(end, A) - A);
   }
 
-  __device__ __forceinline__ static void next_step(CopierA& a, CopierB& b, Ring& to) {
+  __device__ __forceinline__ static void next_step(CopierA& a, CopierB& b) {
     commit_copies();
     a.next_step();
     b.next_step();
-    to.next();
   }
 
  public:
@@ -155,11 +163,13 @@ class Pipeline {
     const int steps = (a.depth + DEPTH - 1) / DEPTH;
     CopierA from_a(a, row0);
     CopierB from_b(b, column0);
-    Ring filled = {memory, 0}, read = {memory, 0};
+    // The stage that is filled is the one that the step before has read.
+    Stage read = {memory, 0}, filled = read;
 #pragma unroll
     for (int stage = 0; stage < STAGES - 1; ++stage) {
       copy(from_a, from_b, filled, 0, 1);
-      next_step(from_a, from_b, filled);
+      next_step(from_a, from_b);
+      filled = filled.next();
     }
     wait_copies<STAGES - 2>();
     __syncthreads();
@@ -176,7 +186,8 @@ class Pipeline {
           if (k == STEPS - 1) {  // the step's tile is read: the next one must be here
             wait_copies<STAGES - 2>();
             __syncthreads();
-            read.next();
+            filled = read;
+            read = read.next();
           }
           const int next = (k + 1) % STEPS, here = k % 2, there = (k + 1) % 2;
           reader_a.read(part_a[there], read.a(), next);
@@ -185,7 +196,7 @@ class Pipeline {
             copy(from_a, from_b, filled, k, STEPS - 1);
           }
           if (k == STEPS - 2) {
-            next_step(from_a, from_b, filled);
+            next_step(from_a, from_b);
           }
           sum.template multiply_add_all<T>(part_a[here], part_b[here]);
         }
@@ -194,11 +205,12 @@ class Pipeline {
 #pragma unroll 1
       for (int step = 0; step < steps; ++step) {
         copy(from_a, from_b, filled, 0, 1);
-        next_step(from_a, from_b, filled);
+        next_step(from_a, from_b);
         sum.add(read.a(), read.b());
         wait_copies<STAGES - 2>();
         __syncthreads();
-        read.next();
+        filled = read;
+        read = read.next();
       }
     }
     wait_copies<0>();

@@ -15,24 +15,28 @@ from cuda_host import BUILD, HOST, host_command
 
 from secura_kernels.backends.cuda import commands, compiler
 
-CHIP = "80"
-PASSES = ("gather", "project", "down", "product", "epilogue", "gate_backward", "core_gradient")
+BOTH = ("gather", "project", "core_gradient")  # in the output domain and the weight domain
+OUTPUT = (*BOTH, "down", "product", "epilogue", "gate_backward")
+WEIGHT = (*BOTH, "effective_weight", "decode", "weight_core_gradient")
 # A function of csrc/ that is no kernel; the others' addresses are counted from it.
 EXPORTED = "_ZN6secura4downERKNS_4DownERKNS_6LaunchE"
 
 
-def ptx_of(name: str) -> str:
-    """What nvcc makes of the pass's kernels for 16-bit layers; compiled once for these sources."""
+def ptx_of(name: str, dtype: str, chip: str = "80") -> str:
+    """What nvcc makes of the pass's kernels for layers of this dtype, named as ``csrc/types.cuh``
+    does; compiled once for these sources."""
     source, tools = HOST / "ptx_sources.cu", compiler.tools()
-    words = tools.version, CHIP, commands.digest(compiler.sources()), source.read_text(), name
-    digest = hashlib.sha256(" ".join(words).encode())
+    sources = commands.digest(compiler.sources()), source.read_text()
+    digest = hashlib.sha256(" ".join([tools.version, chip, *sources, name, dtype]).encode())
     found = BUILD / f"ptx-{digest.hexdigest()[:16]}.ptx"
     if not found.exists():
         found.parent.mkdir(exist_ok=True)
         made = found.with_suffix(f".{os.getpid()}")  # of tests that run side by side one is kept
-        flags = ["-ptx", "-std=c++17", "-O3", f"-arch=compute_{CHIP}", "-I", compiler.sources()]
-        command = [tools.nvcc, *flags, f'-DSECURA_PASS="{name}.cu"', source, "-o", made]
-        done = subprocess.run(command, capture_output=True, text=True)
+        flags = ["-ptx", "-std=c++17", "-O3", f"-arch=compute_{chip}", "-I", compiler.sources()]
+        flags += [f'-DSECURA_PASS="{name}.cu"', f"-DSECURA_DTYPE={dtype}"]
+        done = subprocess.run(
+            [tools.nvcc, *flags, source, "-o", made], capture_output=True, text=True
+        )
         assert done.returncode == 0, done.stderr[:4000]
         made.rename(found)
     return found.read_text()

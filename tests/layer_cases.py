@@ -251,9 +251,11 @@ def rounded_again(tensor: Tensor, dtype: torch.dtype) -> Tensor:
     return wide * (1 + step * torch.randn_like(wide))
 
 
-def small_change(*shape: int, dtype: torch.dtype, tied: bool, biases: bool, device="cpu") -> Case:
+def small_change(
+    *shape: int, dtype: torch.dtype, tied: bool, biases: bool, decay=False, device="cpu"
+) -> Case:
     """A case whose core is as small as a trained one's."""
-    c = case(*shape, dtype, tied=tied, bias=biases, adapter_bias=biases, decay=False, device=device)
+    c = case(*shape, dtype, tied=tied, bias=biases, adapter_bias=biases, decay=decay, device=device)
     with torch.no_grad():
         c.core.mul_(0.3 / shape[-1])
     return c

@@ -69,7 +69,8 @@ def _body(text: str, first: int, file: str, symbols: dict[str, str]) -> Iterator
 
 
 def _line(line: str, symbols: dict[str, str]) -> str:
-    if re.fullmatch(r'|\.pragma "nounroll";|\.reg \.\w+\s+%\w+<\d+>;|[{}]', line):
+    hint = r'\.pragma "(nounroll|used_bytes_mask \d+)";'  # which bytes of the next load are used
+    if re.fullmatch(rf"|{hint}|\.reg \.\w+\s+%\w+<\d+>;|[{{}}]", line):
         return line if line in ("{", "}") else ""
     if label := re.fullmatch(r"\$(\w+):", line):
         return f"{label[1]}:;"

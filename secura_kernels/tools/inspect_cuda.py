@@ -48,12 +48,16 @@ PER_HMMA = {
     "product": 3.5,
     "epilogue": 4,
     "down": 5,
-    "gate_backward": 55,
+    "gate_backward": 30,
     "weight_core_gradient": 4,
 }
-# Theirs, too: blocks that an SM has registers for, at least. A wide tile of product is alone there.
-BLOCKS = {"product": 2, "epilogue": 2, "down": 1, "gate_backward": 1, "weight_core_gradient": 1}
-WIDE = ("product", "256")
+# Theirs, too: blocks that an SM has registers for, at least, and in some variants other than that.
+BLOCKS = {"product": 2, "epilogue": 2, "down": 1, "gate_backward": 3, "weight_core_gradient": 1}
+BLOCKS_OF = {  # a wide tile of product is alone there
+    ("product", "256"): 1,
+    ("gate_backward", "128"): 2,
+    ("gate_backward", "256"): 1,
+}
 DTYPES = {"13__nv_bfloat16": "bfloat16", "6__half": "float16", "f": "float32"}
 ENUMS = {"NS_5AlongE": ("DEPTH", "ROWS"), "NS_5ReadsE": ("ANY", "CHUNKS")}
 
@@ -90,7 +94,8 @@ class Compiled:
             issued, hmma = self.loop
             if issued > PER_HMMA[self.kernel] * hmma and self._asked():
                 found.append(f"{issued} instructions for {hmma} HMMA in the main loop")
-            least = 1 if (self.kernel, self.variant[-1]) == WIDE else BLOCKS[self.kernel]
+            others = [BLOCKS_OF.get((self.kernel, word)) for word in self.variant]
+            least = next(filter(None, others), BLOCKS[self.kernel])
             if self.blocks < least:
                 found.append(f"registers for {self.blocks} block(s) an SM, needed: {least}")
         return found

@@ -1,5 +1,5 @@
-// One pass of csrc/ for nvcc -ptx, its kernels of 16-bit layers and up to 64 ranks alone: they compile
-// in a sixth of the time that all take [../cuda_ptx.py].
+// One pass of csrc/ for nvcc -ptx, its kernels of layers in one dtype and of up to 64 ranks alone
+// [../cuda_ptx.py].
 #define with_dtype with_any_dtype
 #define with_rank with_any_rank
 #include "launch.cuh"
@@ -9,8 +9,8 @@
 namespace secura {
 
 template <typename Run>
-void with_dtype(Dtype dtype, Run run) {
-  dtype == Dtype::bfloat16 ? run(Type<bfloat16>()) : run(Type<float16>());
+void with_dtype(Dtype, Run run) {
+  run(Type<SECURA_DTYPE>());
 }
 
 template <typename Run>
