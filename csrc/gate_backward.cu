@@ -226,7 +226,7 @@ __global__ void __launch_bounds__(Step<T, RANK>::THREADS, BLOCKS<RANK, READS>)
 #pragma unroll
       for (int e = 0; e < PER_CHUNK; ++e) {
         const float scaled = decode(from.value[e], p.gate) * to_float(of_y.value[e]);
-        db.value[e] = from_float<T>((p.gate.beta - 1.0f) * scaled + c[e] * scaled);
+        db.value[e] = from_float<T>((p.gate.beta - 1.0f + c[e]) * scaled);
         dd.value[e] = proportional ? db.value[e] : from_float<T>(c[e] * scaled);
       }
       place = dd;

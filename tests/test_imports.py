@@ -39,7 +39,7 @@ LAYERS = [
     ["nn", "peft"],
     ["train.retention", "train.own_text"],
     ["train.budget"],
-    ["train.callbacks", "train.calibration", "train.plot"],
+    ["train.callbacks", "train.calibration", "train.kl_loss", "train.plot"],
     ["train"],
     [""],
     ["tools"],

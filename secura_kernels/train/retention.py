@@ -152,8 +152,8 @@ def base_kl(model: nn.Module, batches: Iterable[dict[str, Tensor]]) -> float:
                 if key != "labels"
             }
             with without_adapters(model):
-                base = _log_probabilities(model, inputs)
-            moved = _log_probabilities(model, inputs)
+                base = log_probabilities(model, inputs)
+            moved = log_probabilities(model, inputs)
             total += (base.exp() * (base - moved)).sum(dtype=torch.float64)
             tokens += len(base)
     if not tokens:
@@ -161,7 +161,7 @@ def base_kl(model: nn.Module, batches: Iterable[dict[str, Tensor]]) -> float:
     return float(total / tokens)
 
 
-def _log_probabilities(model: nn.Module, inputs: dict) -> Tensor:
+def log_probabilities(model: nn.Module, inputs: dict) -> Tensor:
     """(tokens, classes), float32, of the tokens that are no padding."""
     logits = getattr(model(**inputs), "logits", None)
     if logits is None:
@@ -173,8 +173,9 @@ def _log_probabilities(model: nn.Module, inputs: dict) -> Tensor:
 
 
 @contextmanager
-def without_adapters(model: nn.Module) -> Iterator[None]:
-    """The base model: adapted layers, of this package and of PEFT, are their bases.
+def without_adapters(model: nn.Module) -> Iterator[int]:
+    """The base model: adapted layers, of this package and of PEFT, are their bases. It says how
+    many there are.
 
     Raises:
         RuntimeError: a merged layer, which has no base.
@@ -182,7 +183,7 @@ def without_adapters(model: nn.Module) -> Iterator[None]:
     found = []
     for name, module in model.named_modules():
         flag = "_disable_adapters" if hasattr(module, "_disable_adapters") else "disable_adapters"
-        if not hasattr(module, flag):
+        if not isinstance(getattr(module, flag, None), bool):  # transformers' models have a method
             continue
         if getattr(module, "merged", False):
             raise RuntimeError(f"{name} is merged: unmerge the model first")
@@ -190,7 +191,7 @@ def without_adapters(model: nn.Module) -> Iterator[None]:
     try:
         for module, flag, _ in found:
             setattr(module, flag, True)
-        yield
+        yield len(found)
     finally:
         for module, flag, before in found:
             setattr(module, flag, before)
