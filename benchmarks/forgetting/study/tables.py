@@ -88,10 +88,10 @@ def best_table(records: Sequence[dict], subject: Subject) -> str:
 
 def equal_table(records: Sequence[dict], subject: Subject) -> str:
     """What each row keeps, and forgets, where it learns as much as ``PEER`` does at each of its
-    rates with the same seed, by ``curves_by_seed``. Of seeds that were not run at all of the row's
-    rates nothing counts."""
-    show, records, costs = shown_as(subject), whole(complete(records)), lost(subject)
-    peer = grouped([r for r in records if row_of(r) == PEER], lambda r: r["rate"])
+    rates with the same seed, by ``curves_by_seed``. A seed that was run at fewer rates than others
+    has a coarser line, which says too little of what is kept."""
+    show, records, costs = shown_as(subject), whole(records), lost(subject)
+    peer = grouped([r for r in complete(records) if row_of(r) == PEER], lambda r: r["rate"])
     levels = {rate: {r["seed"]: learned(r) for r in own} for rate, own in sorted(peer.items())}
     header = [f"where as much is learned as by {label(PEER)} at"]
     for rate, by_seed in levels.items():

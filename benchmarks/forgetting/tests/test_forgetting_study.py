@@ -460,6 +460,12 @@ def test_what_is_kept_at_equal_learning(tmp_path):
         ).splitlines()
         == lines
     )
+    fewer = [r for r in of_dora if r["seed"] == 0 or r["rate"] < 3]  # a line of two rates
+    assert (
+        tables.equal_table([*of_lora, *fewer], Subject())
+        .splitlines()[3]
+        .startswith("| DoRA | 0.905 ± 0.007 |")
+    )
     start = [record_of("head only", 0, 0.4, 1.0)]  # of one seed, whose curve it begins
     lines = tables.equal_table(
         [*of_lora, record_of("DoRA", 1, 0.8, 0.8), *start], Subject()
