@@ -9,8 +9,6 @@ from ..checks import check_int, check_number, fail
 from .own_text import own_text
 from .retention import evaluating, log_probabilities, without_adapters
 
-CALIBRATED = 4096  # tokens, as many as ``calibrate`` reads
-
 
 class BaseKL:
     """weight · KL(base || model), in nats a token, on some rows of general text.
@@ -30,8 +28,8 @@ class BaseKL:
         model: with adapters, unmerged; not its DDP wrapper. general: batches of text, dicts of what
             the model takes; ``labels`` are left out. They are kept. None: the model without its
             adapters writes its own text (``own_text``).
-        weight: >= 0. rows: of a call, at most: of one batch. tokens: how many the model writes.
-        tokenizer: of a chat model that writes. seed: of the rows, and of the text.
+        weight: >= 0. rows: of one batch, that a call takes at most. tokens: how many the model
+            writes. tokenizer: of a chat model that writes. seed: of the rows, and of the text.
         progress: whether a bar shows the writing.
 
     Raises:
@@ -46,7 +44,7 @@ class BaseKL:
         *,
         weight: float = 4.0,
         rows: int = 4,
-        tokens: int = CALIBRATED,
+        tokens: int = 4096,
         tokenizer=None,
         seed: int = 0,
         progress: bool = True,
