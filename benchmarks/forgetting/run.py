@@ -140,8 +140,8 @@ def arguments() -> argparse.Namespace:
         unable += [name for name in options.strategy if name in ON_GENERAL_TEXT]
         if unable:
             parser.error(
-                f"{unable[0]!r} needs text that the model writes itself: --subject "
-                f"{WRITES} alone does"
+                f"{unable[0]!r} needs a model that writes text itself, with layers named as "
+                f"Llama's: --subject {WRITES} alone has one"
             )
     options.method = options.method or (
         QUICK

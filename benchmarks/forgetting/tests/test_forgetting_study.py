@@ -364,20 +364,7 @@ def test_rivals_at_equal_learning():
 
 def test_kinds_that_no_calibration_saw_are_tabulated_where_they_were_measured(tmp_path):
     subject = Subject()
-    plain, measured = (
-        dict(
-            method=name,
-            strategy="sequential",
-            rate=1e-3,
-            seed=0,
-            diverged=None,
-            trained=1,
-            validation={"first": -1.0, "second": -1.0},
-            learned={"first": {"first": -1.0, "second": -1.0}, "second": {"second": -1.0}},
-            retention={"end": {"kept": 0.5}},
-        )
-        for name in ("LoRA", "CURLoRA")
-    )
+    plain, measured = (record_of(name, 1e-3, -1.0, 0.5) for name in ("LoRA", "CURLoRA"))
     report.write([plain], subject, tmp_path / "study.json")
     assert "mmlu" not in (tmp_path / "study.md").read_text()
     for number, kind in enumerate(tables.KINDS):
