@@ -68,6 +68,11 @@ def why(device: torch.device = A100) -> str | None:
     return library.why_unavailable(device, *ONE_DTYPE)
 
 
+@pytest.mark.skipif(torch.backends.cuda.is_built(), reason="for a CPU build of torch")
+def test_a_gpu_asked_of_a_cpu_build_of_torch():
+    assert why() == "Torch not compiled with CUDA enabled"
+
+
 def test_not_built(machine):
     assert "not built for compute capability 8.0: secura_kernels.backends.cuda.build()" in why()
     machine.build("75")

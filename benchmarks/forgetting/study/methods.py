@@ -265,7 +265,7 @@ METHODS = {
         lora("EVA, every layer", RIVALS, 1e-3, every_layer=True, start="eva"),
         lora("LoRA-Null, every layer", RIVALS, 1e-3, every_layer=True, start="null"),
         rival("OSF", OSFConfig, 1e-4),
-        rival("PSOFT", PsoftConfig, 3e-3, r=64, psoft_alpha=64),
+        rival("PSOFT", PsoftConfig, 1e-3, r=64, psoft_alpha=64),
         rival("SHiRA", ShiraConfig, 3e-3, r=16),
         lora("LoRA, MLP layers", RIVALS, 1e-3, every_layer=True, only=MLP),
         curlora("CURLoRA, MLP layers", RIVALS, 7e-3, every_layer=True, only=MLP),

@@ -61,7 +61,7 @@ def _why_no_library(device: torch.device) -> str | None:
         if _loaded is None:
             _load_for(chip)
         _probe(device, chip)
-    except RuntimeError as error:
+    except (RuntimeError, AssertionError) as error:  # the latter is a CPU build of torch's
         return str(error)
     return None
 
