@@ -12,6 +12,7 @@ import torch
 transformers = pytest.importorskip("transformers", reason="the models are transformers'")
 pytest.importorskip("tokenizers", reason="texts need a tokenizer")
 pytest.importorskip("peft", reason="the methods compared are PEFT's and this package's")
+import thousand  # noqa: E402
 from forgetting_models import (  # noqa: E402
     WORDS,
     letters_tokenizer,
@@ -351,6 +352,36 @@ def test_a_place_on_a_curve():
     agreement, kl = metric.on_curve(curve, 200**0.5)  # half way in nats
     assert (agreement, kl) == (pytest.approx(0.85), pytest.approx(0.02))
     assert metric.on_curve(curve, 41) is None
+
+
+@pytest.mark.parametrize("way", thousand.WAYS)
+def test_a_long_run_goes_on_where_it_stopped(way, two_domains, monkeypatch, tmp_path):
+    """To the bit, and its checkpoint goes when it ends."""
+    monkeypatch.setattr(thousand, "STEPS", 9)
+    monkeypatch.setattr(thousand, "MEASURED", (2, 6, 9))
+    monkeypatch.setattr(thousand, "CHECKPOINT", 4)
+    step, steps = torch.optim.AdamW.step, []
+
+    def stopped(optimizer, *arguments):
+        steps.append(1)
+        if len(steps) == 6:
+            raise KeyboardInterrupt
+        return step(optimizer, *arguments)
+
+    def main(out):
+        words = ["thousand.py", "--model", str(two_domains), "--way", way, "--out", str(out)]
+        monkeypatch.setattr(sys, "argv", words)
+        thousand.main()
+        assert {path.suffix for path in out.iterdir()} == {".json", ".md", ".png"}
+        return json.loads((out / "thousand.json").read_text())["records"][way]["rows"]
+
+    whole = main(tmp_path / "whole")
+    monkeypatch.setattr(torch.optim.AdamW, "step", stopped)
+    with pytest.raises(KeyboardInterrupt):
+        main(tmp_path / "stopped")
+    assert [row["step"] for row in whole] == [2, 6, 9]
+    assert main(tmp_path / "stopped") == whole
+    assert len(steps) == 6 + 5  # from the fourth step on
 
 
 def test_unknown_names_are_named(language_folder, encoder_folder):

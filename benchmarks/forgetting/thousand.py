@@ -1,0 +1,199 @@
+r"""What is kept over a thousand steps? One task, one seed, validation data, measured on the way.
+
+    python benchmarks/forgetting/thousand.py     # SmolLM2 on a CPU: some eight hours
+
+SmolLM2 learns Shakespeare for 1,000 steps at a constant rate, in each of a few ways. A stopped
+command goes on where it was: each run keeps a checkpoint beside the records until it ends.
+"""
+
+import argparse
+import math
+import statistics
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from strategies import Strategy
+from study import subjects
+from study.language_retention import Reference, base_reference
+from study.language_subject import GRADIENT_BATCHES, Language
+from study.methods import METHODS, Method
+from study.protocol import CLIP, Batch, make_strategy
+from study.records import Records
+from study.search import SEQUENTIAL
+from study.setup import Setup
+from study.tables import table
+from torch import nn
+from tqdm import tqdm
+
+from secura_kernels import calibrate
+
+RESULTS = Path(__file__).parents[1] / "results" / "forgetting"
+LORA, NATURAL = "LoRA, every layer", "CURLoRA, every layer, natural"
+KL = "base kl, weight 4"
+WAYS = {
+    "natural": (NATURAL, SEQUENTIAL, 2.3e-3),
+    "LoRA": (LORA, SEQUENTIAL, 3.3e-4),
+    "natural, with the divergence as a loss": (NATURAL, KL, 2.3e-3),
+    "LoRA, with the divergence as a loss": (LORA, KL, 3.3e-4),
+}
+STEPS, WARM_UP, MEASURED = 1000, 10, (8, 16, 32, 64, 125, 250, 500, 1000)
+CHECKPOINT = 25  # steps between two
+
+
+@dataclass
+class Progress:
+    """A run so far."""
+
+    model: nn.Module
+    optimizer: torch.optim.Optimizer
+    strategy: Strategy
+    rows: list[dict]
+    step: int = 0
+
+    def save(self, path: Path) -> None:
+        trained = {n: p.detach() for n, p in self.model.named_parameters() if p.requires_grad}
+        state = dict(
+            trained=trained,
+            optimizer=self.optimizer.state_dict(),
+            strategy=self.strategy.state_dict(),
+            rows=self.rows,
+            step=self.step,
+        )
+        unfinished = path.with_suffix(".tmp")
+        torch.save(state, unfinished)
+        unfinished.replace(path)
+
+    @torch.no_grad()
+    def load(self, path: Path) -> None:
+        state = torch.load(path, weights_only=True)
+        parameters = dict(self.model.named_parameters())
+        for name, value in state["trained"].items():
+            parameters[name].copy_(value)
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.strategy.load_state_dict(self.model, state["strategy"])
+        self.rows, self.step = state["rows"], state["step"]
+
+
+def run(subject: Language, reference: Reference, way: str, checkpoint: Path) -> list[dict]:
+    """A row for each step of ``MEASURED``, by a run that goes on from ``checkpoint``."""
+    name, strategy, rate = WAYS[way]
+    method, task = METHODS[name], subject.tasks[0]
+    torch.manual_seed(0)
+    batches = subject.batches(task, STEPS, 0)
+    model = prepared(subject, method, batches)
+    trained = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=rate, weight_decay=0.0)
+    progress = Progress(model, optimizer, make_strategy(strategy, method, subject, STEPS), [])
+    if checkpoint.exists():
+        progress.load(checkpoint)
+    for step in tqdm(range(progress.step, STEPS), way, STEPS, unit="step", initial=progress.step):
+        for group in optimizer.param_groups:
+            group["lr"] = rate * min(1, (step + 1) / WARM_UP)
+        model.train()
+        batch = progress.strategy.batch(batches[step])
+        loss = progress.strategy.loss(model, batch, subject.forward(model, batch)[0])
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(trained, CLIP)
+        optimizer.step()
+        optimizer.zero_grad()
+        progress.step = step + 1
+        if progress.step in MEASURED:
+            progress.rows.append(dict(step=step + 1) | measure(subject, reference, model))
+        if progress.step % CHECKPOINT == 0 or progress.step in MEASURED:
+            progress.save(checkpoint)
+    return progress.rows
+
+
+def prepared(subject: Language, method: Method, batches: list[Batch]) -> nn.Module:
+    """The model that ``method`` trains; the same in every call, so that a run can go on."""
+    model = subject.model(method, 0)
+    if method.calibrated:
+        gradient = batches[:GRADIENT_BATCHES]
+        calibrate(model, subject.general_text(), gradient, progress=False)
+    return model
+
+
+def measure(subject: Language, reference: Reference, model: nn.Module) -> dict[str, float]:
+    found = reference.measure(model)
+    of_kinds = {
+        kind: statistics.mean(v for k, v in found.items() if k.endswith(kind))
+        for kind in ("agreement", "kl")
+    }
+    learned = subject.learned(model, subject.tasks[0], "validation")
+    return dict(perplexity=math.exp(-learned)) | of_kinds
+
+
+def report(found: dict[str, list[dict]]) -> str:
+    head = ["", "rate", "step", "perplexity", "agreement", "KL"]
+    lines = [
+        [
+            way,
+            f"{WAYS[way][2]:g}",
+            str(row["step"]),
+            f"{row['perplexity']:.1f}",
+            f"{row['agreement']:.3f}",
+            f"{row['kl']:.4f}",
+        ]
+        for way, rows in found.items()
+        for row in rows
+    ]
+    return table(head, lines)
+
+
+def draw(found: dict[str, list[dict]], path: Path) -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(figsize=(7, 5))
+    for (way, rows), marker in zip(found.items(), "os^v", strict=False):
+        x, y = ([row[kind] for row in rows] for kind in ("perplexity", "agreement"))
+        axes.plot(x, y, marker=marker, label=way)
+        for row in rows:
+            at = (row["perplexity"], row["agreement"])
+            axes.annotate(row["step"], at, fontsize=6, textcoords="offset points", xytext=(3, 3))
+    axes.invert_xaxis()
+    axes.set(
+        xlabel="perplexity of the task, after so many steps (to the right more is learned)",
+        ylabel="agreement with the base model on general text",
+        title="A thousand steps of one task",
+    )
+    axes.legend(fontsize=8)
+    figure.tight_layout()
+    figure.savefig(path, dpi=90)
+    plt.close(figure)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--model", metavar="FOLDER", help="another than SmolLM2")
+    parser.add_argument(
+        "--way", nargs="+", choices=WAYS, default=list(WAYS), metavar="WAY", help="; ".join(WAYS)
+    )
+    parser.add_argument(
+        "--out", type=Path, default=RESULTS, help="folder of thousand.json, .md and .png"
+    )
+    options = parser.parse_args()
+    subject = subjects.load("language", Setup(precision="float32", model=options.model))
+    study = dict(subject=subject.identity, steps=STEPS)
+    records = Records(options.out / "thousand.json", study, {})
+    reference = base_reference(subject.base, subject.tokenizer, "validation")
+    for way in options.way:
+        if way not in records.by_key:
+            checkpoint = options.out / f"thousand-{list(WAYS).index(way)}.pt"
+            checkpoint.parent.mkdir(parents=True, exist_ok=True)
+            rows = run(subject, reference, way, checkpoint)
+            records.add(way, dict(rows=rows))
+            checkpoint.unlink()
+    found = {way: record["rows"] for way, record in records.by_key.items()}
+    (options.out / "thousand.md").write_text(report(found) + "\n")
+    draw(found, options.out / "thousand.png")
+    print(report(found))
+
+
+if __name__ == "__main__":
+    main()
