@@ -18,7 +18,7 @@ from study import subjects
 from study.language_retention import Reference, base_reference
 from study.language_subject import GRADIENT_BATCHES, Language
 from study.methods import METHODS, Method
-from study.protocol import CLIP, Batch, make_strategy
+from study.protocol import Batch, make_strategy, train_step
 from study.records import Records
 from study.search import SEQUENTIAL
 from study.setup import Setup
@@ -91,12 +91,8 @@ def run(subject: Language, reference: Reference, way: str, checkpoint: Path) -> 
         for group in optimizer.param_groups:
             group["lr"] = rate * min(1, (step + 1) / WARM_UP)
         model.train()
-        batch = progress.strategy.batch(batches[step])
-        loss = progress.strategy.loss(model, batch, subject.forward(model, batch)[0])
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(trained, CLIP)
-        optimizer.step()
-        optimizer.zero_grad()
+        if not train_step(model, subject, progress.strategy, optimizer, batches[step]):
+            raise FloatingPointError(f"{way}: the loss of step {step + 1} is not finite")
         progress.step = step + 1
         if progress.step in MEASURED:
             progress.rows.append(dict(step=step + 1) | measure(subject, reference, model))

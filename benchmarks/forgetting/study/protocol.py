@@ -157,18 +157,28 @@ def train(
         ),
     )
     for batch in batches:
-        batch = strategy.batch(batch)
-        loss = strategy.loss(model, batch, subject.forward(model, batch)[0])
-        if not torch.isfinite(loss):
+        if not train_step(model, subject, strategy, optimizer, batch):
             return False
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_([*body, *heads], CLIP)
-        optimizer.step()
-        optimizer.zero_grad()
         schedule.step()
-        strategy.after_step(model)
         tick()
     strategy.after_task(model, batches)
+    return True
+
+
+def train_step(
+    model: nn.Module, subject: Subject, strategy, optimizer: torch.optim.Optimizer, batch: Batch
+) -> bool:
+    """False, and nothing done, where the loss is no number."""
+    batch = strategy.batch(batch)
+    loss = strategy.loss(model, batch, subject.forward(model, batch)[0])
+    if not torch.isfinite(loss):
+        return False
+    loss.backward()
+    trained = [p for group in optimizer.param_groups for p in group["params"]]
+    torch.nn.utils.clip_grad_norm_(trained, CLIP)
+    optimizer.step()
+    optimizer.zero_grad()
+    strategy.after_step(model)
     return True
 
 
