@@ -13,8 +13,9 @@ from transformers import Trainer, TrainingArguments
 
 from secura_kernels import CURLoRALinear, SECURALinear, calibrate
 from secura_kernels.peft import SecuraConfig
+from secura_kernels.train.adapted import without_adapters
 from secura_kernels.train.callbacks import RetentionCallback
-from secura_kernels.train.retention import base_kl, core_size, without_adapters
+from secura_kernels.train.retention import base_kl, core_size
 
 TARGETS = ["q_proj", "v_proj"]
 TEXT = [dict(input_ids=TOKENS[:4]), dict(input_ids=TOKENS[4:])]

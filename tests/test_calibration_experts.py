@@ -10,7 +10,8 @@ from secura_kernels import calibrate
 from secura_kernels.bases import inverse_root, orthonormal_basis
 from secura_kernels.peft import SecuraConfig
 from secura_kernels.train.calibration.measuring import own_loss
-from secura_kernels.train.retention import core_size, drift
+from secura_kernels.train.drift import drift
+from secura_kernels.train.retention import core_size
 
 QUIET = dict(progress=False)
 

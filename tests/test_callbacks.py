@@ -6,7 +6,8 @@ import math
 import pytest
 
 from secura_kernels import CURLoRALinear, SECURALinear
-from secura_kernels.train.retention import base_loss, drift
+from secura_kernels.train.drift import drift
+from secura_kernels.train.retention import base_loss
 
 pytest.importorskip("transformers", reason="the callbacks are transformers'")
 pytest.importorskip("tensorboard", reason="the callbacks' logs are read from its files")

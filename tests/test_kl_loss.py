@@ -11,8 +11,9 @@ pytest.importorskip("peft", reason="some of the models are PEFT's")
 from peft import LoraConfig, get_peft_model
 
 from secura_kernels import CURLoRALinear, SECURALinear
+from secura_kernels.train.adapted import without_adapters
 from secura_kernels.train.kl_loss import BaseKL
-from secura_kernels.train.retention import base_kl, without_adapters
+from secura_kernels.train.retention import base_kl
 
 WHOLE = [dict(input_ids=TOKENS)]
 

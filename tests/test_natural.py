@@ -14,7 +14,7 @@ from secura_kernels import CURLoRALinear, calibrate, load_adapter, save_adapter
 from secura_kernels.peft import SecuraConfig, save_as_lora
 from secura_kernels.train.calibration import measuring
 from secura_kernels.train.calibration.metric import Moment, random_test_matrix
-from secura_kernels.train.retention import drift
+from secura_kernels.train.drift import drift
 
 NATURAL = dict(r=4, basis="natural", variant="curlora")
 GATE_FREE = NATURAL | dict(variant="secura")

@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from secura_kernels import calibrate, fuse_projections
 from secura_kernels.peft import save_as_lora
-from secura_kernels.train.retention import drift
+from secura_kernels.train.drift import drift
 
 
 @pytest.fixture(autouse=True)

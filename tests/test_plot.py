@@ -11,8 +11,9 @@ from test_budget import adapted, move  # noqa: E402
 
 from secura_kernels import CURLoRALinear  # noqa: E402
 from secura_kernels.train import plot  # noqa: E402
+from secura_kernels.train.drift import drift  # noqa: E402
 from secura_kernels.train.plot import kind_and_block, plot_layers  # noqa: E402
-from secura_kernels.train.retention import core_size, core_sizes, drift  # noqa: E402
+from secura_kernels.train.retention import core_size, core_sizes  # noqa: E402
 
 
 @pytest.fixture

@@ -10,7 +10,8 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from secura_kernels import CURLoRALinear, SECURALinear
-from secura_kernels.train.retention import Drift, base_loss, drift, gradient_norms
+from secura_kernels.train.drift import Drift, drift, gradient_norms
+from secura_kernels.train.retention import base_loss
 
 pytest.importorskip("transformers", reason="base losses are of its models")
 from retention_models import HELD_OUT, TOKENS, VOCABULARY, llama

@@ -29,9 +29,9 @@ from study.setup import Setup
 from study.tables import table
 
 from secura_kernels import calibrate
+from secura_kernels.train.adapted import calibrated_adapters
 from secura_kernels.train.calibration import Calibration, natural
 from secura_kernels.train.own_text import own_text
-from secura_kernels.train.retention import calibrated_adapters
 
 RESULTS = Path(__file__).parents[1] / "results" / "forgetting"
 METHOD = METHODS["CURLoRA, every layer, natural"]

@@ -9,7 +9,8 @@ from accelerate.utils import broadcast_object_list
 from torch import Tensor, nn
 
 from ..checks import check_number, fail
-from .retention import base_kl, calibrated_adapters, core_size, layers_in_use
+from .adapted import calibrated_adapters, layers_in_use
+from .retention import base_kl, core_size
 
 ENOUGH = 0.95  # of a budget, that shrinking is content with
 TRIALS = 30

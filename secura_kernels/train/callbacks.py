@@ -17,7 +17,8 @@ from transformers import (
 
 from ..checks import check_choice, check_int, check_number, fail
 from .budget import Budget
-from .retention import base_loss, drift, gradient_norms
+from .drift import drift, gradient_norms
+from .retention import base_loss
 
 logger = logging.getLogger(__name__)
 
@@ -39,7 +40,7 @@ class RetentionCallback(TrainerCallback):
 
     ``drift_mean``, ``drift_max``, ``spectral``, ``singular_values``: over the adapted layers, the
         mean and the largest relative drift, and the means of the spectral and the nuclear norm
-        (see ``retention.drift``).
+        (see ``drift.drift``).
     ``gradient_norm``: of all trained parameters, as the optimiser gets it: averaged over the
         processes, unscaled and clipped. Missing before the first step, and where another
         callback stops training off schedule.

@@ -6,8 +6,9 @@ import torch
 from torch import Tensor, nn
 
 from ..checks import check_int, check_number, fail
+from .adapted import evaluating, without_adapters
 from .own_text import own_text
-from .retention import evaluating, log_probabilities, without_adapters
+from .retention import log_probabilities
 
 
 class BaseKL:

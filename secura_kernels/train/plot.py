@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING
 from torch import nn
 
 from ..checks import fail
-from .retention import core_sizes, drift
+from .drift import drift
+from .retention import core_sizes
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -19,7 +20,7 @@ MARKERS = "os^Dv*P"
 
 
 def plot_layers(model: nn.Module, path: str | os.PathLike) -> None:
-    """Draws each adapted layer's drift ||delta_W|| / ||W|| (``retention.drift``) into a PNG, and
+    """Draws each adapted layer's drift ||delta_W|| / ||W|| (``drift.drift``) into a PNG, and
     where there are calibrated bases the size of its core in nats a token
     (``retention.core_sizes``), of which ``predicted_kl`` is a multiple of the sum.
 
@@ -28,7 +29,7 @@ def plot_layers(model: nn.Module, path: str | os.PathLike) -> None:
 
     Raises:
         ImportError: no matplotlib. ValueError: a model without adapted layers.
-        Others: those of ``retention.drift``.
+        Others: those of ``drift.drift``.
     """
     try:
         from matplotlib.figure import Figure  # no pyplot: no window, no global state

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from secura_kernels.checks import check_int, check_number, fail
-from secura_kernels.train.retention import evaluating
+from secura_kernels.train.adapted import evaluating
 
 from .base import (
     Batch,

@@ -19,7 +19,7 @@ from transformers.modeling_outputs import SequenceClassifierOutput
 
 from secura_kernels.checks import check_choice, fail
 from secura_kernels.finetune.downloads import package_files
-from secura_kernels.train.retention import evaluating
+from secura_kernels.train.adapted import evaluating
 
 from .classification import Row
 

@@ -37,7 +37,7 @@ from secura_kernels.checks import check_choice, check_int, fail
 from secura_kernels.finetune.corpus import Corpus
 from secura_kernels.finetune.downloads import cache_folder
 from secura_kernels.finetune.wikipedia import wikipedia
-from secura_kernels.train.retention import evaluating
+from secura_kernels.train.adapted import evaluating
 
 from .hub_texts import HUB_TEXTS, hub_text
 from .language import Tick, encode

@@ -8,8 +8,8 @@ from strategies import transformers_forward
 from torch import Tensor, nn
 
 from secura_kernels import calibrate
+from secura_kernels.train.adapted import evaluating
 from secura_kernels.train.calibration import Calibration
-from secura_kernels.train.retention import evaluating
 
 from . import hub_texts, language
 from .causal_model import (

@@ -16,8 +16,8 @@ from typing import Any
 from torch import Tensor, nn
 
 from ...checks import check_choice, check_int, check_number, fail
+from ..adapted import without_adapters
 from ..own_text import own_text
-from ..retention import without_adapters
 from . import experts, natural, quiet, whitened
 from .coverage import check_finite, complete_experts, unreached, without_enough
 from .layers import calibrated_layers, check_start, from_the_start, has_learned, one_basis, refresh

@@ -17,7 +17,7 @@ from tqdm.auto import tqdm
 from ...checks import fail
 from ...functional.experts import Routing
 from ...nn.adapter import Adapter
-from ..retention import evaluating
+from ..adapted import evaluating
 
 Layers = dict[str, tuple[nn.Module, Adapter]]  # by name: the layer, and its adapter
 Batch = dict[str, object]  # what a model's forward takes, by name; "" for its one argument
