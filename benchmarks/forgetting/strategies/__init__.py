@@ -25,10 +25,17 @@ from .base import Strategy, transformers_forward
 from .ewc import EWC
 from .general_text import BaseKL, GeneralReplay
 from .ilora import ILoRA
+from .interpolation import Interpolated
 from .replay import Replay
 
 STRATEGIES = {"sequential": Strategy, "replay": Replay, "ewc": EWC, "ilora": ILoRA}
-PREDICTED = {"base kl": BaseKL, "base kl, weight 4": partial(BaseKL, weight=4.0)}
+PREDICTED = {
+    "base kl": BaseKL,
+    "base kl, weight 4": partial(BaseKL, weight=4.0),
+    "base kl, weight 4, 0.7 of the way": lambda **rows: Interpolated(
+        BaseKL(**rows, weight=4.0), 0.7
+    ),
+}
 ON_GENERAL_TEXT = {**PREDICTED, "general replay": GeneralReplay}
 
 __all__ = [
@@ -39,6 +46,7 @@ __all__ = [
     "BaseKL",
     "GeneralReplay",
     "ILoRA",
+    "Interpolated",
     "Replay",
     "Strategy",
     "transformers_forward",

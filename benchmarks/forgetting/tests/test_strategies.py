@@ -16,6 +16,7 @@ from strategies import (  # noqa: E402
     BaseKL,
     GeneralReplay,
     ILoRA,
+    Interpolated,
     Replay,
     Strategy,
     transformers_forward,
@@ -39,7 +40,9 @@ MAKE = {
     "ewc": lambda: EWC(300.0, forward=regression),
     "ilora": lambda: ILoRA(0.9, budget=8, per_task=True, forward=regression),
 }
-each_strategy = pytest.mark.parametrize("name", MAKE)
+AROUND = {"interpolated": lambda: Interpolated(Replay(8, 0.5, per_task=True), 0.7)}
+EVERY = MAKE | AROUND
+each_strategy = pytest.mark.parametrize("name", EVERY)
 
 
 def lora_model() -> nn.Module:
@@ -285,6 +288,23 @@ def test_ilora_evaluates_its_slow_weights_and_restores_the_fast_ones():
     assert same(weights(model), fast)
 
 
+def test_interpolation_goes_back_to_where_the_task_began():
+    """What the other strategy does meanwhile is its own."""
+    model, tasks, replay = lora_model(), two_tasks(), Replay(8, 0.5, per_task=True)
+    strategy = Interpolated(replay, 0.25)
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
+    for batches in tasks:
+        before = weights(model)
+        strategy.before_task(model)
+        steps(model, strategy, optimizer, batches)
+        reached = weights(model)
+        strategy.after_task(model, batches)
+        for p, q, left in zip(before, reached, weights(model), strict=True):
+            torch.testing.assert_close(left, 0.75 * p + 0.25 * q)
+        assert not same(reached, before)
+    assert len(replay.memory) and len(strategy.batch(tasks[0][0])["x"]) > 4
+
+
 def test_strategies_train_this_packages_layers():
     torch.manual_seed(0)
     model = nn.Sequential(
@@ -315,7 +335,7 @@ def test_strategies_train_this_packages_layers():
 @each_strategy
 def test_resumed_equals_uninterrupted(name):
     def run(interrupted):
-        model, strategy, tasks = lora_model(), MAKE[name](), two_tasks()
+        model, strategy, tasks = lora_model(), EVERY[name](), two_tasks()
         optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], lr=0.02)
         strategy.before_task(model)
         steps(model, strategy, optimizer, tasks[0])
@@ -328,7 +348,7 @@ def test_resumed_equals_uninterrupted(name):
             steps(model, strategy, optimizer, tasks[1])  # must not reach the snapshot
             file.seek(0)
             saved = torch.load(file, weights_only=True)
-            model, strategy = lora_model(), MAKE[name]()
+            model, strategy = lora_model(), EVERY[name]()
             model.load_state_dict(saved[0])
             optimizer = torch.optim.Adam(
                 [p for p in model.parameters() if p.requires_grad], lr=0.02
@@ -348,14 +368,14 @@ def test_resumed_equals_uninterrupted(name):
 
 @each_strategy
 def test_a_snapshot_is_not_changed_by_training(name):
-    model, strategy, tasks = lora_model(), MAKE[name](), two_tasks()
+    model, strategy, tasks = lora_model(), EVERY[name](), two_tasks()
     optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=1e-3)
     strategy.before_task(model)
     strategy.after_task(model, tasks[0])
     taken = strategy.state_dict()
     file = io.BytesIO()
     torch.save(taken, file)
-    loaded = MAKE[name]()
+    loaded = EVERY[name]()
     loaded.load_state_dict(model, taken)
     for used in (strategy, loaded):
         steps(model, used, optimizer, tasks[1])
@@ -377,6 +397,7 @@ def test_a_snapshot_is_not_changed_by_training(name):
         (lambda: EWC(1.0, samples=0), "samples=0"),
         (lambda: ILoRA(1.5), r"ema=1\.5"),
         (lambda: ILoRA(0.9, -1), "weight=-1"),
+        (lambda: Interpolated(Strategy(), 1.2), r"part=1\.2"),
         (lambda: ILoRA().after_step(lora_model()), "given to before_task"),
         (lambda: ILoRA().before_task(nn.ReLU()), "parameters that require gradients"),
         (lambda: Replay().after_task(None, []), "batches='an empty iterable'"),
