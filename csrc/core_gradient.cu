@@ -30,7 +30,7 @@ __global__ void __launch_bounds__(ByCore::THREADS, 1) core_gradient_kernel(CoreG
 
 void core_gradient(const CoreGradient& p, const Launch& where) {
   const int M = p.v.rows, r = p.v.columns, blocks = ceil_div(r, ByCore::ROWS);
-  with_dtype(p.t_float32 ? Dtype::float32 : where.dtype, [&](auto type) {
+  with_dtype(where.dtype, [&](auto type) {
     using T = typename decltype(type)::type;
     launch(core_gradient_kernel<T>, p, int64_t{ceil_div(M, ROWS_PER_PART)} * blocks * blocks,
            ByCore::THREADS, MULTIPLY_BYTES<ByCore>, where, "core_gradient",

@@ -140,8 +140,7 @@ void gate_backward(const GateBackward&, const Launch&);
 // part[i] = alpha v^T t over the i-th ROWS_PER_PART rows.
 struct CoreGradient {
   Matrix v;  // (M, r) float32
-  Matrix t;  // (M, r) of the layer's dtype or float32
-  bool t_float32;
+  Matrix t;  // (M, r), of the launch's dtype: the layer's or float32
   float alpha;
   float* part;  // (parts, r, r)
 };

@@ -13,6 +13,8 @@ class Copier {
   using T = typename Tile::Element;
   static constexpr int APART = THREADS / Tile::CHUNKS, LINE = Tile::CHUNKS * Tile::PER_CHUNK;
   static_assert(APART % 8 == 0, "lines that are turned alike");
+  static_assert(Tile::LINES % APART == 0 || (Tile::ALONG_DEPTH && APART > Tile::LINES),
+                "each line once; where they are depths, as many steps on as there are");
 
  public:
   static constexpr int COUNT = std::max(Tile::LINES / APART, 1);
