@@ -13,7 +13,6 @@ number after training.
 import argparse
 import itertools
 import math
-import statistics
 from pathlib import Path
 from unittest import mock
 
@@ -95,16 +94,7 @@ class Trials:
             return dict(rate=rate, diverged=True)
         for adapter in calibrated_adapters(model):
             adapter.shrink(shrink)
-        measured = self.reference.measure(model)
-        return dict(
-            rate=rate,
-            diverged=False,
-            perplexity=math.exp(-subject.learned(model, task, "validation")),
-            **{
-                kind: statistics.mean(v for k, v in measured.items() if k.endswith(kind))
-                for kind in ("agreement", "kl")
-            },
-        )
+        return dict(rate=rate, diverged=False) | subject.validated(model, self.reference)
 
     def text(self, tokens: int) -> list[dict]:
         if tokens == TOKENS:

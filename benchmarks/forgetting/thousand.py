@@ -7,8 +7,6 @@ command goes on where it was: each run keeps a checkpoint beside the records unt
 """
 
 import argparse
-import math
-import statistics
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -95,7 +93,7 @@ def run(subject: Language, reference: Reference, way: str, checkpoint: Path) -> 
             raise FloatingPointError(f"{way}: the loss of step {step + 1} is not finite")
         progress.step = step + 1
         if progress.step in MEASURED:
-            progress.rows.append(dict(step=step + 1) | measure(subject, reference, model))
+            progress.rows.append(dict(step=step + 1) | subject.validated(model, reference))
         if progress.step % CHECKPOINT == 0 or progress.step in MEASURED:
             progress.save(checkpoint)
     return progress.rows
@@ -108,16 +106,6 @@ def prepared(subject: Language, method: Method, batches: list[Batch]) -> nn.Modu
         gradient = batches[:GRADIENT_BATCHES]
         calibrate(model, subject.general_text(), gradient, progress=False)
     return model
-
-
-def measure(subject: Language, reference: Reference, model: nn.Module) -> dict[str, float]:
-    found = reference.measure(model)
-    of_kinds = {
-        kind: statistics.mean(v for k, v in found.items() if k.endswith(kind))
-        for kind in ("agreement", "kl")
-    }
-    learned = subject.learned(model, subject.tasks[0], "validation")
-    return dict(perplexity=math.exp(-learned)) | of_kinds
 
 
 def report(found: dict[str, list[dict]]) -> str:

@@ -1,6 +1,8 @@
 """The subject whose tasks are text domains: a causal language model."""
 
 import copy
+import math
+import statistics
 from functools import partial
 
 import torch
@@ -22,7 +24,7 @@ from .causal_model import (
     wikipedia_text,
 )
 from .device import DEVICE, mixed_precision, on_device
-from .language_retention import weights_sha256
+from .language_retention import Reference, weights_sha256
 from .methods import Method
 from .protocol import Batch
 from .setup import Setup, digest, title
@@ -150,6 +152,17 @@ class Language:
             for ids in windows.split(8):
                 losses.append(model(input_ids=ids, labels=ids).loss * len(ids))
         return -float(torch.stack(losses).sum() / len(windows))
+
+    def validated(self, model: nn.Module, reference: Reference) -> dict[str, float]:
+        """Of a model that has learned the first task: its perplexity on validation data, and over
+        the kinds of ``reference`` the means of agreement and KL."""
+        found = reference.measure(model)
+        of_kinds = {
+            measure: statistics.mean(v for k, v in found.items() if k.endswith(measure))
+            for measure in ("agreement", "kl")
+        }
+        learned = self.learned(model, self.tasks[0], "validation")
+        return dict(perplexity=math.exp(-learned)) | of_kinds
 
     @mixed_precision()
     def retention(self, model: nn.Module) -> dict[str, float]:
