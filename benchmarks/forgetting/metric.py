@@ -13,6 +13,7 @@ number after training.
 import argparse
 import itertools
 import math
+from dataclasses import replace
 from pathlib import Path
 from unittest import mock
 
@@ -36,7 +37,7 @@ RESULTS = Path(__file__).parents[1] / "results" / "forgetting"
 METHOD = METHODS["CURLoRA, every layer, natural"]
 STEPS, RATES, RATE, TOKENS = 24, (2.3e-3, 4e-3, 7e-3), 4e-3, 4096
 DEFAULT = "default"
-# "rates", "batches", "oversampling", "tokens" and "shrink" are of this file, the others of
+# "rates", "r", "batches", "oversampling", "tokens" and "shrink" are of this file, the others of
 # ``calibrate``.
 WAYS = {
     DEFAULT: dict(rates=RATES),
@@ -50,6 +51,10 @@ WAYS = {
     "gradient of all 24 batches": dict(batches=STEPS),
     "range finder of 128 more directions": dict(oversampling=128),
     "16,384 tokens of general text": dict(tokens=4 * TOKENS),
+    # The lower the rank, the higher the rate that learns as much.
+    "r = 16": dict(r=16, rates=(1e-2, 2e-2)),
+    "r = 32": dict(r=32, rates=(6e-3, 1e-2)),
+    "r = 128": dict(r=128, rates=(1.3e-3, 2.3e-3)),
     "shrunk to 0.8": dict(shrink=0.8, rates=RATES[-1:]),
     "shrunk to 0.6": dict(shrink=0.6, rates=RATES[-1:]),
 }
@@ -69,6 +74,7 @@ class Trials:
     def run(
         self,
         rate: float,
+        r: int | None = None,
         batches: int = GRADIENT_BATCHES,
         oversampling: int = natural.OVERSAMPLING,
         tokens: int = TOKENS,
@@ -77,7 +83,8 @@ class Trials:
     ) -> dict:
         subject, task = self.subject, self.subject.tasks[0]
         torch.manual_seed(0)
-        model, all_batches = subject.model(METHOD, 0), subject.batches(task, STEPS, 0)
+        method = METHOD if r is None else replace(METHOD, settings=METHOD.settings | dict(r=r))
+        model, all_batches = subject.model(method, 0), subject.batches(task, STEPS, 0)
         key = (tokens, settings.get("rank"))
         keep = self.kept.get(key)
         with mock.patch.object(natural, "OVERSAMPLING", oversampling):
@@ -89,7 +96,7 @@ class Trials:
                 progress=False,
                 **settings,
             )
-        strategy = make_strategy(SEQUENTIAL, METHOD, subject, STEPS)
+        strategy = make_strategy(SEQUENTIAL, method, subject, STEPS)
         if not train(model, subject, strategy, all_batches, rate, lambda: None):
             return dict(rate=rate, diverged=True)
         for adapter in calibrated_adapters(model):

@@ -332,7 +332,7 @@ def test_ways_of_measuring_are_compared_at_equal_learning(two_domains, monkeypat
     import metric
 
     monkeypatch.setattr(metric, "STEPS", 4)
-    out, ways = two_domains / "metric", {"damping 1", "shrunk to 0.6", metric.DEFAULT}
+    out, ways = two_domains / "metric", {"damping 1", "r = 16", "shrunk to 0.6", metric.DEFAULT}
     monkeypatch.setattr(
         sys, "argv", ["metric.py", "--model", str(two_domains), "--way", *ways, "--out", str(out)]
     )
