@@ -9,12 +9,12 @@ import argparse
 from pathlib import Path
 
 import torch
+from study.small_studies import RESULTS, drawn
 from study.tables import table
 
 from secura_kernels import SMagNorm
 from secura_kernels.backends.reference.eager import smagnorm
 
-RESULTS = Path(__file__).parents[1] / "results" / "forgetting"
 GATES = {
     "calibrated": SMagNorm(),
     "published": SMagNorm.preset("published"),
@@ -57,26 +57,17 @@ def results() -> str:
 
 
 def draw(path: Path) -> None:
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
     changes = torch.linspace(-LARGEST, LARGEST, 800, dtype=torch.float64)  # without 0
-    figure, axes = plt.subplots(figsize=(6, 5))
-    axes.plot(changes, 1 + changes, color="black", linestyle=":", label="no gate: 1 + d")
-    for name, norm in GATES.items():
-        axes.plot(changes, result(changes, norm), label=name)
-    axes.axhline(1, color="gray", linewidth=0.8)
-    axes.set(
-        xlabel="d: the change of an element whose base is 1",
-        ylabel="out = (beta + d) / g",
-        title="S-MagNorm, element by element",
-    )
-    axes.legend(fontsize=8)
-    figure.tight_layout()
-    figure.savefig(path, dpi=90)
-    plt.close(figure)
+    with drawn(path, (6, 5)) as axes:
+        axes.plot(changes, 1 + changes, color="black", linestyle=":", label="no gate: 1 + d")
+        for name, norm in GATES.items():
+            axes.plot(changes, result(changes, norm), label=name)
+        axes.axhline(1, color="gray", linewidth=0.8)
+        axes.set(
+            xlabel="d: the change of an element whose base is 1",
+            ylabel="out = (beta + d) / g",
+            title="S-MagNorm, element by element",
+        )
 
 
 if __name__ == "__main__":

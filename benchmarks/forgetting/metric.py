@@ -10,11 +10,9 @@ Two ways are of another kind: the default at its highest rate, with what was lea
 number after training.
 """
 
-import argparse
 import itertools
 import math
 from dataclasses import replace
-from pathlib import Path
 from unittest import mock
 
 import torch
@@ -26,6 +24,7 @@ from study.protocol import make_strategy, train
 from study.records import Records
 from study.search import SEQUENTIAL
 from study.setup import Setup
+from study.small_studies import arguments
 from study.tables import table
 
 from secura_kernels import calibrate
@@ -33,7 +32,6 @@ from secura_kernels.train.adapted import calibrated_adapters
 from secura_kernels.train.calibration import Calibration, natural
 from secura_kernels.train.own_text import own_text
 
-RESULTS = Path(__file__).parents[1] / "results" / "forgetting"
 METHOD = METHODS["CURLoRA, every layer, natural"]
 STEPS, RATES, RATE, TOKENS = 24, (2.3e-3, 4e-3, 7e-3), 4e-3, 4096
 DEFAULT = "default"
@@ -114,17 +112,7 @@ class Trials:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--model", metavar="FOLDER", help="another than SmolLM2")
-    parser.add_argument(
-        "--way", nargs="+", choices=WAYS, default=list(WAYS), metavar="WAY", help="; ".join(WAYS)
-    )
-    parser.add_argument(
-        "--out", type=Path, default=RESULTS, help="folder of metric.json and metric.md"
-    )
-    options = parser.parse_args()
+    options = arguments(__doc__, WAYS, "metric.json and metric.md")
     subject = subjects.load("language", Setup(precision="float32", model=options.model))
     records = Records(options.out / "metric.json", dict(subject=subject.identity, steps=STEPS), {})
     trials = Trials(subject, base_reference(subject.base, subject.tokenizer, "validation"))

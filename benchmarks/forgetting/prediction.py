@@ -23,13 +23,13 @@ from study.methods import METHODS, Method
 from study.protocol import train
 from study.records import Records
 from study.setup import Setup
+from study.small_studies import RESULTS, drawn
 from study.tables import table
 from torch import nn
 
 from secura_kernels import calibrate
 from secura_kernels.train.retention import base_kl, core_size
 
-RESULTS = Path(__file__).parents[1] / "results" / "forgetting"
 RUNS = {basis: METHODS[f"CURLoRA, every layer, {basis}"] for basis in ("whitened", "natural")}
 HELD_BACK = 1  # batch of own text, a quarter, that calibration does not see
 EVERY = 3  # steps
@@ -149,33 +149,24 @@ def report(found: dict[str, dict]) -> str:
 
 
 def draw(found: dict[str, dict], path: Path) -> None:
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    figure, axes = plt.subplots(figsize=(6, 5))
-    for (name, result), marker in zip(found.items(), "os", strict=True):
-        rows = result["rows"]
-        for text in (k for k in rows[0] if k not in ("step", "size")):
-            axes.plot(
-                [r["size"] for r in rows],
-                [r[text] for r in rows],
-                marker=marker,
-                label=f"{name}: {text}",
-            )
-    axes.axline((1e-5, 1e-5), slope=1, color="black", linestyle=":", label="as predicted")
-    axes.set(
-        xscale="log",
-        yscale="log",
-        xlabel="size of the cores, in nats a token",
-        ylabel="measured KL from the base, in nats a token",
-        title="Proportional while training goes on, but not equal",
-    )
-    axes.legend(fontsize=8)
-    figure.tight_layout()
-    figure.savefig(path, dpi=90)
-    plt.close(figure)
+    with drawn(path, (6, 5)) as axes:
+        for (name, result), marker in zip(found.items(), "os", strict=True):
+            rows = result["rows"]
+            for text in (k for k in rows[0] if k not in ("step", "size")):
+                axes.plot(
+                    [r["size"] for r in rows],
+                    [r[text] for r in rows],
+                    marker=marker,
+                    label=f"{name}: {text}",
+                )
+        axes.axline((1e-5, 1e-5), slope=1, color="black", linestyle=":", label="as predicted")
+        axes.set(
+            xscale="log",
+            yscale="log",
+            xlabel="size of the cores, in nats a token",
+            ylabel="measured KL from the base, in nats a token",
+            title="Proportional while training goes on, but not equal",
+        )
 
 
 if __name__ == "__main__":

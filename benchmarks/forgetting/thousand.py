@@ -6,27 +6,25 @@ SmolLM2 learns Shakespeare for 1,000 steps at a constant rate, in each of a few 
 command goes on where it was: each run keeps a checkpoint beside the records until it ends.
 """
 
-import argparse
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from strategies import Strategy
+from strategies.base import trained
 from study import subjects
 from study.language_retention import Reference, base_reference
-from study.language_subject import GRADIENT_BATCHES, Language
-from study.methods import METHODS, Method
-from study.protocol import Batch, make_strategy, train_step
+from study.language_subject import Language
+from study.methods import METHODS
+from study.protocol import make_strategy, train_step
 from study.records import Records
 from study.search import SEQUENTIAL
 from study.setup import Setup
+from study.small_studies import arguments, drawn
 from study.tables import table
 from torch import nn
 from tqdm import tqdm
 
-from secura_kernels import calibrate
-
-RESULTS = Path(__file__).parents[1] / "results" / "forgetting"
 LORA, NATURAL = "LoRA, every layer", "CURLoRA, every layer, natural"
 KL = "base kl, weight 4"
 WAYS = {
@@ -50,9 +48,8 @@ class Progress:
     step: int = 0
 
     def save(self, path: Path) -> None:
-        trained = {n: p.detach() for n, p in self.model.named_parameters() if p.requires_grad}
         state = dict(
-            trained=trained,
+            trained={name: p.detach() for name, p in trained(self.model).items()},
             optimizer=self.optimizer.state_dict(),
             strategy=self.strategy.state_dict(),
             rows=self.rows,
@@ -65,7 +62,7 @@ class Progress:
     @torch.no_grad()
     def load(self, path: Path) -> None:
         state = torch.load(path, weights_only=True)
-        parameters = dict(self.model.named_parameters())
+        parameters = trained(self.model)
         for name, value in state["trained"].items():
             parameters[name].copy_(value)
         self.optimizer.load_state_dict(state["optimizer"])
@@ -79,9 +76,10 @@ def run(subject: Language, reference: Reference, way: str, checkpoint: Path) -> 
     method, task = METHODS[name], subject.tasks[0]
     torch.manual_seed(0)
     batches = subject.batches(task, STEPS, 0)
-    model = prepared(subject, method, batches)
-    trained = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(trained, lr=rate, weight_decay=0.0)
+    model = subject.model(method, 0)
+    if method.calibrated:  # the same in every call, so that a run can go on
+        subject.calibrate(model, method, batches, None, [])
+    optimizer = torch.optim.AdamW(trained(model).values(), lr=rate, weight_decay=0.0)
     progress = Progress(model, optimizer, make_strategy(strategy, method, subject, STEPS), [])
     if checkpoint.exists():
         progress.load(checkpoint)
@@ -97,15 +95,6 @@ def run(subject: Language, reference: Reference, way: str, checkpoint: Path) -> 
         if progress.step % CHECKPOINT == 0 or progress.step in MEASURED:
             progress.save(checkpoint)
     return progress.rows
-
-
-def prepared(subject: Language, method: Method, batches: list[Batch]) -> nn.Module:
-    """The model that ``method`` trains; the same in every call, so that a run can go on."""
-    model = subject.model(method, 0)
-    if method.calibrated:
-        gradient = batches[:GRADIENT_BATCHES]
-        calibrate(model, subject.general_text(), gradient, progress=False)
-    return model
 
 
 def report(found: dict[str, list[dict]]) -> str:
@@ -126,42 +115,25 @@ def report(found: dict[str, list[dict]]) -> str:
 
 
 def draw(found: dict[str, list[dict]], path: Path) -> None:
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    figure, axes = plt.subplots(figsize=(7, 5))
-    for (way, rows), marker in zip(found.items(), "os^v", strict=False):
-        x, y = ([row[kind] for row in rows] for kind in ("perplexity", "agreement"))
-        axes.plot(x, y, marker=marker, label=way)
-        for row in rows:
-            at = (row["perplexity"], row["agreement"])
-            axes.annotate(row["step"], at, fontsize=6, textcoords="offset points", xytext=(3, 3))
-    axes.invert_xaxis()
-    axes.set(
-        xlabel="perplexity of the task, after so many steps (to the right more is learned)",
-        ylabel="agreement with the base model on general text",
-        title="A thousand steps of one task",
-    )
-    axes.legend(fontsize=8)
-    figure.tight_layout()
-    figure.savefig(path, dpi=90)
-    plt.close(figure)
+    with drawn(path, (7, 5)) as axes:
+        for (way, rows), marker in zip(found.items(), "os^v", strict=False):
+            x, y = ([row[kind] for row in rows] for kind in ("perplexity", "agreement"))
+            axes.plot(x, y, marker=marker, label=way)
+            for row in rows:
+                at = (row["perplexity"], row["agreement"])
+                axes.annotate(
+                    row["step"], at, fontsize=6, textcoords="offset points", xytext=(3, 3)
+                )
+        axes.invert_xaxis()
+        axes.set(
+            xlabel="perplexity of the task, after so many steps (to the right more is learned)",
+            ylabel="agreement with the base model on general text",
+            title="A thousand steps of one task",
+        )
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--model", metavar="FOLDER", help="another than SmolLM2")
-    parser.add_argument(
-        "--way", nargs="+", choices=WAYS, default=list(WAYS), metavar="WAY", help="; ".join(WAYS)
-    )
-    parser.add_argument(
-        "--out", type=Path, default=RESULTS, help="folder of thousand.json, .md and .png"
-    )
-    options = parser.parse_args()
+    options = arguments(__doc__, WAYS, "thousand.json, .md and .png")
     subject = subjects.load("language", Setup(precision="float32", model=options.model))
     study = dict(subject=subject.identity, steps=STEPS)
     records = Records(options.out / "thousand.json", study, {})
