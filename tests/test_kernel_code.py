@@ -65,11 +65,23 @@ def test_faults_are_found():
     from secura_kernels.tools.inspect_triton import INSTRUCTIONS, Compiled
 
     def faults(stack=0, shared=0, tma=False, name="product", chip=90, registers=128, **found):
-        issued = found.pop("issued", 0)
+        issued, unfenced = found.pop("issued", 0), found.pop("unfenced", 0)
         counts = dict.fromkeys(INSTRUCTIONS, 0) | found
         tile = Tile(64, 64, tma=tma)
         return Compiled(
-            chip, name, name, tile, "bfloat16", 64, registers, stack, shared, counts, True, issued
+            chip,
+            name,
+            name,
+            tile,
+            "bfloat16",
+            64,
+            registers,
+            stack,
+            shared,
+            counts,
+            True,
+            issued,
+            unfenced,
         ).faults()
 
     assert faults(HGMMA=4) == []
@@ -78,6 +90,7 @@ def test_faults_are_found():
     assert faults(HMMA=4) == ["no HGMMA"]  # a Hopper product on the older unit
     assert faults(HMMA=4, name="down") == []
     assert faults(HGMMA=4, tma=True) == ["no UTMALDG"]
+    assert faults(HGMMA=4, unfenced=2) == ["2 product(s) read shared memory with no proxy fence"]
     # 32 elements a thread.
     assert faults(HMMA=4, name="epilogue", issued=40 * 32) == []
     assert faults(HMMA=4, name="epilogue", issued=41 * 32) == [
@@ -87,6 +100,69 @@ def test_faults_are_found():
         "1 block(s) an SM, needed: 2"
     ]
     assert faults(HMMA=4, name="gate_backward", registers=255) == []  # 2 blocks of 4 warps
+
+
+@pytest.mark.parametrize("product", ["wgmma.mma_async.sync.aligned", "tcgen05.mma.cta_group::1"])
+def test_products_without_a_proxy_fence_are_found(product):
+    from secura_kernels.tools.inspect_triton import unfenced_products
+
+    copied, stored = "cp.async.wait_group 2;", "@%p1 st.shared.v4.b32 [%r1], {%r2, %r3, %r4, %r5};"
+    fence, barrier = "fence.proxy.async.shared::cta;", "bar.sync 0;"
+    bulk = "mbarrier.try_wait.parity.shared.b64 P1, [%r1], %r2; // cp.async.wait_group"
+
+    def found(*lines):
+        return unfenced_products("\n".join(f"\t{line}" for line in lines))
+
+    assert found(copied, barrier, product, product) == 2
+    assert found(stored, barrier, product) == 1
+    assert found("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%r1];", product) == 1
+    assert found(fence, copied, product) == 1
+    assert found(copied, barrier, fence, product, product) == 0
+    assert found(copied, fence, product, copied, product) == 1
+    assert found(bulk, product) == 0
+    assert found(copied, barrier, "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32") == 0
+
+
+def test_before_triton_3_7_1_copied_operands_go_to_mma_sync(monkeypatch):
+    """Rows that a Triton without that fence takes on sm_90 and sm_100."""
+    import torch
+
+    from secura_kernels.backends.triton import tiles
+
+    def heights(name, chip, dtype, rank):
+        return {tile.m for tile in tiles.rows_of(name, chip, dtype, rank)}
+
+    cases = [
+        (name, chip, dtype, rank)
+        for name in ("down", "gate_backward")
+        for chip in (80, 90, 100, 120)
+        for dtype in (torch.bfloat16, torch.float32)
+        for rank in (64, 256)
+    ]
+    monkeypatch.setattr(tiles, "UNFENCED", False)
+    before = {case: tiles.rows_of(*case) for case in cases}
+    assert heights("down", 90, torch.bfloat16, 256) == {64, 32, 16}
+    monkeypatch.setattr(tiles, "UNFENCED", True)
+    for case in cases:
+        if case[1] in (90, 100) and case[2] == torch.bfloat16:
+            assert max(heights(*case)) < 64
+        else:
+            assert tiles.rows_of(*case) == before[case]
+    program = """if True:
+        import torch
+        from secura_kernels.backends.triton import tiles
+        from secura_kernels.tools import inspect_triton
+        tiles.UNFENCED = True
+        for chip in (90, 100):
+            for found in inspect_triton.compile_rows(chip, "gate_backward", torch.bfloat16, 64):
+                counts = found.instructions
+                print(chip, found.faults(), counts["HMMA"] > 0, counts["HGMMA"], counts["UTCHMMA"])
+    """
+    clean = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, env=clean
+    )
+    assert set(done.stdout.splitlines()) == {"90 [] True 0 0", "100 [] True 0 0"}, done.stderr
 
 
 def test_what_an_element_costs_is_counted_by_pass():

@@ -3,7 +3,8 @@
 ``python -m secura_kernels.tools.inspect_triton`` prints registers, stack (spills), shared memory,
 blocks an SM, instructions an element and instruction counts, and exits with 1 where a configuration
 has a fault: a spill, more shared memory than the chip gives a block, a tensor-core or bulk-copy
-instruction that it claims and lacks, or more instructions and fewer blocks than its pass may have.
+instruction that it claims and lacks, more instructions and fewer blocks than its pass may have, or
+a tensor core that reads, with no proxy fence, what threads put into shared memory.
 """
 
 import argparse
@@ -41,7 +42,8 @@ WITHOUT_PRODUCT = ("gather", "bias_parts", "sum_of_parts")
 @dataclass(frozen=True)
 class Compiled:
     """One kernel as compiled for one chip. ``stack``, ``shared``: bytes. ``largest``: of the tile
-    that large matrices take. ``issued``: instructions of what ``tiles.INSTRUCTIONS`` counts."""
+    that large matrices take. ``issued``: instructions of what ``tiles.INSTRUCTIONS`` counts.
+    ``unfenced``: products that ``unfenced_products`` finds."""
 
     chip: int
     name: str
@@ -55,6 +57,7 @@ class Compiled:
     instructions: dict[str, int]
     largest: bool = False
     issued: int = 0
+    unfenced: int = 0
 
     @property
     def blocks(self) -> int:
@@ -84,6 +87,8 @@ class Compiled:
                 found.append(f"no {' or '.join(wanted)}")
         if self.tile.tma and not self.instructions.get("UTMALDG"):
             found.append("no UTMALDG")
+        if self.unfenced:
+            found.append(f"{self.unfenced} product(s) read shared memory with no proxy fence")
         if self.run in tiles.INSTRUCTIONS and self.r <= BAR_RANK and self.dtype != "float32":
             most, least = tiles.INSTRUCTIONS[self.run], BLOCKS.get(self.run, 1)
             if self.largest and self.per_element > most:
@@ -185,7 +190,30 @@ def _read(kernel, chip, name, run_name, tile, dtype, r, largest) -> Compiled:
         counts,
         largest,
         _issued(code, name),
+        unfenced_products(kernel.asm["ptx"]),
     )
+
+
+_MEMORY = re.compile(
+    r"\b(cp\.async\.wait_|st\.shared|stmatrix|fence\.proxy\.async|wgmma\.mma_async|tcgen05\.mma)"
+)
+
+
+def unfenced_products(ptx: str) -> int:
+    """WGMMA and tcgen05 products that come, in the text, after a thread's writes to shared memory
+    or the end of its cp.async copies, with no ``fence.proxy.async`` between.
+
+    They read shared memory through the async proxy, all of those write through the generic one
+    (PTX ISA, "Proxies" and "Async proxy"). Bulk copies write through the async proxy and need none.
+    """
+    found, written = 0, False
+    for line in ptx.splitlines():
+        match = _MEMORY.search(line.split("//")[0])
+        if match and match[1] in ("wgmma.mma_async", "tcgen05.mma"):
+            found += written
+        elif match:
+            written = match[1] != "fence.proxy.async"
+    return found
 
 
 def _issued(code: str, name: str) -> int:

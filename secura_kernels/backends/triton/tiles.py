@@ -5,11 +5,13 @@ chip's limit, the tensor-core instruction of the chip. ``python -m secura_kernel
 the rows of a pass on the GPU at hand and keeps the fastest in the user's cache (``tune_cache.py``).
 """
 
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 
 import torch
+import triton
 from torch import Tensor
 
 from ..host import cdiv
@@ -144,6 +146,15 @@ TABLES = {
     120: _SMALL_BLACKWELL,
     chips.INTERPRETER: _INTERPRETER,
 }
+# Where cp.async copies the operands of a loop, Triton before 3.7.1 has no fence.proxy.async between
+# the copies and WGMMA or tcgen05, which read shared memory through the other proxy: the PTX memory
+# model lets them read what was there before. So these passes take fewer than 64 rows there, which
+# multiply by mma.sync.
+UNFENCED = tuple(map(int, re.findall(r"\d+", triton.__version__)[:3])) < (3, 7, 1)
+_MMA_SYNC = {
+    "down": tuple(tile for tile in _COMMON["down"] if tile.m < 64),
+    "gate_backward": tuple(tile for tile in _COMMON["gate_backward"] if tile.m < 64),
+}
 # float32 layers: twice the bytes a tile, and products in float32 units. Their base products are the
 # library's (``dispatch``), so the one-pass kernel has no row here.
 _FLOAT32 = {
@@ -181,6 +192,8 @@ def rows_of(name: str, chip: int, dtype: torch.dtype, rank: int) -> tuple[Tile, 
     table = TABLES[chip]
     if dtype == torch.float32 and chip != chips.INTERPRETER:
         table = _FLOAT32
+    elif UNFENCED and chip in (90, 100):
+        table = table | _MMA_SYNC
     fitting = [tile for tile in table[name] if rank <= tile.max_rank]
     smallest = min(tile.max_rank for tile in fitting)
     return tuple(tile for tile in fitting if tile.max_rank == smallest)
