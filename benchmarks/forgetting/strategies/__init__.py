@@ -32,6 +32,7 @@ STRATEGIES = {"sequential": Strategy, "replay": Replay, "ewc": EWC, "ilora": ILo
 PREDICTED = {
     "base kl": BaseKL,
     "base kl, weight 4": partial(BaseKL, weight=4.0),
+    "base kl, weight 16": partial(BaseKL, weight=16.0),
     "base kl, weight 4, 0.7 of the way": lambda **rows: Interpolated(
         BaseKL(**rows, weight=4.0), 0.7
     ),
