@@ -235,6 +235,18 @@ def test_ways_to_run(how, monkeypatch):
         assert value.dtype == torch.float32 and difference < 0.3, (name, difference)
 
 
+def test_a_tensor_of_the_task_comes_to_the_loss_as_one():
+    layer = CURLoRALinear.from_linear(nn.Linear(12, 10), 4, basis="natural")
+    data = torch.randn(4, 40, 12)
+
+    def loss(model, batch):
+        assert any(batch is given or torch.equal(batch, given) for given in data)
+        return model(batch).square().mean()
+
+    calibrate(nn.Sequential(layer), list(data), list(data), loss=loss, progress=False)
+    assert layer.C.shape == (10, 4) and layer.C.isfinite().all()
+
+
 @pytest.mark.parametrize("kind", ["nf4", "int8", "torchao int4"])
 def test_over_a_quantised_base(kind, monkeypatch):
     """As over the same layer in full precision, with the weight that it dequantises to."""

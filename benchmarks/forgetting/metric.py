@@ -26,6 +26,7 @@ from study.search import SEQUENTIAL
 from study.setup import Setup
 from study.small_studies import arguments
 from study.tables import table
+from torch import nn
 
 from secura_kernels import calibrate
 from secura_kernels.train.adapted import calibrated_adapters
@@ -35,8 +36,7 @@ from secura_kernels.train.own_text import own_text
 METHOD = METHODS["CURLoRA, every layer, natural"]
 STEPS, RATES, RATE, TOKENS = 24, (2.3e-3, 4e-3, 7e-3), 4e-3, 4096
 DEFAULT = "default"
-# "rates", "r", "batches", "oversampling", "tokens" and "shrink" are of this file, the others of
-# ``calibrate``.
+# "rank" and "damping" are of ``calibrate``, the others of this file.
 WAYS = {
     DEFAULT: dict(rates=RATES),
     "exact moments": dict(rank=1536),
@@ -48,7 +48,13 @@ WAYS = {
     "damping 3": dict(damping=3.0, rates=(1.3e-3, 2.3e-3)),
     "gradient of all 24 batches": dict(batches=STEPS),
     "range finder of 128 more directions": dict(oversampling=128),
+    "512 tokens of general text": dict(tokens=TOKENS // 8),
+    "2,048 tokens of general text": dict(tokens=TOKENS // 2),
+    "8,192 tokens of general text": dict(tokens=2 * TOKENS),
     "16,384 tokens of general text": dict(tokens=4 * TOKENS),
+    "C and R each turned at random": dict(turned=True),
+    # The fewer layers, the higher the rate that learns as much.
+    "queries, keys and values alone": dict(every_layer=False, rates=(1e-2, 2e-2)),
     # The lower the rank, the higher the rate that learns as much.
     "r = 16": dict(r=16, rates=(1e-2, 2e-2)),
     "r = 32": dict(r=32, rates=(6e-3, 1e-2)),
@@ -77,13 +83,17 @@ class Trials:
         oversampling: int = natural.OVERSAMPLING,
         tokens: int = TOKENS,
         shrink: float = 1.0,
+        turned: bool = False,
+        every_layer: bool = True,
         **settings,
     ) -> dict:
         subject, task = self.subject, self.subject.tasks[0]
         torch.manual_seed(0)
-        method = METHOD if r is None else replace(METHOD, settings=METHOD.settings | dict(r=r))
+        method = replace(METHOD, every_layer=every_layer)
+        if r is not None:
+            method = replace(method, settings=method.settings | dict(r=r))
         model, all_batches = subject.model(method, 0), subject.batches(task, STEPS, 0)
-        key = (tokens, settings.get("rank"))
+        key = (tokens, every_layer, settings.get("rank"))
         keep = self.kept.get(key)
         with mock.patch.object(natural, "OVERSAMPLING", oversampling):
             self.kept[key] = calibrate(
@@ -94,6 +104,8 @@ class Trials:
                 progress=False,
                 **settings,
             )
+        if turned:
+            turn(model)
         strategy = make_strategy(SEQUENTIAL, method, subject, STEPS)
         if not train(model, subject, strategy, all_batches, rate, lambda: None):
             return dict(rate=rate, diverged=True)
@@ -109,6 +121,20 @@ class Trials:
                 self.subject.base, tokens, tokenizer=self.subject.tokenizer, seed=1, progress=False
             )
         )
+
+
+@torch.no_grad()
+def turn(model: nn.Module) -> None:
+    """C <- C P and R <- Q R with orthogonal P and Q: the same spaces and the same metric, but an
+    optimiser that scales each entry of the core sees other entries."""
+    generator = torch.Generator().manual_seed(0)
+    for adapter in calibrated_adapters(model):
+        P, Q = (
+            torch.linalg.qr(torch.randn(adapter.r, adapter.r, generator=generator)).Q
+            for _ in range(2)
+        )
+        adapter.C.copy_(adapter.C @ P)
+        adapter.R.copy_(Q @ adapter.R)
 
 
 def main() -> None:

@@ -33,6 +33,8 @@ from study import (  # noqa: E402
 from study.classification import make_task  # noqa: E402
 from study.setup import Setup  # noqa: E402
 
+from secura_kernels import CURLoRALinear, calibrate  # noqa: E402
+
 CALIBRATED = [
     name for name, method in methods.METHODS.items() if method.calibrated and not method.metric
 ]
@@ -332,7 +334,9 @@ def test_ways_of_measuring_are_compared_at_equal_learning(two_domains, monkeypat
     import metric
 
     monkeypatch.setattr(metric, "STEPS", 4)
-    out, ways = two_domains / "metric", {"damping 1", "r = 16", "shrunk to 0.6", metric.DEFAULT}
+    qkv, turned = "queries, keys and values alone", "C and R each turned at random"
+    ways = {"damping 1", "r = 16", "shrunk to 0.6", qkv, turned, metric.DEFAULT}
+    out = two_domains / "metric"
     monkeypatch.setattr(
         sys, "argv", ["metric.py", "--model", str(two_domains), "--way", *ways, "--out", str(out)]
     )
@@ -341,8 +345,29 @@ def test_ways_of_measuring_are_compared_at_equal_learning(two_domains, monkeypat
     records = json.loads((out / "metric.json").read_text())["records"]
     assert [r["way"] for r in records.values()].count(metric.DEFAULT) == len(metric.RATES)
     assert {r["way"] for r in records.values()} == ways
+    at_rate = {r["way"]: r["kl"] for r in records.values() if r["rate"] == metric.RATE}
+    assert at_rate[turned] != at_rate[metric.DEFAULT]
     monkeypatch.setattr(metric.Trials, "run", None)  # goes on where it stopped
     metric.main()
+
+
+def test_turned_bases_span_the_same():
+    import metric
+
+    layer = CURLoRALinear.from_linear(torch.nn.Linear(12, 10), 4, basis="natural")
+    model, data = torch.nn.Sequential(layer), torch.randn(6, 40, 12)
+
+    def loss(model, batch):
+        return model(batch).square().mean()
+
+    calibrate(model, list(data), list(data), loss=loss, progress=False)
+    C, R = layer.C.clone(), layer.R.clone()
+    metric.turn(model)
+    for before, after in ((C, layer.C), (R.T, layer.R.T)):
+        Q = torch.linalg.lstsq(before, after).solution
+        assert not torch.allclose(after, before, atol=1e-3)
+        torch.testing.assert_close(before @ Q, after)
+        torch.testing.assert_close(Q.T @ Q, torch.eye(4))
 
 
 def test_a_place_on_a_curve():

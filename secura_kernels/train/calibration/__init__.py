@@ -50,7 +50,7 @@ def calibrate(
     general: Iterable | None = None,
     task: Iterable | None = None,
     *,
-    loss: Callable[[nn.Module, dict], Tensor] | None = None,
+    loss: Callable[[nn.Module, Any], Tensor] | None = None,
     keep: Calibration | None = None,
     weight: float = 1.0,
     tokens: int = 4096,

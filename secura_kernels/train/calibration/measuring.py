@@ -190,22 +190,27 @@ def loss_of_drawn_labels(logits: Tensor, generator: torch.Generator) -> Tensor:
     return F.cross_entropy(logits, labels, reduction="sum")
 
 
+def _as_given(inputs: Batch) -> Batch | Tensor:
+    """What of a batch ``_inputs`` has made: the tensor, where it was one."""
+    return inputs.get("", inputs)  # type: ignore[return-value]
+
+
 def _logits(model: nn.Module, inputs: Batch) -> Tensor:
-    only = inputs.get("")
-    out = model(**inputs) if only is None else model(only)
+    given = _as_given(inputs)
+    out = model(given) if isinstance(given, Tensor) else model(**given)
     logits = getattr(out, "logits", out)
     if not isinstance(logits, Tensor) or logits.ndim < 2:
         raise fail("model's output", type(out).__name__, "logits (..., classes), or with .logits")
     return logits
 
 
-def task_loss(model: nn.Module, given: Callable[[nn.Module, Batch], Tensor] | None) -> Loss:
+def task_loss(model: nn.Module, given: Callable | None) -> Loss:
     """The task's own loss: what ``given`` says of the model and a batch, or the model's."""
 
     def loss(inputs: Batch, mask: Tensor | None) -> Tensor:
         if given is None and "labels" not in inputs:
             raise fail("task", sorted(inputs), "batches with labels, or loss=... beside them")
-        value = model(**inputs).loss if given is None else given(model, inputs)
+        value = model(**inputs).loss if given is None else given(model, _as_given(inputs))
         if not isinstance(value, Tensor) or value.ndim or not value.isfinite():
             raise fail("task", value, "batches whose loss is one finite number")
         # Of float16's range the mean over many tokens would use the lowest part alone.
