@@ -173,6 +173,13 @@ _FLOAT32 = {
     "bias_parts": (Tile(16, 128, warps=4),),
     "sum_of_parts": (Tile(1, 1024, warps=4),),
 }
+_SMALL_BLACKWELL_FLOAT32 = _FLOAT32 | {
+    "epilogue": (Tile(32, 32, warps=4), Tile(16, 32, warps=4)),
+    "gate_backward": (
+        Tile(16, 32, warps=4, stages=2, max_rank=64),
+        _FLOAT32["gate_backward"][1],
+    ),
+}
 # Instructions an element that a pass may issue, with the first of its rows in 16 bits at ranks up
 # to 64 (``tools/inspect_triton.py``): all of the epilogues, the loop of *gate backward*, the inner
 # one of *bias parts*, and in *product_gate* what follows the loop over K. An H100 issues 49 in the
@@ -191,7 +198,7 @@ def rows_of(name: str, chip: int, dtype: torch.dtype, rank: int) -> tuple[Tile, 
     """Configurations of a pass that hold ``rank`` (a power of two), the largest tiles first."""
     table = TABLES[chip]
     if dtype == torch.float32 and chip != chips.INTERPRETER:
-        table = _FLOAT32
+        table = _SMALL_BLACKWELL_FLOAT32 if chip == 120 else _FLOAT32
     elif UNFENCED and chip in (90, 100):
         table = table | _MMA_SYNC
     fitting = [tile for tile in table[name] if rank <= tile.max_rank]
