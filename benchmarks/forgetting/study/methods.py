@@ -258,8 +258,17 @@ METHODS = {
             keeps_tasks=True,
             wikipedia=True,
         ),
-        # For a KL loss on the same passages.
+        # For a KL loss on the same passages; r = 3 has as many numbers as the cores.
         lora("LoRA, every layer, with Wikipedia", LAYERS, 1e-3, every_layer=True, wikipedia=True),
+        lora(
+            "LoRA, every layer, r = 3, with Wikipedia",
+            LAYERS,
+            3e-3,
+            every_layer=True,
+            wikipedia=True,
+            r=3,
+            lora_alpha=3,
+        ),
         curlora("LoRA-XS, every layer", RIVALS, 7e-3, every_layer=True, basis="svd"),
         lora("CorDA, every layer", RIVALS, 1e-3, every_layer=True, start="corda"),
         lora("EVA, every layer", RIVALS, 1e-3, every_layer=True, start="eva"),
