@@ -21,6 +21,7 @@ from .protocol import Subject
 from .search import SEQUENTIAL, Row, complete, grouped, row_of
 
 ONE_PANEL = 10  # rows at most that are drawn in one
+COLOURS = 10  # of matplotlib's lines; the rows after them have another marker
 
 
 def draw(records: Sequence[dict], subject: Subject, path: Path) -> None:
@@ -47,9 +48,9 @@ def draw(records: Sequence[dict], subject: Subject, path: Path) -> None:
     for row in rows:
         family = METHODS[row[0]].family if row[1] == SEQUENTIAL else "strategies"
         panels.setdefault("all methods" if few else family, []).append(row)
-    columns = min(3, len(panels))
-    lines = math.ceil(len(panels) / columns)
-    size = (9, 7) if few else (6 * columns, 6 * lines)
+    lines = math.ceil(len(panels) / 3)
+    columns = math.ceil(len(panels) / lines)
+    size = (9, 7) if few else (6.5 * columns, 7.5 * lines)
     figure, grid = plt.subplots(
         lines, columns, figsize=size, sharex=True, sharey=True, squeeze=False
     )
@@ -57,12 +58,12 @@ def draw(records: Sequence[dict], subject: Subject, path: Path) -> None:
     heights = [y for curve in curves.values() for x, y in curve if x >= least]
     low, high = min(heights), max(*heights, subject.before[measure])
     for panel, (family, own) in zip(grid.flat, panels.items(), strict=False):
-        for row in own:
+        for number, row in enumerate(own):
             points = curves[row]
             shown = any(x >= least for x, _ in points)
             (line,) = panel.plot(
                 *zip(*points, strict=True),
-                marker="o",
+                marker="os"[number >= COLOURS],
                 label=label(row) if shown else f"{label(row)}: left of the plot",
             )
             if row in seeds:
@@ -84,8 +85,8 @@ def draw(records: Sequence[dict], subject: Subject, path: Path) -> None:
             ylabel=f"{measure} at the end",
         )
         panel.tick_params(labelbottom=True, labelleft=True)
-        # Below the axes: within, it would lie over curves.
-        panel.legend(fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.17), ncols=2)
+        # Below the axes: within, it would lie over curves. Wider than they are, it would narrow them.
+        panel.legend(fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.13))
     for panel in grid.flat[len(panels) :]:
         panel.remove()
     room = 0.05 * (high - low)
