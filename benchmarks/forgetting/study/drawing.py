@@ -85,7 +85,8 @@ def draw(records: Sequence[dict], subject: Subject, path: Path) -> None:
             ylabel=f"{measure} at the end",
         )
         panel.tick_params(labelbottom=True, labelleft=True)
-        # Below the axes: within, it would lie over curves. Wider than they are, it would narrow them.
+        # Below the axes, since within it would lie over curves; in one column, since a legend wider
+        # than its axes narrows them.
         panel.legend(fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.13))
     for panel in grid.flat[len(panels) :]:
         panel.remove()
