@@ -52,7 +52,7 @@ WAYS = {
     "2,048 tokens of general text": dict(tokens=TOKENS // 2),
     "8,192 tokens of general text": dict(tokens=2 * TOKENS),
     "16,384 tokens of general text": dict(tokens=4 * TOKENS),
-    "C and R each turned at random": dict(turned=True),
+    "C and R each turned at random": dict(turned=True, rates=(1.3e-3, RATE)),
     # The fewer layers, the higher the rate that learns as much.
     "queries, keys and values alone": dict(every_layer=False, rates=(1e-2, 2e-2)),
     # The lower the rank, the higher the rate that learns as much.
