@@ -9,28 +9,19 @@ import pytest
 CHIPS = (80, 89, 90, 100, 120)
 
 
+def python(*arguments):
+    """A process of its own, that compiles: in this one Triton interprets."""
+    clean = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    return subprocess.run([sys.executable, *arguments], capture_output=True, text=True, env=clean)
+
+
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
 def test_no_spill_and_the_claimed_instructions(dtype):
-    """In a process of its own: in this one Triton interprets. float16 compiles as bfloat16 does
-    (`make codegen` shows it); float32 rows are the same for every chip but sm_120."""
+    """float16 compiles as bfloat16 does (`make codegen` shows it); float32 rows are the same for
+    every chip but sm_120."""
     chips, ranks = (CHIPS, ("64", "150")) if dtype == "bfloat16" else ((80, 100, 120), ("64",))
-    clean = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    done = subprocess.run(
-        [
-            sys.executable,
-            "-m",
-            "secura_kernels.tools.inspect_triton",
-            "--dtype",
-            dtype,
-            "--chip",
-            *map(str, chips),
-            "--rank",
-            *ranks,
-        ],
-        capture_output=True,
-        text=True,
-        env=clean,
-    )
+    inspect = ("-m", "secura_kernels.tools.inspect_triton")
+    done = python(*inspect, "--dtype", dtype, "--chip", *map(str, chips), "--rank", *ranks)
     lines = done.stdout.splitlines()
     assert done.returncode == 0 and lines[-1] == "no faults", (
         "\n".join(line for line in lines if "FAULT" in line) + done.stderr
@@ -49,10 +40,7 @@ def test_a_configuration_that_does_not_compile_is_a_fault():
         for found in inspect_triton.compile_rows(80, "epilogue", torch.bfloat16, 16):
             print(type(found).__name__, found.faults(), found)
     """
-    clean = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    done = subprocess.run(
-        [sys.executable, "-c", program], capture_output=True, text=True, env=clean
-    )
+    done = python("-c", program)
     lines = done.stdout.splitlines()
     bad, good = lines[: len(lines) // 2], lines[len(lines) // 2 :]
     assert bad and all(line.startswith("NotCompiled ['does not compile: ") for line in bad), lines
@@ -158,10 +146,7 @@ def test_before_triton_3_7_1_copied_operands_go_to_mma_sync(monkeypatch):
                 counts = found.instructions
                 print(chip, found.faults(), counts["HMMA"] > 0, counts["HGMMA"], counts["UTCHMMA"])
     """
-    clean = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    done = subprocess.run(
-        [sys.executable, "-c", program], capture_output=True, text=True, env=clean
-    )
+    done = python("-c", program)
     assert set(done.stdout.splitlines()) == {"90 [] True 0 0", "100 [] True 0 0"}, done.stderr
 
 
