@@ -1,6 +1,6 @@
 """Layers that share an input, fused (``fuse_projections``) against one by one: q, k, v; gate, up.
 
-    python benchmarks/projections/run.py            # some minutes on a CPU
+    python benchmarks/projections/run.py            # some minutes on a CPU, one on a GPU
     python benchmarks/projections/run.py --quick    # seconds: does it run
 
 Forward and backward of the group, the input's gradient included; both forms take turns in one
@@ -32,6 +32,12 @@ SHAPES = {
     "gate, up of SmolLM2-135M": (576, GATE_UP, (1536, 1536)),
     "q, k, v, 1536 wide": (1536, QKV, (1536, 256, 256)),
     "gate, up, 1536 wide": (1536, GATE_UP, (4096, 4096)),
+}
+# On a GPU: layers large enough that the products, not the host, take the time.
+SHAPES_OF_GPU = {
+    "q, k, v of Llama-3.1-8B": (4096, QKV, (4096, 1024, 1024)),
+    "gate, up of Llama-3.1-8B": (4096, GATE_UP, (14336, 14336)),
+    "q, k, v of Llama-3.2-1B": (2048, QKV, (2048, 512, 512)),
 }
 METHODS = {
     "CURLoRA": (CURLoRALinear, {}),
@@ -93,7 +99,7 @@ def measure(
     name: str, method: str, options: argparse.Namespace, device: torch.device
 ) -> list[dict]:
     dtype = getattr(torch, options.dtype)
-    shape = SHAPES[name]
+    shape = (SHAPES | SHAPES_OF_GPU)[name]
     separate = adapted(shape, method, options.r, device, dtype)
     fused = copy.deepcopy(separate)
     fuse_projections(fused)
@@ -152,16 +158,17 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--tokens", type=int, default=256)
-    parser.add_argument("--r", type=int, default=16)
+    gpu = torch.cuda.is_available()
+    parser.add_argument("--tokens", type=int, default=4096 if gpu else 256)
+    parser.add_argument("--r", type=int, default=64 if gpu else 16)
     parser.add_argument("--rounds", type=int, default=30)
     parser.add_argument("--dtype", default=None, help="float32 on a CPU, bfloat16 on a GPU")
     parser.add_argument("--quick", action="store_true")
     parser.add_argument("--out", type=Path, default=None, help="folder of projections.json and .md")
     options = parser.parse_args()
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = torch.device("cuda" if gpu else "cpu")
     options.dtype = options.dtype or ("bfloat16" if device.type == "cuda" else "float32")
-    shapes = list(SHAPES)
+    shapes = list(SHAPES_OF_GPU if gpu else SHAPES)
     if options.quick:
         shapes, options.rounds, options.tokens = shapes[:2], 3, 32
     torch.set_num_threads(1)
