@@ -25,6 +25,12 @@ def _loaded():
     load_cuda()
 
 
+def test_a_device_that_runs_the_library_is_found():
+    device = torch.device("cuda" if GPU else "cpu")
+    chip = torch.cuda.get_device_capability() if GPU else (0, 0)
+    library._probe(device, chip)
+
+
 @simulated
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("norm", DETACHED.values(), ids=DETACHED)

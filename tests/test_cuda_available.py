@@ -36,7 +36,7 @@ class Machine:
     def install(self, of: str | None = None) -> Path:
         return self.made(self.package / compiler.LIBRARY, of)
 
-    def probe(self, name: str, like: None) -> None:
+    def probe(self, name: str, like: None, *arguments) -> None:
         self.asked.append(name)
         if trouble := self.trouble.get(len(self.asked)):
             raise RuntimeError(f"probe() failed: {trouble}\nand a stack")

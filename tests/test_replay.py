@@ -13,10 +13,8 @@ class PlayedGPU:
     """Streams and one capture at a time. ``log``: what was done on which stream."""
 
     def __init__(self) -> None:
-        self.current, self.capturing, self.log, self.pools = "default", None, [], set()
-
-    def graph_pool_handle(self):
-        return "pool"
+        self.current, self.capturing, self.log = "default", None, []
+        self.handles, self.pools, self.spoilt = 0, set(), set()
 
     def current_stream(self):
         return PlayedStream(self, "default")
@@ -35,13 +33,20 @@ class PlayedGPU:
         finally:
             self.current = before
 
+    def graph_pool_handle(self):
+        self.handles += 1
+        return f"pool {self.handles}"
+
     @contextmanager
     def graph(self, graph, pool, stream):
+        if pool in self.spoilt:
+            raise RuntimeError("already recording to mempool_id")
         self.pools.add(pool)
         self.current, self.capturing = stream.name, graph
         yield  # as PyTorch's, which leaves its stream only where the capture ends well
         self.capturing = None
         if graph.invalid:
+            self.spoilt.add(pool)
             raise RuntimeError("operation failed due to a previous error during capture")
         self.current = stream.name
 
@@ -118,7 +123,7 @@ def test_graphs_of_a_recorder_share_their_memory(gpu):
     recorder = replay.Recorder()
     for _ in range(2):
         recorder.capture(lambda: gpu.work("pass"))
-    assert gpu.pools == {"pool"} and len(recorder.graphs) == 2
+    assert gpu.pools == {"pool 1"} and len(recorder.graphs) == 2
 
 
 def test_what_cannot_be_captured_says_why_and_leaves_the_stream(gpu):
@@ -126,7 +131,7 @@ def test_what_cannot_be_captured_says_why_and_leaves_the_stream(gpu):
     with pytest.raises(replay.NotCaptured, match=r"^not captured: operation not permitted.*ing$"):
         recorder.capture(gpu.synchronise)
     assert gpu.current == "default" and gc.isenabled()
-    recorder.capture(lambda: gpu.work("pass"))[0]()
+    recorder.capture(lambda: gpu.work("pass"))[0]()  # PyTorch refuses the first one's pool
     assert gpu.log[-1] == ("default", "replayed", "pass")
 
 

@@ -67,6 +67,8 @@ class Recorder:
                     gc.enable()
         torch.cuda.current_stream().wait_stream(self.stream)
         if failed is not None:
+            # PyTorch takes the pool for one that is still recorded to.
+            self.pool = torch.cuda.graph_pool_handle()
             raise NotCaptured(f"not captured: {first_line(failed)}") from failed
         return graph.replay, result
 

@@ -151,7 +151,8 @@ def _probe(device: torch.device, chip: tuple[int, int]) -> None:
         RuntimeError: the loaded library has no code for it, or the driver is too old.
     """
     try:
-        call("probe", torch.empty(0, device=device))
+        like = torch.empty(0, device=device)
+        call("probe", like, like)
     except RuntimeError as error:
         why = str(error).partition("\n")[0]
         here = {torch.cuda.get_device_capability(i) for i in range(torch.cuda.device_count())}
