@@ -7,7 +7,7 @@ import torch
 from devices import KERNELS
 from layer_cases import case, relative_error
 
-from secura_kernels import SECURALinear, SMagNorm
+from secura_kernels import CURLoRALinear, SECURALinear, SMagNorm
 from secura_kernels.backends.cuda import passes as cuda_passes
 from secura_kernels.backends.triton import dispatch, tune_cache
 from secura_kernels.ops import resolve
@@ -19,7 +19,7 @@ FORMS = dict(argnames="one_pass", argvalues=[True, False], ids=["one pass", "lib
 
 def take(one_pass: bool, monkeypatch) -> None:
     """Both backends take this form of a layer, whatever would be chosen."""
-    monkeypatch.setattr(dispatch, "ASSUMED_LOSS", -0.9 if one_pass else 9.0)
+    monkeypatch.setattr(dispatch, "assumed_loss", lambda *_: -0.9 if one_pass else 9.0)
     monkeypatch.setattr(tune_cache, "choice", lambda *_: None)
     monkeypatch.setattr(cuda_passes, "one_pass", lambda *_: one_pass)
 
@@ -138,6 +138,49 @@ def test_a_cuda_graph_replays_a_training_step(impl):
     found = [p.grad for p in layer.parameters() if p.requires_grad]
     for a, b in zip(found, expected, strict=True):
         torch.testing.assert_close(a, b)
+
+
+def test_layers_graphed_by_pytorch_train_as_without():
+    """``make_graphed_callables``, as docs/speed.md shows it."""
+    layers, samples, x = [], [], torch.randn(128, 256, device="cuda").bfloat16()
+    for _ in range(2):
+        linear = torch.nn.Linear(256, 256, device="cuda").bfloat16()
+        layers.append(CURLoRALinear.from_linear(linear, 16))
+        torch.nn.init.normal_(layers[-1].core_parameter(), std=0.1)
+        samples.append((torch.randn_like(x).requires_grad_(),))
+
+    def results(layers):
+        first = y = x.clone().requires_grad_()
+        for layer in layers:
+            y = layer(y)
+        trained = [layer.core_parameter() for layer in layers]
+        return y.detach(), *torch.autograd.grad(y.float().square().mean(), [first, *trained])
+
+    expected = results(layers)
+    for a, b in zip(
+        results(torch.cuda.make_graphed_callables(tuple(layers), tuple(samples))),
+        expected,
+        strict=True,
+    ):
+        torch.testing.assert_close(a, b)
+
+
+def test_compiled_into_graphs_it_trains_as_without():
+    """``torch.compile(mode="reduce-overhead", fullgraph=True)``, as docs/speed.md shows it."""
+    model = torch.nn.Sequential(torch.nn.Linear(256, 256), torch.nn.GELU()).cuda().bfloat16()
+    model[0] = layer = CURLoRALinear.from_linear(model[0], r=16)
+    torch.nn.init.normal_(layer.core_parameter(), std=0.1)
+    compiled = torch.compile(model, mode="reduce-overhead", fullgraph=True)
+    for _ in range(4):  # the first runs compile and capture
+        x = torch.randn(128, 256, device="cuda").bfloat16()
+        found = []
+        for form in (compiled, model):
+            layer.zero_grad()
+            y = form(x)
+            y.float().square().mean().backward()
+            found.append((y.detach().clone(), layer.core_parameter().grad.clone()))
+        for a, b in zip(*found, strict=True):
+            torch.testing.assert_close(a, b, rtol=2e-2, atol=2e-2 * float(b.abs().max()))
 
 
 def test_a_replay_is_timed_and_what_synchronises_is_left_out():

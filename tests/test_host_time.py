@@ -81,7 +81,7 @@ with launching_nothing(90) as driver:
     asked.clear()
     driver.launches = 0
     with mock.patch.object(chips, "processors", lambda _: 1), \
-            mock.patch.object(dispatch, "ASSUMED_LOSS", -0.9):  # one pass, operands by bulk copies
+            mock.patch.object(dispatch, "assumed_loss", lambda *_: -0.9):  # one pass, bulk copies
         layer = CURLoRALinear.from_linear(nn.Linear(256, 128).bfloat16(), 16, impl="triton")
         wide = torch.randn(80, 256).bfloat16().requires_grad_()
         found["one pass"] = [step(wide), step(wide.detach().clone().requires_grad_())]

@@ -2,11 +2,13 @@
 
     python benchmarks/calibration/run.py           # SmolLM2 on a CPU: 15 minutes
     python benchmarks/calibration/run.py --quick   # a tiny model, seconds
+    python benchmarks/calibration/run.py --llama-8b   # that size, random weights; on a GPU
 
 Every linear layer of every block is calibrated. The plain pass runs the same batches through the
 same model, forwards and backwards, and measures nothing. The memory is computed from the layers'
-sizes, for the model that is run and for Llama-3.1-8B, which is not: what the sums, the roots of the
-moments and the random matrices take at once, beside the model and its activations.
+sizes, for the model that is run and for Llama-3.1-8B: what the sums, the roots of the moments and
+the random matrices take at once, beside the model and its activations. On a GPU the peak beyond
+what was there before is measured too, activations included.
 """
 
 import argparse
@@ -100,7 +102,9 @@ def seconds(run) -> float:
     return time.perf_counter() - start
 
 
-def rows(base: nn.Module, general: list[dict], task: list[dict], r: int) -> list[dict]:
+def rows(
+    base: nn.Module, general: list[dict], task: list[dict], r: int, forms: tuple
+) -> list[dict]:
     base = base.requires_grad_(False).eval()
     shapes = [
         (m.out_features, m.in_features)
@@ -108,12 +112,16 @@ def rows(base: nn.Module, general: list[dict], task: list[dict], r: int) -> list
         if name.endswith(TARGETS)
     ]
     found = []
-    for basis, rank in FORMS:
+    gpu = torch.cuda.is_available()
+    for basis, rank in forms:
         model = adapted(base, basis, r)
         settings = {} if rank is None else dict(rank=rank)
         if basis.endswith("quiet"):
             settings["selection"] = "quiet"
         batches = task if rank is not None else None
+        if gpu:
+            before = torch.cuda.memory_allocated()
+            torch.cuda.reset_peak_memory_stats()
         both = (
             seconds(lambda: plain(base, general)),
             seconds(
@@ -128,11 +136,13 @@ def rows(base: nn.Module, general: list[dict], task: list[dict], r: int) -> list
                 rank=rank,
                 plain_s=both[0],
                 calibrate_s=both[1],
+                peak_MiB=(torch.cuda.max_memory_allocated() - before) / 2**20 if gpu else None,
                 MiB=bytes_of(basis, rank, shapes, r) / 2**20,
                 GiB_8b=bytes_of(basis, rank, LLAMA_8B[0] * LLAMA_8B[1]) / GIB,
             )
         )
-        print(json.dumps(found[-1]), file=sys.stderr)
+        print(json.dumps(found[-1]), file=sys.stderr, flush=True)
+        del model
     return found
 
 
@@ -141,13 +151,15 @@ def table(found: list[dict], tokens: int, task_tokens: int, r: int) -> str:
         f"{tokens} general tokens" + f", {task_tokens} of the task twice; r = {r}",
         "",
         "| basis | rank of the moments | seconds | times a plain pass of the general tokens | "
-        "memory | of Llama-3.1-8B, r = 64 (computed) |",
-        "|---|---|---|---|---|---|",
+        "memory | of Llama-3.1-8B, r = 64 (computed) | measured peak |",
+        "|---|---|---|---|---|---|---|",
     ]
     lines += [
         f"| {row['basis']} | {'' if row['rank'] is None else row['rank']} | "
         f"{row['calibrate_s']:.0f} | {row['calibrate_s'] / row['plain_s']:.2f} | "
-        f"{row['MiB']:.0f} MiB | {row['GiB_8b']:.2f} GiB |"
+        f"{row['MiB']:.0f} MiB | {row['GiB_8b']:.2f} GiB | "
+        + ("" if row["peak_MiB"] is None else f"{row['peak_MiB']:.0f} MiB")
+        + " |"
         for row in found
     ]
     return "\n".join(lines) + "\n"
@@ -157,11 +169,15 @@ def main() -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--quick", action="store_true", help="a tiny model with random weights")
+    size = parser.add_mutually_exclusive_group()
+    size.add_argument("--quick", action="store_true", help="a tiny model with random weights")
+    size.add_argument("--llama-8b", action="store_true", help="as large, random weights, bfloat16")
     parser.add_argument("--tokens", type=int, default=4096, help="general ones")
     parser.add_argument("--out", type=Path, default=ROOT / "build" / "calibration")
     options = parser.parse_args()
-    base, r = model_of(options.quick)
+    if options.llama_8b and not torch.cuda.is_available():
+        parser.error("--llama-8b needs an NVIDIA GPU, and none is here")
+    base, r = (llama_8b(), R) if options.llama_8b else model_of(options.quick)
     vocabulary, device = base.config.vocab_size, next(base.parameters()).device
     generator = torch.Generator().manual_seed(0)
 
@@ -172,7 +188,8 @@ def main() -> int:
     count = -(-options.tokens // (8 * length))
     general = [dict(input_ids=batch(8, length)) for _ in range(count)]
     task = [dict(input_ids=ids, labels=ids) for ids in (batch(4, 64) for _ in range(8))]
-    found = rows(base, general, task, r)
+    forms = [FORMS[i] for i in (0, 2, 4)] if options.llama_8b else FORMS
+    found = rows(base, general, task, r, forms)
     text = table(found, count * 8 * length, 8 * 4 * 64, r)
     options.out.mkdir(parents=True, exist_ok=True)
     about = dict(machine=machine.describe(device), tokens=count * 8 * length, rows=found)
@@ -180,6 +197,13 @@ def main() -> int:
     (options.out / "calibration.md").write_text(text)
     print(text)
     return 0
+
+
+def llama_8b() -> nn.Module:
+    sys.path.insert(0, str(ROOT / "benchmarks" / "step"))
+    import run
+
+    return run.base_model("8b", torch.device("cuda"), torch.bfloat16)
 
 
 def model_of(quick: bool) -> tuple[nn.Module, int]:

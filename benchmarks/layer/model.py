@@ -17,7 +17,7 @@ from dataclasses import dataclass, replace
 from rich.console import Console
 from rich.table import Table
 
-from secura_kernels.backends.triton.dispatch import ASSUMED_LOSS, GATE_IN_SPECIAL
+from secura_kernels.backends.triton.dispatch import GATE_IN_SPECIAL, assumed_loss
 from secura_kernels.backends.triton.tiles import INSTRUCTIONS
 from secura_kernels.tools.costs import Cost, Layer
 
@@ -79,6 +79,11 @@ def _seconds(
     )
 
 
+def _loss(layer: Layer, gate: bool, ceilings: Ceilings) -> float:
+    """Of our product."""
+    return assumed_loss(gate, layer.r, bulk=ceilings in (CEILINGS["H100"], CEILINGS["H200"]))
+
+
 def _total(times: dict[str, float]) -> float:
     return sum(times.values())
 
@@ -91,7 +96,10 @@ def forward_times(layer: Layer, gate: bool, ceilings: Ceilings) -> dict[str, flo
     one_pass = gather | {
         "forward down": _seconds(layer.down(), ceilings),
         "forward one pass": _seconds(
-            product, ceilings, loss=ASSUMED_LOSS, exposed=GATE_IN_SPECIAL * layer.M * layer.N * gate
+            product,
+            ceilings,
+            loss=_loss(layer, gate, ceilings),
+            exposed=GATE_IN_SPECIAL * layer.M * layer.N * gate,
         ),
     }
     epilogue = (layer if gate else replace(layer, g=0)).epilogue()
@@ -126,7 +134,7 @@ def backward_times(layer: Layer, gate: bool, ceilings: Ceilings) -> dict[str, fl
     times["backward down"] = _seconds(layer.down_of_gradient(), ceilings)
     one_pass = times | {
         "backward one pass": _seconds(
-            layer.product_of_input_gradient(), ceilings, loss=ASSUMED_LOSS
+            layer.product_of_input_gradient(), ceilings, loss=_loss(layer, False, ceilings)
         )
     }
     # dX has K columns: the epilogue of a layer with inputs and outputs exchanged.
@@ -138,9 +146,9 @@ def backward_times(layer: Layer, gate: bool, ceilings: Ceilings) -> dict[str, fl
 def pass_times(layer: Layer, gate: bool, ceilings: Ceilings) -> dict[str, float]:
     """Seconds of each pass of forward and backward, of the forms predicted faster.
 
-    Our one-pass product is ``ASSUMED_LOSS`` slower than the library's, and the gate's special
-    functions come after it. The choice is this model's: ``dispatch.plan`` counts neither launches
-    nor the pass that *project* saves, and may choose otherwise.
+    Our one-pass product is slower than the library's by ``dispatch.assumed_loss``, and the gate's
+    special functions come after it. The choice is this model's: ``dispatch.plan`` counts neither
+    launches nor the pass that *project* saves, and may choose otherwise.
     """
     return forward_times(layer, gate, ceilings) | backward_times(layer, gate, ceilings)
 

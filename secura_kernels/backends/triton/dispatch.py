@@ -7,16 +7,25 @@ from torch import Tensor
 
 from ...settings import SMagNorm
 from . import chips, tune_cache
+from .passes.bulk_product import has_descriptor
 from .passes.decode import MOST_TOKENS
-from .passes.product import has_descriptor
 from .tiles import INSTRUCTIONS, Tile, programs, rows_of
 
-# Where nothing was tuned, taken from an H100 (benchmarks/results/nvidia-h100-80gb-hbm3): our
-# product's time over the library's, less 1; the gate's exposed time in special functions an
-# element; the bandwidth of *down* over a copy's.
-ASSUMED_LOSS = 0.08
+# Where nothing was tuned, taken from an H100 (benchmarks/results/nvidia-h100-80gb-hbm3): the gate's
+# exposed time in special functions an element; and by rank, up to HIGH_RANK and above, what *down*
+# and an epilogue without a gate reach of a copy's bandwidth.
 GATE_IN_SPECIAL = 12
-DOWN_OF_COPY = 0.5
+HIGH_RANK = 64
+DOWN_OF_COPY = (0.7, 0.35)
+EPILOGUE_OF_COPY = (0.8, 0.45)
+
+
+def assumed_loss(gate: bool, r: int, bulk: bool) -> float:
+    """Our product's time over the library's, less 1, on an H100. ``bulk``: where there is no gate,
+    all operands come by bulk copies (``bulk_product.py``)."""
+    if gate or not bulk:
+        return 0.09
+    return 0.055 if r <= HIGH_RANK else 0.2
 
 
 @dataclass(frozen=True)
@@ -107,7 +116,14 @@ def _plan(
     if not filling:
         return Plan(None, f"library product: fewer tiles than the {enough} processors")
     ours, library = predict(
-        M, N, K, r, chips.CHIPS[chip], gate=gate, low_rank_too=not (input_gradient or needs_down)
+        M,
+        N,
+        K,
+        r,
+        chips.CHIPS[chip],
+        gate=gate,
+        low_rank_too=not (input_gradient or needs_down),
+        bulk=candidates[0].bulk,
     )
     if library <= ours:
         return Plan(
@@ -123,22 +139,35 @@ def _plan(
 
 
 def predict(
-    M: int, N: int, K: int, r: int, chip: chips.Chip, *, gate: bool, low_rank_too: bool
+    M: int,
+    N: int,
+    K: int,
+    r: int,
+    chip: chips.Chip,
+    *,
+    gate: bool,
+    low_rank_too: bool,
+    bulk: bool,
 ) -> tuple[float, float]:
     """Seconds in one pass, and by the library's product and the epilogue over it, in 16 bits.
 
     One pass writes and reads y0 no more, 4 M N bytes, but multiplies slower and has the gate's
     instructions to itself; the epilogue has the longer of those and its memory. ``low_rank_too``: t
     costs a reading of x in one pass, and r columns of y0 (a sector of 32 bytes an element) after
-    the library's product.
+    the library's product. ``bulk``: as of ``assumed_loss``.
     """
+    high = r > HIGH_RANK
     product = 2 * M * N * K / chip.flops
-    ours = (1 + ASSUMED_LOSS) * product + gate * GATE_IN_SPECIAL * M * N / chip.special
-    library = product + max(
-        M * N * (4 + gate) / chip.bandwidth, gate * INSTRUCTIONS["epilogue"] * M * N / chip.issued
-    )
+    ours = (
+        1 + assumed_loss(gate, r, bulk)
+    ) * product + gate * GATE_IN_SPECIAL * M * N / chip.special
+    if gate:
+        epilogue = max(M * N * 5 / chip.bandwidth, INSTRUCTIONS["epilogue"] * M * N / chip.issued)
+    else:
+        epilogue = M * N * 4 / (EPILOGUE_OF_COPY[high] * chip.bandwidth)
+    library = product + epilogue
     if low_rank_too:
-        ours += 2 * M * K / (DOWN_OF_COPY * chip.bandwidth)
+        ours += 2 * M * K / (DOWN_OF_COPY[high] * chip.bandwidth)
         library += 32 * M * r / chip.bandwidth
     return ours, library
 

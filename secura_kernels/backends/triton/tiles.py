@@ -8,7 +8,7 @@ the rows of a pass on the GPU at hand and keeps the fastest in the user's cache 
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 
 import torch
 import triton
@@ -26,7 +26,8 @@ class Tile:
     step of its loop; a pass that has no such step leaves the field at 0. ``max_rank``: the largest
     rank (as a power of two) whose matrices fit. ``parts``: column parts of a gate's epilogue.
     ``group``: rows of tiles that are walked together, for the L2. ``tma``: operands by bulk copies.
-    ``persistent``: as many programs as processors, each walking over several tiles.
+    ``bulk``: a product without a gate is ``bulk_product.py``'s. ``persistent``: as many programs as
+    processors, each walking over several tiles.
     """
 
     m: int
@@ -38,6 +39,7 @@ class Tile:
     parts: int = 1
     group: int = 8
     tma: bool = False
+    bulk: bool = False
     persistent: bool = False
 
 
@@ -89,17 +91,33 @@ _AMPERE = _COMMON | {
 _HOPPER = _COMMON | {
     "epilogue": (Tile(64, 64, warps=4), Tile(32, 64, warps=4)),
     "batched_epilogue": (Tile(64, 64, warps=4), Tile(32, 64, warps=4)),
-    "gate_backward": (*_COMMON["gate_backward"][:2], Tile(64, 32, warps=4, stages=3)),
-    "down": (*_COMMON["down"][:2], Tile(64, k=64, warps=4, stages=4), *_COMMON["down"][3:]),
-    "core_gradient": (Tile(32, warps=8),),
+    "gate_backward": (
+        Tile(32, 128, warps=4, stages=3, max_rank=64),
+        Tile(32, 64, warps=4, stages=3, max_rank=64),
+        Tile(64, 32, warps=4, stages=3),
+    ),
+    "down": (
+        *_COMMON["down"][:2],
+        Tile(128, k=64, warps=8, stages=4, tma=True),
+        Tile(64, k=64, warps=4, stages=4, tma=True),
+        Tile(32, k=64, warps=4, stages=3),
+        Tile(16, k=64, warps=4, stages=2),
+    ),
+    "project": (*_COMMON["project"][:2], Tile(32, warps=4)),
+    "core_gradient": (Tile(16, warps=4, max_rank=64), Tile(32, warps=8)),
+    "weight_core_gradient": (
+        Tile(64, 64, warps=4, stages=1, max_rank=64),
+        Tile(64, 32, warps=8, stages=1),
+        Tile(32, 32, warps=4, stages=1),
+    ),
+    "decode": tuple(replace(tile, stages=1) for tile in _COMMON["decode"]),
     "product": (
-        Tile(128, 256, 64, warps=8, stages=3, max_rank=64, tma=True, persistent=True),
-        Tile(128, 256, 64, warps=8, stages=3, max_rank=64, tma=True),
-        Tile(128, 128, 64, warps=8, stages=4, max_rank=64, tma=True),
-        Tile(64, 128, 64, warps=4, stages=4, max_rank=64, tma=True),
-        Tile(128, 128, 64, warps=8, stages=3, tma=True, persistent=True),
-        Tile(128, 128, 64, warps=8, stages=3, tma=True),
-        Tile(64, 128, 64, warps=4, stages=4, tma=True),
+        Tile(128, 256, 64, 8, 3, max_rank=64, group=4, tma=True, bulk=True, persistent=True),
+        Tile(128, 128, 64, 8, 4, max_rank=64, tma=True, bulk=True),
+        Tile(64, 128, 64, 4, 4, max_rank=64, tma=True, bulk=True),
+        Tile(128, 256, 64, 8, 3, group=4, tma=True, bulk=True, persistent=True),
+        Tile(128, 128, 64, 8, 3, tma=True, bulk=True),
+        Tile(64, 128, 64, 4, 4, tma=True, bulk=True),
     ),
     "product_gate": (
         Tile(128, 256, 64, warps=8, stages=3, parts=8, max_rank=64, tma=True, persistent=True),
@@ -114,7 +132,21 @@ _HOPPER = _COMMON | {
 # Triton 3.6 fails to compile an *epilogue* in taller tiles, which take tcgen05: "parent layout must
 # have at least rank >= 2", in its pass over tensor memory.
 _BLACKWELL = _HOPPER | {
-    "down": _COMMON["down"],
+    "product": (
+        Tile(128, 256, 64, warps=8, stages=3, max_rank=64, tma=True, persistent=True),
+        Tile(128, 256, 64, warps=8, stages=3, max_rank=64, tma=True),
+        Tile(128, 128, 64, warps=8, stages=4, max_rank=64, tma=True),
+        Tile(64, 128, 64, warps=4, stages=4, max_rank=64, tma=True),
+        Tile(128, 128, 64, warps=8, stages=3, tma=True, persistent=True),
+        Tile(128, 128, 64, warps=8, stages=3, tma=True),
+        Tile(64, 128, 64, warps=4, stages=4, tma=True),
+    ),
+    "core_gradient": (Tile(32, warps=8),),
+    "weight_core_gradient": (
+        Tile(64, 32, warps=4, stages=1, max_rank=64),
+        Tile(32, 32, warps=8, stages=1),
+    ),
+    "decode": (Tile(64, k=64, warps=8, stages=1), Tile(32, k=32, warps=4, stages=1)),
     "epilogue": (Tile(32, 128, warps=4), Tile(32, 64, warps=4)),
     "batched_epilogue": (
         Tile(32, 128, warps=4, max_rank=64),
@@ -148,12 +180,15 @@ TABLES = {
 }
 # Where cp.async copies the operands of a loop, Triton before 3.7.1 has no fence.proxy.async between
 # the copies and WGMMA or tcgen05, which read shared memory through the other proxy: the PTX memory
-# model lets them read what was there before. So these passes take fewer than 64 rows there, which
-# multiply by mma.sync.
+# model lets them read what was there before. So this pass takes fewer than 64 rows there, which
+# multiply by mma.sync; *down* takes bulk copies for 64 and more.
 UNFENCED = tuple(map(int, re.findall(r"\d+", triton.__version__)[:3])) < (3, 7, 1)
 _MMA_SYNC = {
-    "down": tuple(tile for tile in _COMMON["down"] if tile.m < 64),
-    "gate_backward": tuple(tile for tile in _COMMON["gate_backward"] if tile.m < 64),
+    "gate_backward": (
+        *_HOPPER["gate_backward"][:2],
+        Tile(32, 64, warps=8, stages=2),
+        Tile(16, 64, warps=8, stages=2),
+    )
 }
 # float32 layers: twice the bytes a tile, and products in float32 units. Their base products are the
 # library's (``dispatch``), so the one-pass kernel has no row here.
@@ -206,7 +241,8 @@ def rows_of(name: str, chip: int, dtype: torch.dtype, rank: int) -> tuple[Tile, 
     return tuple(tile for tile in fitting if tile.max_rank == smallest)
 
 
-PROGRAMS = 256  # that a chip should have of *gate backward*, of 64 rows each
+FILLED = 0.95  # of a chip's processors: those left over cost no more than smaller tiles do
+PROGRAMS = 512  # that a chip should have of *gate backward*, of 64 rows each
 FEWEST_COLUMNS = 256  # of a part: fewer do not pay for a v of its own
 
 
@@ -277,6 +313,6 @@ def _tile_for(
     for tile in candidates:
         if best == asdict(tile):
             return tile
-    enough = chips.processors(device)
+    enough = FILLED * chips.processors(device)
     filling = (tile for tile in candidates if programs(name, tile, rows, columns) >= enough)
     return next(filling, candidates[-1])

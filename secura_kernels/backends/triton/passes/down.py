@@ -14,6 +14,7 @@ from ...host import cdiv, padded_rank
 from ..chips import rank_block
 from ..launch import WIDE_STEP, Launch, dot_precision, launched, strides, wide_precision
 from ..tiles import Tile, tile_for
+from .bulk_product import described, has_descriptor
 from .factors import Factor, _factor_tile
 from .tile_ops import _at_row
 
@@ -116,26 +117,36 @@ def _down_kernel(
     RANK: tl.constexpr,
     BLOCK_J: tl.constexpr,
     STEP: tl.constexpr,
+    TMA: tl.constexpr,
+    FACTOR_ROWS: tl.constexpr,
     PRECISION: tl.constexpr,
     WIDE: tl.constexpr,
 ):
+    # FACTOR_ROWS: the factor lies as (K, r), as a copied C, else as (r, K).
     m0 = tl.program_id(0) * BLOCK_M
-    m, M = tl.arange(0, BLOCK_M), M - m0
-    a_ptr, p_ptr = _at_row(a_ptr, m0, stride_am), _at_row(p_ptr, m0, R)
-    q_ptr = _at_row(q_ptr, m0, stride_qm)
-    r = tl.arange(0, RANK)
-    k = tl.arange(0, BLOCK_K)
-    a_tile = a_ptr + (m * stride_am)[:, None] + (k * stride_ak)[None, :]
+    m, rows_left = tl.arange(0, BLOCK_M), M - m0
+    p_ptr, q_ptr = _at_row(p_ptr, m0, R), _at_row(q_ptr, m0, stride_qm)
     p = tl.zeros((BLOCK_M, RANK), tl.float32)
-    for k0 in range(0, K, BLOCK_K):
-        a = tl.load(a_tile, mask=(m < M)[:, None] & (k0 + k < K)[None, :], other=0.0)
-        factor = _factor_tile(factor_ptr, index_ptr, stride_fl, stride_fr, k0, k, K, r, FR)
-        p = tl.dot(a, factor, p, input_precision=PRECISION)  # [BLOCK_M, RANK]
-        a_tile += BLOCK_K * stride_ak
+    if TMA:
+        for k0 in range(0, K, BLOCK_K):
+            a = a_ptr.load([m0, k0])
+            factor = factor_ptr.load([k0, 0]) if FACTOR_ROWS else tl.trans(factor_ptr.load([0, k0]))
+            p = tl.dot(a, factor, p, input_precision=PRECISION)
+    else:
+        r = tl.arange(0, RANK)
+        k = tl.arange(0, BLOCK_K)
+        a_tile = _at_row(a_ptr, m0, stride_am) + (
+            (m * stride_am)[:, None] + (k * stride_ak)[None, :]
+        )
+        for k0 in range(0, K, BLOCK_K):
+            a = tl.load(a_tile, mask=(m < rows_left)[:, None] & (k0 + k < K)[None, :], other=0.0)
+            factor = _factor_tile(factor_ptr, index_ptr, stride_fl, stride_fr, k0, k, K, r, FR)
+            p = tl.dot(a, factor, p, input_precision=PRECISION)  # [BLOCK_M, RANK]
+            a_tile += BLOCK_K * stride_ak
     _store_and_project(
         p,
         m,
-        M,
+        rows_left,
         R,
         p_ptr,
         q_ptr,
@@ -219,9 +230,12 @@ def down(
     Args:
         a: (M, K), any strides. factor: S^T, (K, r). core: (r, r); ``transpose_core``: alpha p core.
     """
+    (M, K), r = a.shape, core.shape[0]
+    tile = tile_for("down", a, M, K, r)
     if factor.scattered:
-        (M, K), r = a.shape, core.shape[0]
-        factor = factor.copied(K, cdiv(M, tile_for("down", a, M, K, r).m))
+        factor = factor.copied(K, cdiv(M, tile.m))
+    if tile.tma:
+        factor = factor.without_index()
     p, q = _outputs(a, core, p_dtype, a.dtype)
     _launch_down(a, factor, core, p, q, alpha, transpose_core)
     return p, q
@@ -239,16 +253,24 @@ def _launch_down(
 ) -> Launch:
     M, K = a.shape
     tile = tile_for("down", a, M, K, core.shape[0])
+    tma = tile.tma and M > 0 and factor.index is None and has_descriptor(a, factor.matrix.T)
+    operands = dict(a_ptr=a) | factor.arguments()
+    if tma:
+        operands |= dict(
+            a_ptr=described(a, tile.m, tile.k),
+            factor_ptr=described(factor.matrix, tile.k, rank_block(core.shape[0])),
+        )
     return Launch(
         cdiv(M, tile.m),
         tile,
         dict(
-            a_ptr=a,
-            **factor.arguments(),
+            **operands,
             K=K,
             stride_am=a.stride(0),
             stride_ak=a.stride(1),
             BLOCK_K=tile.k,
+            TMA=tma,
+            FACTOR_ROWS=factor.index is None and factor.matrix.stride(1) == 1,
             PRECISION=dot_precision(a.dtype),
             **_arguments(a, core, p, q, alpha, tile, transpose_core),
         ),

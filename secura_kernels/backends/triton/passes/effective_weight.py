@@ -13,6 +13,7 @@ from ...passes import WeightChange
 from ..chips import rank_block
 from ..launch import WIDE_STEP, Launch, launched, wide_precision
 from ..tiles import tile_for
+from .exact import _dot_exact
 from .factors import Factor, _factor_tile
 from .gate import _relative_magnitude
 from .tile_ops import _at_row, _divided_by_largest, _gate_and_store, _raise_largest, _vector
@@ -59,8 +60,7 @@ def _delta_weight_tile(
             other=0.0,
         )
         factor = _factor_tile(factor_ptr, index_ptr, stride_fl, stride_fr, k0, k, K, r, FR)
-        factor = factor.to(tl.float32)
-        delta = tl.dot(p, tl.trans(factor), delta, input_precision=WIDE)
+        delta = _dot_exact(p, tl.trans(factor), delta, WIDE)
     return delta
 
 

@@ -16,8 +16,9 @@ from ..tiles import tile_for
 
 class Factor(NamedTuple):
     """One factor of the CUR product, (long, r): element (j, k) lies at
-    ``j * stride_long + index[k] * stride_rank`` of ``matrix``, index[k] = k where there is none.
-    ``ranks`` of them can be read: r, or more where the matrix is padded with zeros."""
+    ``j * stride_long + index[k] * stride_rank`` of ``matrix``; where there is no index, index[k] is
+    k and ``matrix`` is the (long, r) factor. ``ranks`` of them can be read: r, or more where the
+    matrix is padded with zeros."""
 
     matrix: Tensor
     index: Tensor | None
@@ -40,6 +41,13 @@ class Factor(NamedTuple):
         out = torch.empty(long, ranks, dtype=matrix.dtype, device=matrix.device)
         _launch_gather(matrix, index, out, stride_long, stride_rank)
         return Factor(out, None, ranks, 1, ranks)
+
+    def without_index(self) -> "Factor":
+        """Rows of W as a matrix of their own, which bulk copies can reach."""
+        if self.index is None:
+            return self
+        matrix = self.matrix.index_select(0, self.index)
+        return Factor(matrix.T, None, 1, matrix.stride(0), self.ranks)
 
     def arguments(self) -> dict:
         return dict(
@@ -125,7 +133,7 @@ def rows(layer: CurOperands) -> Factor:
         weight, index = layer.weight, layer.rows
         return Factor(weight, index, weight.stride(1), weight.stride(0), index.shape[0])
     R = layer.R
-    return Factor(R, None, R.stride(1), R.stride(0), R.shape[0])
+    return Factor(R.T, None, R.stride(1), R.stride(0), R.shape[0])
 
 
 @triton.jit

@@ -8,25 +8,15 @@ B = W^T, h = dT, C = R^T.
 import triton
 import triton.language as tl
 from torch import Tensor
-from triton.tools.tensor_descriptor import TensorDescriptor
 
 from ...host import NO_GATE, cdiv
 from ...passes import SUM, Finish
 from ..chips import processors, rank_block
 from ..launch import Launch, dot_precision, launched
 from ..tiles import Tile
+from .bulk_product import described, has_descriptor, launch_bulk_product, reaches
 from .factors import Factor
-from .tile_ops import _at_row, _change, _gate_and_store, _store, _vector
-
-
-@triton.jit
-def _tile_position(tile, rows, columns, GROUP: tl.constexpr):
-    """(row, column) of a tile: GROUP rows of tiles at a time, so that both operands stay in L2."""
-    group = tile // (GROUP * columns)
-    first = group * GROUP
-    height = min(rows - first, GROUP)
-    inside = tile % (GROUP * columns)
-    return first + inside % height, inside // height
+from .tile_ops import _at_row, _change, _gate_and_store, _store, _tile_position, _vector
 
 
 @triton.jit
@@ -248,6 +238,11 @@ def product(
     if factor.scattered:
         factor = factor.copied(N, cdiv(M, plan.m))
     y = a.new_empty(M, N)
+    if plan.bulk and finish.gate is None:
+        factor = factor.without_index()
+        if reaches(a, b, h, factor):
+            launch_bulk_product(a, b, h, factor, y, plan, bias, finish.adapter_bias)
+            return y
     _launch_product(a, b, h, factor, y, plan, bias, finish)
     return y
 
@@ -266,15 +261,9 @@ def _launch_product(
     M, K = a.shape
     N = b.shape[0]
     tma = tile.tma and M > 0 and has_descriptor(a, b)  # a descriptor of nothing is an error
-    k_major = b.stride(1) == 1
     operands = dict(a_ptr=a, b_ptr=b)
     if tma:
-        operands = dict(
-            a_ptr=TensorDescriptor.from_tensor(a, [tile.m, tile.k]),
-            b_ptr=TensorDescriptor.from_tensor(b, [tile.n, tile.k])
-            if k_major
-            else TensorDescriptor(b, [K, N], [b.stride(1), b.stride(0)], [tile.k, tile.n]),
-        )
+        operands = dict(a_ptr=described(a, tile.m, tile.k), b_ptr=described(b, tile.n, tile.k))
     tiles = cdiv(M, tile.m) * cdiv(N, tile.n)
     programs = min(tiles, processors(a.device)) if tile.persistent else tiles
     rank = max(64, rank_block(h.shape[1]))  # with narrower blocks more tiles spill (sm_90, sm_100)
@@ -310,22 +299,7 @@ def _launch_product(
             GROUP=tile.group,
             PARTS=tile.parts,
             TMA=tma,
-            K_MAJOR=k_major,
+            K_MAJOR=b.stride(1) == 1,
             PRECISION=dot_precision(a.dtype),
         ),
-    )
-
-
-def has_descriptor(a: Tensor, b: Tensor) -> bool:
-    """Whether the bulk-copy engine can read both operands of a b^T, b by rows or by columns."""
-    return _has_aligned_rows(a) and (_has_aligned_rows(b) or _has_aligned_rows(b.T))
-
-
-def _has_aligned_rows(matrix: Tensor) -> bool:
-    """Rows contiguous, apart, and on 16-byte boundaries."""
-    return (
-        matrix.stride(1) == 1
-        and matrix.stride(0) >= matrix.shape[1]
-        and matrix.data_ptr() % 16 == 0
-        and matrix.stride(0) * matrix.element_size() % 16 == 0
     )

@@ -18,6 +18,16 @@ def _at_row(ptr, row, stride):
 
 
 @triton.jit
+def _tile_position(tile, rows, columns, GROUP: tl.constexpr):
+    """(row, column) of a tile: GROUP rows of tiles at a time, so that both operands stay in L2."""
+    group = tile // (GROUP * columns)
+    first = group * GROUP
+    height = min(rows - first, GROUP)
+    inside = tile % (GROUP * columns)
+    return first + inside % height, inside // height
+
+
+@triton.jit
 def _change(
     h_ptr,
     stride_hm,

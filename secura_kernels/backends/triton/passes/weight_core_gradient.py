@@ -13,6 +13,7 @@ from ..chips import processors, rank_block
 from ..launch import WIDE_STEP, Launch, launched, wide_precision
 from ..tiles import tile_for
 from .effective_weight import _delta_weight_tile, _weight_tile
+from .exact import _dot_exact
 from .factors import Factor, _factor_tile
 from .gate import _gate
 from .tile_ops import _at_row, _divided_by_largest, _vector
@@ -85,7 +86,7 @@ def _weight_core_gradient_kernel(
         )
         dd = c * _gate(b, d, slope, offset, eps, beta)[1] * grad
         factor = _factor_tile(factor_ptr, index_ptr, stride_fl, stride_fr, k0, k, K, r, FR)
-        q = tl.dot(dd, factor.to(tl.float32), q, input_precision=WIDE)  # [BLOCK_N, RANK]
+        q = _dot_exact(dd, factor, q, WIDE)  # [BLOCK_N, RANK]
     q_ptr += (group.to(tl.int64) * N + n0) * R
     tl.store(q_ptr + n[:, None] * R + r[None, :], q, mask=(n0 + n < N)[:, None] & (r < R)[None, :])
 
