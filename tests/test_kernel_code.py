@@ -108,46 +108,43 @@ def test_products_without_a_proxy_fence_are_found(product):
     assert found(copied, barrier, fence, product, product) == 0
     assert found(copied, fence, product, copied, product) == 1
     assert found(bulk, product) == 0
+    accumulator, elsewhere = "[ %r1 + 0 ]", "[ %r3 + 8 ]"  # in tensor memory
+    if "wgmma" in product:
+        accumulator, elsewhere = "{%f1,%f2}", "{%r3,%r4}"
+    of_memory = f"{product} {accumulator}, %rd1, %rd2;"
+    of_registers = f"{product} {accumulator}, {elsewhere}, %rd2;"
+    for line in (of_memory, of_registers):
+        assert unfenced_products(f"{copied}\n{line}") == 1
+    assert unfenced_products(f"{copied}\n{of_memory}", bulk=True) == 1
+    assert unfenced_products(f"{copied}\n{of_registers}", bulk=True) == 0  # B comes in bulk
     assert found(copied, barrier, "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32") == 0
 
 
-def test_before_triton_3_7_1_copied_operands_go_to_mma_sync(monkeypatch):
-    """Rows that a Triton without that fence takes on sm_90 and sm_100."""
+def test_loops_over_64_rows_and_more_take_bulk_copies():
+    """Triton before 3.7.1 puts no proxy fence between cp.async and WGMMA or tcgen05."""
     import torch
 
     from secura_kernels.backends.triton import tiles
 
-    def heights(name, chip, dtype, rank):
-        return {tile.m for tile in tiles.rows_of(name, chip, dtype, rank)}
-
-    cases = [
-        (name, chip, dtype, rank)
-        for name in ("down", "gate_backward")
-        for chip in (80, 90, 100, 120)
-        for dtype in (torch.bfloat16, torch.float32)
-        for rank in (64, 256)
-    ]
-    monkeypatch.setattr(tiles, "UNFENCED", False)
-    before = {case: tiles.rows_of(*case) for case in cases}
-    assert heights("down", 90, torch.bfloat16, 256) == {64, 32, 16}
-    monkeypatch.setattr(tiles, "UNFENCED", True)
-    for case in cases:
-        if case[1] in (90, 100) and case[2] == torch.bfloat16:
-            assert max(heights(*case)) < 64
-        else:
-            assert tiles.rows_of(*case) == before[case]
+    for name in ("down", "gate_backward", "gate_backward_and_bias"):
+        for chip in (90, 100):
+            for rank in (16, 64, 256):
+                for tile in tiles.rows_of(name, chip, torch.bfloat16, rank):
+                    assert tile.tma or tile.m < 64, (name, chip, tile)
     program = """if True:
         import torch
-        from secura_kernels.backends.triton import tiles
         from secura_kernels.tools import inspect_triton
-        tiles.UNFENCED = True
         for chip in (90, 100):
-            for found in inspect_triton.compile_rows(chip, "gate_backward", torch.bfloat16, 64):
+            rows = inspect_triton.compile_rows(chip, "gate_backward_and_bias", torch.bfloat16, 64)
+            for found in rows:
                 counts = found.instructions
-                print(chip, found.faults(), counts["HMMA"] > 0, counts["HGMMA"], counts["UTCHMMA"])
+                core = "HGMMA" if chip == 90 else "UTCHMMA"
+                print(chip, found.tile.m, found.faults(), counts["UTMALDG"] > 0, counts[core] > 0)
     """
     done = python("-c", program)
-    assert set(done.stdout.splitlines()) == {"90 [] True 0 0", "100 [] True 0 0"}, done.stderr
+    assert set(done.stdout.splitlines()) == {
+        f"{chip} {m} [] {m == 64} {m == 64}" for chip in (90, 100) for m in (64, 32)
+    }, done.stderr
 
 
 def test_what_an_element_costs_is_counted_by_pass():

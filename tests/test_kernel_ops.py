@@ -17,6 +17,9 @@ from torch.library import opcheck
 from secura_kernels import SMagNorm, cur_linear
 from secura_kernels.backends.triton import chips, plan, tiles, tune_cache
 from secura_kernels.backends.triton.launch import instead_of_launching
+from secura_kernels.backends.triton.passes import factors
+from secura_kernels.backends.triton.passes.down import down
+from secura_kernels.backends.triton.passes.gate_backward import gate_backward
 from secura_kernels.backends.triton.passes.tile_ops import _at_row
 from secura_kernels.ops import pack_norm
 from secura_kernels.ops.linear import cur_linear_bwd, cur_linear_fwd
@@ -165,6 +168,43 @@ def test_every_product_tile(name, tile):
 
             expected = smagnorm(b, d, SMagNorm())
         assert relative_error(inputs.y, expected) < 2**-8  # one rounding to bfloat16
+
+
+@pytest.mark.skipif(GPU and torch.cuda.get_device_capability() < (9, 0), reason="no bulk copies")
+@pytest.mark.parametrize("r", [24, 12], ids=["rows on 16 bytes", "rows off 16 bytes"])
+@pytest.mark.parametrize("form", ["tied", "stored", "columns first"])
+def test_bulk_copies_find_every_factor(form, r):
+    """*down* and *gate backward* by bulk copies and without, to the same bits or nearly."""
+    M, N, K = 70, 136, 72
+    inputs = Inputs(M, N, K, r, torch.bfloat16, DEVICE)
+    layer, core = inputs.layer, inputs.core
+    if form == "stored":
+        C, R = inputs.W[:, :r].contiguous(), inputs.W[:r].contiguous()
+        layer = layer._replace(cols=None, rows=None, C=C, R=R)
+    elif form == "columns first":
+        layer = layer._replace(weight=inputs.W.T.contiguous().T)
+
+    def results(tile, bias):
+        with tiles.use(tile):
+            t, h = down(inputs.x, factors.rows(layer), core, 1.0, p_dtype=torch.float32)
+            g, v, sums = gate_backward(
+                inputs.dy,
+                inputs.code,
+                factors.columns(layer),
+                r,
+                inputs.gate,
+                decay=None,
+                needs=(True, True, bias),
+            )
+        return t, h, g, v.sum(0), *([sums] if bias else [])
+
+    expected = inputs.x.double() @ inputs.W[:r].double().T
+    for bias in (False, True):
+        plain = results(tiles.Tile(16, 64, 64, stages=1), bias)
+        found = results(tiles.Tile(64, 64, 64, stages=2, tma=True), bias)
+        assert relative_error(found[0], expected) < 1e-5
+        for a, b in zip(found, plain, strict=True):
+            assert relative_error(a, b.double()) < 1e-2
 
 
 def test_a_pass_finds_what_was_tuned(monkeypatch):

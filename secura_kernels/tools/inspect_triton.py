@@ -190,7 +190,7 @@ def _read(kernel, chip, name, run_name, tile, dtype, r, largest) -> Compiled:
         counts,
         largest,
         _issued(code, name),
-        unfenced_products(kernel.asm["ptx"]),
+        unfenced_products(kernel.asm["ptx"], tile.tma),
     )
 
 
@@ -199,18 +199,23 @@ _MEMORY = re.compile(
 )
 
 
-def unfenced_products(ptx: str) -> int:
+# The second operand of a product: not a descriptor, but registers or tensor memory.
+_A_ELSEWHERE = re.compile(r"mma\S*\s+[{\[][^}\]]*[}\]],\s*[{\[]")
+
+
+def unfenced_products(ptx: str, bulk: bool = False) -> int:
     """WGMMA and tcgen05 products that come, in the text, after a thread's writes to shared memory
     or the end of its cp.async copies, with no ``fence.proxy.async`` between.
 
     They read shared memory through the async proxy, all of those write through the generic one
-    (PTX ISA, "Proxies" and "Async proxy"). Bulk copies write through the async proxy and need none.
+    (PTX ISA, "Proxies" and "Async proxy"). Bulk copies write through the async proxy and need none:
+    with ``bulk``, B comes by them, and A counts alone.
     """
     found, written = 0, False
     for line in ptx.splitlines():
         match = _MEMORY.search(line.split("//")[0])
         if match and match[1] in ("wgmma.mma_async", "tcgen05.mma"):
-            found += written
+            found += written and not (bulk and _A_ELSEWHERE.search(line))
         elif match:
             written = match[1] != "fence.proxy.async"
     return found

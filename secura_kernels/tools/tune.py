@@ -40,6 +40,7 @@ PASSES = (
     "project",
     "epilogue",
     "gate_backward",
+    "gate_backward_and_bias",
     "effective_weight",
     "weight_core_gradient",
 )

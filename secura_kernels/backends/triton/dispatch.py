@@ -7,7 +7,7 @@ from torch import Tensor
 
 from ...settings import SMagNorm
 from . import chips, tune_cache
-from .passes.bulk_product import has_descriptor
+from .passes.bulk_copies import has_descriptor
 from .passes.decode import MOST_TOKENS
 from .tiles import INSTRUCTIONS, Tile, programs, rows_of
 

@@ -5,13 +5,11 @@ chip's limit, the tensor-core instruction of the chip. ``python -m secura_kernel
 the rows of a pass on the GPU at hand and keeps the fastest in the user's cache (``tune_cache.py``).
 """
 
-import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 
 import torch
-import triton
 from torch import Tensor
 
 from ..host import cdiv
@@ -88,13 +86,22 @@ _AMPERE = _COMMON | {
         Tile(64, 64, 32, warps=4, stages=4, parts=2),
     ),
 }
+# Where cp.async copies the operands of a loop, Triton before 3.7.1 has no fence.proxy.async between
+# the copies and WGMMA or tcgen05, which read shared memory through the other proxy: the PTX memory
+# model lets them read what was there before. So loops over 64 rows and more take their factor by
+# bulk copies, which need no fence, or take no copies ahead (one stage).
 _HOPPER = _COMMON | {
     "epilogue": (Tile(64, 64, warps=4), Tile(32, 64, warps=4)),
     "batched_epilogue": (Tile(64, 64, warps=4), Tile(32, 64, warps=4)),
     "gate_backward": (
         Tile(32, 128, warps=4, stages=3, max_rank=64),
         Tile(32, 64, warps=4, stages=3, max_rank=64),
-        Tile(64, 32, warps=4, stages=3),
+        Tile(64, 32, warps=4, stages=3, tma=True),
+    ),
+    "gate_backward_and_bias": (
+        Tile(64, 64, warps=4, stages=3, max_rank=64, tma=True),
+        Tile(32, 64, warps=4, stages=3, max_rank=64),
+        Tile(64, 32, warps=4, stages=3, tma=True),
     ),
     "down": (
         *_COMMON["down"][:2],
@@ -106,9 +113,8 @@ _HOPPER = _COMMON | {
     "project": (*_COMMON["project"][:2], Tile(32, warps=4)),
     "core_gradient": (Tile(16, warps=4, max_rank=64), Tile(32, warps=8)),
     "weight_core_gradient": (
-        Tile(64, 64, warps=4, stages=1, max_rank=64),
-        Tile(64, 32, warps=8, stages=1),
-        Tile(32, 32, warps=4, stages=1),
+        Tile(64, 32, warps=4, stages=1, max_rank=64),
+        Tile(64, 32, warps=4, stages=1),
     ),
     "decode": tuple(replace(tile, stages=1) for tile in _COMMON["decode"]),
     "product": (
@@ -178,18 +184,6 @@ TABLES = {
     120: _SMALL_BLACKWELL,
     chips.INTERPRETER: _INTERPRETER,
 }
-# Where cp.async copies the operands of a loop, Triton before 3.7.1 has no fence.proxy.async between
-# the copies and WGMMA or tcgen05, which read shared memory through the other proxy: the PTX memory
-# model lets them read what was there before. So this pass takes fewer than 64 rows there, which
-# multiply by mma.sync; *down* takes bulk copies for 64 and more.
-UNFENCED = tuple(map(int, re.findall(r"\d+", triton.__version__)[:3])) < (3, 7, 1)
-_MMA_SYNC = {
-    "gate_backward": (
-        *_HOPPER["gate_backward"][:2],
-        Tile(32, 64, warps=8, stages=2),
-        Tile(16, 64, warps=8, stages=2),
-    )
-}
 # float32 layers: twice the bytes a tile, and products in float32 units. Their base products are the
 # library's (``dispatch``), so the one-pass kernel has no row here.
 _FLOAT32 = {
@@ -234,27 +228,27 @@ def rows_of(name: str, chip: int, dtype: torch.dtype, rank: int) -> tuple[Tile, 
     table = TABLES[chip]
     if dtype == torch.float32 and chip != chips.INTERPRETER:
         table = _SMALL_BLACKWELL_FLOAT32 if chip == 120 else _FLOAT32
-    elif UNFENCED and chip in (90, 100):
-        table = table | _MMA_SYNC
+    name = name if name in table else name.removesuffix("_and_bias")
     fitting = [tile for tile in table[name] if rank <= tile.max_rank]
     smallest = min(tile.max_rank for tile in fitting)
     return tuple(tile for tile in fitting if tile.max_rank == smallest)
 
 
 FILLED = 0.95  # of a chip's processors: those left over cost no more than smaller tiles do
-PROGRAMS = 512  # that a chip should have of *gate backward*, of 64 rows each
+PROGRAMS = {False: 512, True: 256}  # of *gate backward*, of 64 rows each; with column sums
 FEWEST_COLUMNS = 256  # of a part: fewer do not pay for a v of its own
 
 
-def column_parts(M: int, N: int) -> int:
-    """Into how many parts *gate backward* splits the columns of a (M, N) matrix."""
-    return max(1, min(cdiv(PROGRAMS, max(1, cdiv(M, 64))), N // FEWEST_COLUMNS))
+def column_parts(M: int, N: int, bias: bool = False) -> int:
+    """Into how many parts *gate backward* splits the columns of a (M, N) matrix; ``bias``: with the
+    adapter bias's column sums."""
+    return max(1, min(cdiv(PROGRAMS[bias], max(1, cdiv(M, 64))), N // FEWEST_COLUMNS))
 
 
 def programs(name: str, tile: Tile, rows: int, columns: int) -> int:
     across = cdiv(columns, tile.n) if name in _TWO_DIMENSIONAL else 1
     if name.startswith("gate_backward"):
-        across = column_parts(rows, columns)
+        across = column_parts(rows, columns, name.endswith("bias"))
     return cdiv(rows, tile.m) * across
 
 

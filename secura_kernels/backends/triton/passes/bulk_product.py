@@ -9,12 +9,12 @@ library's a B^T alone (README.md). Higher ranks would need more shared memory th
 import triton
 import triton.language as tl
 from torch import Tensor
-from triton.tools.tensor_descriptor import TensorDescriptor
 
 from ...host import cdiv
 from ..chips import processors, rank_block
 from ..launch import Launch, launched
 from ..tiles import Tile
+from .bulk_copies import described, has_descriptor
 from .factors import Factor
 from .tile_ops import _tile_position, _vector
 
@@ -64,42 +64,10 @@ def _bulk_product_kernel(
         y_ptr.store([m0, n0 + HALF], right.to(y_ptr.dtype))
 
 
-def reaches(a: Tensor, b: Tensor, h: Tensor, factor: Factor) -> bool:
-    """Whether bulk copies can move all of a b^T + h factor^T and its outputs."""
-    return (
-        a.shape[0] > 0  # a descriptor of nothing is an error
-        and has_descriptor(a, b)
-        and b.shape[0] * b.element_size() % 16 == 0  # y's rows
-        and factor.index is None
-        and _has_aligned_rows(h)
-        and factor.matrix.dtype == h.dtype
-        and (_has_aligned_rows(factor.matrix) or _has_aligned_rows(factor.matrix.T))
-    )
-
-
-def has_descriptor(a: Tensor, b: Tensor) -> bool:
-    """Whether the bulk-copy engine can read both operands of a b^T, b by rows or by columns."""
-    return _has_aligned_rows(a) and (_has_aligned_rows(b) or _has_aligned_rows(b.T))
-
-
-def _has_aligned_rows(matrix: Tensor) -> bool:
-    """Rows contiguous, apart, and on 16-byte boundaries."""
-    return (
-        matrix.stride(1) == 1
-        and matrix.stride(0) >= matrix.shape[1]
-        and matrix.data_ptr() % 16 == 0
-        and matrix.stride(0) * matrix.element_size() % 16 == 0
-    )
-
-
-def described(matrix: Tensor, rows: int, columns: int) -> TensorDescriptor:
-    """(rows, columns) blocks of a matrix, or of its transpose where that has the contiguous rows,
-    as (columns, rows)."""
-    if matrix.stride(1) == 1:
-        return TensorDescriptor.from_tensor(matrix, [rows, columns])
-    return TensorDescriptor(
-        matrix, list(matrix.shape[::-1]), list(matrix.stride()[::-1]), [columns, rows]
-    )
+def reaches(a: Tensor, b: Tensor) -> bool:
+    """Whether bulk copies can move a, b and a b^T."""
+    rows = b.shape[0] * b.element_size()
+    return has_descriptor(a, b) and rows % 16 == 0
 
 
 @launched(_bulk_product_kernel)

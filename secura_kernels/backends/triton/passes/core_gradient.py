@@ -87,10 +87,11 @@ def _core_gradient_kernel(
     BLOCK_R: tl.constexpr,
     WIDE: tl.constexpr,
 ):
-    # A block of rows has a program for each block of d_core, and one for dT. Where d_core is a
-    # single block, one program makes both of v as it is read once.
+    # A block of rows has a program for each block of d_core, and for dT one for each BLOCK_M rows.
+    # Where d_core is a single block, one program makes both of v as it is read once.
     blocks = tl.cdiv(R, BLOCK_R)
-    tasks = 1 if ONE_BLOCK else blocks * blocks * CORE + SPREAD
+    chunks = tl.cdiv(rows_per_program, BLOCK_M) * SPREAD
+    tasks = 1 if ONE_BLOCK else blocks * blocks * CORE + chunks
     # The last rows first: *gate backward* has left their G' in the L2.
     place = tl.num_programs(0) - 1 - tl.program_id(0)
     program, task = place // tasks, place % tasks
@@ -160,30 +161,29 @@ def _core_gradient_kernel(
             mask=(i < R)[:, None] & (j < R)[None, :],
         )
     elif SPREAD:
-        for first in tl.range(0, rows_per_program, BLOCK_M, num_stages=1):
-            m = first + tl.arange(0, BLOCK_M)
-            for j0 in tl.range(0, R, BLOCK_R, num_stages=1):
-                j = j0 + k
-                dt = tl.zeros((BLOCK_M, BLOCK_R), tl.float32)
-                for k0 in tl.range(0, R, BLOCK_R, num_stages=1):
-                    v = _whole(
-                        v_ptr,
-                        stride_vp,
-                        parts,
-                        m[:, None] * stride_vm + (k0 + k)[None, :],
-                        (m < M)[:, None] & (k0 + k < R)[None, :],
-                    )
-                    core = _core_tile(core_ptr, stride_cj, stride_ck, j, k0 + k, R)
-                    dt = tl.dot(v, core, dt, input_precision=WIDE)
-                if g_ptr is not None:
-                    at, turn, turns = _turns(rows_ptr, j, R)
-                    _add_to_columns(alpha * dt, j, at, turn, turns, m, M, N, R, g_ptr)
-                else:
-                    tl.store(
-                        q_ptr + m[:, None] * stride_qm + j[None, :],
-                        (alpha * dt).to(q_ptr.dtype.element_ty),
-                        mask=(m < M)[:, None] & (j < stride_qm)[None, :],
-                    )
+        m = (task - blocks * blocks * CORE) * BLOCK_M + tl.arange(0, BLOCK_M)
+        for j0 in tl.range(0, R, BLOCK_R, num_stages=1):
+            j = j0 + k
+            dt = tl.zeros((BLOCK_M, BLOCK_R), tl.float32)
+            for k0 in tl.range(0, R, BLOCK_R, num_stages=1):
+                v = _whole(
+                    v_ptr,
+                    stride_vp,
+                    parts,
+                    m[:, None] * stride_vm + (k0 + k)[None, :],
+                    (m < M)[:, None] & (k0 + k < R)[None, :],
+                )
+                core = _core_tile(core_ptr, stride_cj, stride_ck, j, k0 + k, R)
+                dt = tl.dot(v, core, dt, input_precision=WIDE)
+            if g_ptr is not None:
+                at, turn, turns = _turns(rows_ptr, j, R)
+                _add_to_columns(alpha * dt, j, at, turn, turns, m, M, N, R, g_ptr)
+            else:
+                tl.store(
+                    q_ptr + m[:, None] * stride_qm + j[None, :],
+                    (alpha * dt).to(q_ptr.dtype.element_ty),
+                    mask=(m < M)[:, None] & (j < stride_qm)[None, :],
+                )
 
 
 def programs_over_rows(M: int) -> int:
@@ -247,7 +247,8 @@ def _launch_core_gradient(
     (parts, M, r), block = v.shape, min(rank_block(v.shape[2]), 64)
     tile = tile_for("core_gradient", v, M, r, r, dtype=dtype)
     programs, spread, one_block = programs_over_rows(M), g is not None or q is not None, r <= block
-    tasks = 1 if one_block else cdiv(r, block) ** 2 * (t is not None) + spread
+    chunks = cdiv(rows_per_program(M), tile.m) * spread
+    tasks = 1 if one_block else cdiv(r, block) ** 2 * (t is not None) + chunks
     stride_cj, stride_ck = strides(core.T)
     return Launch(
         programs * tasks,

@@ -14,7 +14,7 @@ from ...host import cdiv, padded_rank
 from ..chips import rank_block
 from ..launch import WIDE_STEP, Launch, dot_precision, launched, strides, wide_precision
 from ..tiles import Tile, tile_for
-from .bulk_product import described, has_descriptor
+from .bulk_copies import described, has_descriptor
 from .factors import Factor, _factor_tile
 from .tile_ops import _at_row
 
@@ -235,7 +235,7 @@ def down(
     if factor.scattered:
         factor = factor.copied(K, cdiv(M, tile.m))
     if tile.tma:
-        factor = factor.without_index()
+        factor = factor.aligned(K)
     p, q = _outputs(a, core, p_dtype, a.dtype)
     _launch_down(a, factor, core, p, q, alpha, transpose_core)
     return p, q
@@ -253,7 +253,7 @@ def _launch_down(
 ) -> Launch:
     M, K = a.shape
     tile = tile_for("down", a, M, K, core.shape[0])
-    tma = tile.tma and M > 0 and factor.index is None and has_descriptor(a, factor.matrix.T)
+    tma = tile.tma and has_descriptor(a, factor.matrix.T)  # its factor is aligned
     operands = dict(a_ptr=a) | factor.arguments()
     if tma:
         operands |= dict(
@@ -270,7 +270,7 @@ def _launch_down(
             stride_ak=a.stride(1),
             BLOCK_K=tile.k,
             TMA=tma,
-            FACTOR_ROWS=factor.index is None and factor.matrix.stride(1) == 1,
+            FACTOR_ROWS=factor.stride_rank == 1,
             PRECISION=dot_precision(a.dtype),
             **_arguments(a, core, p, q, alpha, tile, transpose_core),
         ),

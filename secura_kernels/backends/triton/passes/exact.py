@@ -1,7 +1,10 @@
 """Products of a float32 matrix with one in the layer's dtype: columns or rows of W."""
 
+import torch
 import triton
 import triton.language as tl
+
+from ..launch import WIDE_STEP
 
 
 @triton.jit
@@ -36,3 +39,11 @@ def _dot_exact(wide, exact, acc, PRECISION: tl.constexpr):
         return tl.dot(high, exact, acc, input_precision="tf32")
     else:
         return tl.dot(wide, exact, acc, input_precision=PRECISION)
+
+
+def exact_step(dtype: torch.dtype, rank: int) -> int:
+    """Ranks that ``_dot_exact`` takes at a time in the loop of *weight core gradient*: as many as
+    spill no registers."""
+    if dtype == torch.bfloat16 and rank <= 64:
+        return rank
+    return min(rank, 16 if dtype == torch.float16 and rank > 64 else WIDE_STEP)

@@ -12,13 +12,13 @@ from ...operands import CurOperands
 from ..chips import rank_block
 from ..launch import Launch, launched
 from ..tiles import tile_for
+from .bulk_copies import reachable
 
 
 class Factor(NamedTuple):
-    """One factor of the CUR product, (long, r): element (j, k) lies at
-    ``j * stride_long + index[k] * stride_rank`` of ``matrix``; where there is no index, index[k] is
-    k and ``matrix`` is the (long, r) factor. ``ranks`` of them can be read: r, or more where the
-    matrix is padded with zeros."""
+    """One factor of the CUR product, (long, r): element (j, k) is that of ``matrix``, which has
+    these strides, in row j and column index[k]; k where there is no index. ``ranks`` of them can be
+    read: r, or more where the matrix is padded with zeros."""
 
     matrix: Tensor
     index: Tensor | None
@@ -42,12 +42,22 @@ class Factor(NamedTuple):
         _launch_gather(matrix, index, out, stride_long, stride_rank)
         return Factor(out, None, ranks, 1, ranks)
 
-    def without_index(self) -> "Factor":
-        """Rows of W as a matrix of their own, which bulk copies can reach."""
-        if self.index is None:
+    def aligned(self, long: int) -> "Factor":
+        """As bulk copies can reach it: a matrix of its own, with rows on 16 bytes. Itself where it
+        is one, else a copy."""
+        if self.scattered:
+            return self.copied(long, READS_BEFORE_COPY + 1)
+        matrix = self.matrix
+        if self.index is not None:
+            matrix = matrix.T.index_select(0, self.index).T
+        if not reachable(matrix):
+            r = matrix.shape[1]
+            padded = matrix.new_zeros(long, padded_rank(r))
+            padded[:, :r] = matrix
+            matrix = padded
+        if matrix is self.matrix:
             return self
-        matrix = self.matrix.index_select(0, self.index)
-        return Factor(matrix.T, None, 1, matrix.stride(0), self.ranks)
+        return Factor(matrix, None, *matrix.stride(), matrix.shape[1])
 
     def arguments(self) -> dict:
         return dict(
@@ -131,7 +141,7 @@ def rows(layer: CurOperands) -> Factor:
     """R as (K, r)."""
     if layer.R is None:
         weight, index = layer.weight, layer.rows
-        return Factor(weight, index, weight.stride(1), weight.stride(0), index.shape[0])
+        return Factor(weight.T, index, weight.stride(1), weight.stride(0), index.shape[0])
     R = layer.R
     return Factor(R.T, None, R.stride(1), R.stride(0), R.shape[0])
 

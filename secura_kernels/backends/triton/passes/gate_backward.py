@@ -18,7 +18,8 @@ from torch import Tensor
 from ...host import GateNumbers, cdiv
 from ..chips import rank_block
 from ..launch import Launch, dot_precision, launched
-from ..tiles import column_parts, tile_for
+from ..tiles import Tile, column_parts, tile_for
+from .bulk_copies import described
 from .factors import Factor, _factor_tile
 from .gate import _decode
 from .tile_ops import _at_row, _store, _vector
@@ -50,6 +51,8 @@ def _gate_backward_kernel(
     RANK: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
+    TMA: tl.constexpr,
+    FACTOR_ROWS: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     parts = tl.cdiv(N, columns)
@@ -88,9 +91,14 @@ def _gate_backward_kernel(
         if bias_part_ptr is not None:
             tl.store(bias_part_ptr + n, tl.sum(dd, 0), mask=n < N)
         if v_ptr is not None:
-            factor = _factor_tile(
-                factor_ptr, index_ptr, stride_fl, stride_fr, n0, tl.arange(0, BLOCK_N), N, k, FR
-            )
+            if TMA:
+                factor = (
+                    factor_ptr.load([n0, 0]) if FACTOR_ROWS else tl.trans(factor_ptr.load([0, n0]))
+                )
+            else:
+                factor = _factor_tile(
+                    factor_ptr, index_ptr, stride_fl, stride_fr, n0, tl.arange(0, BLOCK_N), N, k, FR
+                )
             scaled = db if PROPORTIONAL else dd  # rounded once, as stored
             v = tl.dot(scaled.to(factor.dtype), factor, v, input_precision=PRECISION)
     if v_ptr is not None:
@@ -117,9 +125,12 @@ def gate_backward(
         needs: of x, core, adapter_bias.
     """
     (M, N), wide = dy.shape, dict(dtype=torch.float32)
+    tile = tile_for(_row(needs[2]), dy, M, N, r)
     if factor.scattered:
-        factor = factor.copied(N, cdiv(M, tile_for("gate_backward", dy, M, N, r).m))
-    blocks, _, parts = _split(dy, r)
+        factor = factor.copied(N, cdiv(M, tile.m))
+    if tile.tma:
+        factor = factor.aligned(N)
+    blocks, _, parts = _split(dy, tile, needs[2])
     g = torch.empty_like(saved, dtype=dy.dtype) if needs[0] else None
     v = dy.new_empty(parts, M, r, **wide) if needs[0] or needs[1] else None
     sums = dy.new_empty(blocks, N, **wide) if needs[2] else None
@@ -127,10 +138,15 @@ def gate_backward(
     return g, v, None if sums is None else sums.sum(0)
 
 
-def _split(dy: Tensor, r: int) -> tuple[int, int, int]:
+def _row(bias: bool) -> str:
+    """Of the tile table: column sums cost a block of few rows as much as one of many."""
+    return "gate_backward_and_bias" if bias else "gate_backward"
+
+
+def _split(dy: Tensor, tile: Tile, bias: bool) -> tuple[int, int, int]:
     """Blocks of rows, the columns of a part, and the parts."""
-    (M, N), tile = dy.shape, tile_for("gate_backward", dy, *dy.shape, r)
-    columns = cdiv(cdiv(N, column_parts(M, N)), tile.n) * tile.n
+    M, N = dy.shape
+    columns = cdiv(cdiv(N, column_parts(M, N, bias)), tile.n) * tile.n
     return cdiv(M, tile.m), columns, cdiv(N, columns)
 
 
@@ -147,15 +163,19 @@ def _launch_gate_backward(
     sums: Tensor | None,
 ) -> Launch:
     M, N = dy.shape
-    tile = tile_for("gate_backward", dy, M, N, r)
-    blocks, columns, parts = _split(dy, r)
+    bias = sums is not None
+    tile = tile_for(_row(bias), dy, M, N, r)
+    blocks, columns, parts = _split(dy, tile, bias)
+    arguments = factor.arguments()
+    if tile.tma:
+        arguments["factor_ptr"] = described(factor.matrix, tile.n, rank_block(r))
     return Launch(
         blocks * parts,
         tile,
         dict(
             dy_ptr=dy,
             saved_ptr=saved,
-            **factor.arguments(),
+            **arguments,
             decay_ptr=decay,
             g_ptr=g,
             v_ptr=v,
@@ -173,6 +193,8 @@ def _launch_gate_backward(
             RANK=rank_block(r),
             BLOCK_M=tile.m,
             BLOCK_N=tile.n,
+            TMA=tile.tma,
+            FACTOR_ROWS=factor.stride_rank == 1,
             PRECISION=dot_precision(dy.dtype),
         ),
     )

@@ -14,7 +14,8 @@ from ...passes import SUM, Finish
 from ..chips import processors, rank_block
 from ..launch import Launch, dot_precision, launched
 from ..tiles import Tile
-from .bulk_product import described, has_descriptor, launch_bulk_product, reaches
+from .bulk_copies import described, has_descriptor
+from .bulk_product import launch_bulk_product, reaches
 from .factors import Factor
 from .tile_ops import _at_row, _change, _gate_and_store, _store, _tile_position, _vector
 
@@ -238,12 +239,10 @@ def product(
     if factor.scattered:
         factor = factor.copied(N, cdiv(M, plan.m))
     y = a.new_empty(M, N)
-    if plan.bulk and finish.gate is None:
-        factor = factor.without_index()
-        if reaches(a, b, h, factor):
-            launch_bulk_product(a, b, h, factor, y, plan, bias, finish.adapter_bias)
-            return y
-    _launch_product(a, b, h, factor, y, plan, bias, finish)
+    if plan.bulk and finish.gate is None and reaches(a, b):
+        launch_bulk_product(a, b, h, factor.aligned(N), y, plan, bias, finish.adapter_bias)
+    else:
+        _launch_product(a, b, h, factor, y, plan, bias, finish)
     return y
 
 
@@ -260,7 +259,7 @@ def _launch_product(
 ) -> Launch:
     M, K = a.shape
     N = b.shape[0]
-    tma = tile.tma and M > 0 and has_descriptor(a, b)  # a descriptor of nothing is an error
+    tma = tile.tma and has_descriptor(a, b)
     operands = dict(a_ptr=a, b_ptr=b)
     if tma:
         operands = dict(a_ptr=described(a, tile.m, tile.k), b_ptr=described(b, tile.n, tile.k))

@@ -10,10 +10,10 @@ from torch import Tensor
 from ...host import GateNumbers, cdiv
 from ...passes import WeightChange
 from ..chips import processors, rank_block
-from ..launch import WIDE_STEP, Launch, launched, wide_precision
+from ..launch import Launch, launched, wide_precision
 from ..tiles import tile_for
 from .effective_weight import _delta_weight_tile, _weight_tile
-from .exact import _dot_exact
+from .exact import _dot_exact, exact_step
 from .factors import Factor, _factor_tile
 from .gate import _gate
 from .tile_ops import _at_row, _divided_by_largest, _vector
@@ -151,7 +151,7 @@ def _launch_weight_core_gradient(
             **gate.arguments(),
             tiles_per_program=tiles_per_program,
             RANK=rank,
-            BLOCK_R=min(rank, WIDE_STEP),
+            BLOCK_R=exact_step(grad.dtype, rank),
             BLOCK_N=tile.m,
             BLOCK_K=tile.n,
             WIDE=wide_precision(grad.dtype),
