@@ -104,6 +104,7 @@ _HOPPER = _COMMON | {
         Tile(64, 32, warps=4, stages=3, tma=True),
     ),
     "down": (
+        Tile(64, k=128, warps=4, stages=4, max_rank=64, tma=True),
         *_COMMON["down"][:2],
         Tile(128, k=64, warps=8, stages=4, tma=True),
         Tile(64, k=64, warps=4, stages=4, tma=True),
@@ -111,11 +112,8 @@ _HOPPER = _COMMON | {
         Tile(16, k=64, warps=4, stages=2),
     ),
     "project": (*_COMMON["project"][:2], Tile(32, warps=4)),
-    "core_gradient": (Tile(16, warps=4, max_rank=64), Tile(32, warps=8)),
-    "weight_core_gradient": (
-        Tile(64, 32, warps=4, stages=1, max_rank=64),
-        Tile(64, 32, warps=4, stages=1),
-    ),
+    "core_gradient": (Tile(16, warps=4),),
+    "weight_core_gradient": (Tile(64, 32, warps=4, stages=1),),
     "decode": tuple(replace(tile, stages=1) for tile in _COMMON["decode"]),
     "product": (
         Tile(128, 256, 64, 8, 3, max_rank=64, group=4, tma=True, bulk=True, persistent=True),

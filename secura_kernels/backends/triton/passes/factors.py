@@ -49,7 +49,7 @@ class Factor(NamedTuple):
             return self.copied(long, READS_BEFORE_COPY + 1)
         matrix = self.matrix
         if self.index is not None:
-            matrix = matrix.T.index_select(0, self.index).T
+            matrix = matrix.T[self.index].T  # index_select takes 10 us for 16 rows and fewer
         if not reachable(matrix):
             r = matrix.shape[1]
             padded = matrix.new_zeros(long, padded_rank(r))
