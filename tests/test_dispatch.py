@@ -25,19 +25,22 @@ def test_plans_and_their_reasons():
     device, bf16 = torch.device(DEVICE), torch.bfloat16
     with chips.pretend(90):
 
-        def reason(M=8192, N=4096, K=4096, norm=None, dtype=bf16, **more):
-            found = plan(M, N, K, 64, dtype, torch.device("meta"), norm, **more)
+        def reason(M=8192, N=4096, K=4096, r=64, norm=None, dtype=bf16, **more):
+            found = plan(M, N, K, r, dtype, torch.device("meta"), norm, **more)
             assert found.one_pass == found.reason.startswith("one pass")
             return found.reason
 
         assert reason(input_gradient=True) == (
-            "one pass: 376 us against 393 by the library's product and an epilogue (predicted)"
+            "one pass: 367 us against 404 by the library's product and an epilogue (predicted)"
         )
-        assert reason() == "library product: 398 us against 421 in one pass (predicted)"
+        assert reason().startswith("one pass: 399 us against 409")
         # A bias: t costs a reading of x in either form, so one pass loses nothing by it.
-        assert reason(needs_down=True).startswith("one pass: 376 us against 393")
+        assert reason(needs_down=True).startswith("one pass: 367 us against 404")
+        # Above rank 64 it multiplies slower, and *down* reads slower.
+        assert reason(r=150) == "library product: 460 us against 481 in one pass (predicted)"
+        assert reason(r=150, needs_down=True).startswith("one pass: 418 us against 447")
         assert reason(norm=SMagNorm(), needs_down=True) == (
-            "library product: 404 us against 484 in one pass (predicted)"
+            "library product: 404 us against 488 in one pass (predicted)"
         )
         assert "ref='max' needs the largest" in reason(norm=SMagNorm(ref="max"))
         assert reason(M=dispatch.MOST_TOKENS).startswith("library product: for M <= 64")

@@ -19,6 +19,7 @@ from secura_kernels.backends.triton import chips, plan, tiles, tune_cache
 from secura_kernels.backends.triton.launch import instead_of_launching
 from secura_kernels.backends.triton.passes import factors
 from secura_kernels.backends.triton.passes.down import down
+from secura_kernels.backends.triton.passes.exact import _dot_exact
 from secura_kernels.backends.triton.passes.gate_backward import gate_backward
 from secura_kernels.backends.triton.passes.tile_ops import _at_row
 from secura_kernels.ops import pack_norm
@@ -363,6 +364,32 @@ def test_an_address_beyond_32_bits():
     out = torch.zeros(1, dtype=torch.uint8, device=DEVICE)
     _load_at_row[(1,)](far, out, row, stride)
     assert out.item() == 77
+
+
+@triton.jit
+def _wide_times_exact(wide_ptr, exact_ptr, out_ptr, SIZE: tl.constexpr):
+    i, j = tl.arange(0, SIZE)[:, None], tl.arange(0, SIZE)[None, :]
+    wide, exact = tl.load(wide_ptr + i * SIZE + j), tl.load(exact_ptr + i * SIZE + j)
+    out = _dot_exact(wide, exact, tl.zeros((SIZE, SIZE), tl.float32), "ieee")
+    tl.store(out_ptr + i * SIZE + j, out)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+def test_float32_times_the_layers_dtype(dtype):
+    """As exact as in float32; what is infinite, or NaN, is so in its own row alone."""
+    size = 16
+    wide = (
+        torch.randn(size, size, device=DEVICE) * torch.logspace(-6, 6, size, device=DEVICE)[:, None]
+    )
+    exact = torch.rand(size, size, device=DEVICE).add(0.5).to(dtype)
+    wide[3, 4], wide[5, 6] = torch.inf, torch.nan
+    out = torch.empty(size, size, device=DEVICE)
+    _wide_times_exact[(1,)](wide, exact, out, size)
+    expected = wide.double() @ exact.double()
+    assert out[3].isinf().all() and out[5].isnan().all()
+    rows = [row for row in range(size) if row not in (3, 5)]
+    off = (out.double() - expected)[rows].norm(dim=1) / expected[rows].norm(dim=1)
+    assert off.max() < 2**-19
 
 
 def test_without_the_interpreter_a_cpu_layer_is_refused():

@@ -42,6 +42,7 @@ class Ceilings:
     ``flops``: dense bfloat16 FLOP/s of a large product. ``bandwidth``: bytes/s of a copy, read and
     written. ``link``: bytes/s per GPU of the interconnect within a node, one direction.
     ``special``: special functions (reciprocal, exp2) a second: SMs x 16 a cycle x clock.
+    ``bulk``: whether our product without a gate is that of bulk copies.
     """
 
     name: str
@@ -49,6 +50,7 @@ class Ceilings:
     bandwidth: float
     link: float
     special: float
+    bulk: bool = False
 
 
 # ASSUMED SUSTAINED values, none measured by this project: H100 ``flops`` and ``bandwidth`` are the
@@ -57,8 +59,8 @@ class Ceilings:
 # sheet's NVLink figure (both directions); SMs and boost clocks are the data sheets'.
 CEILINGS = {
     "A100": Ceilings("A100 80GB SXM", 250e12, 1.75e12, 300e9, 108 * 16 * 1.41e9),
-    "H100": Ceilings("H100 SXM", 790e12, 3.0e12, 450e9, 132 * 16 * 1.755e9),
-    "H200": Ceilings("H200 SXM", 790e12, 4.0e12, 450e9, 132 * 16 * 1.755e9),
+    "H100": Ceilings("H100 SXM", 790e12, 3.0e12, 450e9, 132 * 16 * 1.755e9, bulk=True),
+    "H200": Ceilings("H200 SXM", 790e12, 4.0e12, 450e9, 132 * 16 * 1.755e9, bulk=True),
     "B200": Ceilings("B200", 1.6e15, 6.5e12, 900e9, 148 * 16 * 1.85e9),
 }
 
@@ -81,7 +83,7 @@ def _seconds(
 
 def _loss(layer: Layer, gate: bool, ceilings: Ceilings) -> float:
     """Of our product."""
-    return assumed_loss(gate, layer.r, bulk=ceilings in (CEILINGS["H100"], CEILINGS["H200"]))
+    return assumed_loss(gate, layer.r, ceilings.bulk)
 
 
 def _total(times: dict[str, float]) -> float:
