@@ -105,7 +105,7 @@ def launch_bulk_product(
             BLOCK_K=tile.k,
             GROUP=tile.group,
             B_ROWS=b.stride(1) == 1,
-            FACTOR_ROWS=factor.matrix.stride(1) == 1,
+            FACTOR_ROWS=factor.by_rows,
             FLAT=tile.persistent and h.shape[1] <= block,
         ),
     )

@@ -5,6 +5,8 @@ q = dT = alpha v core (``core`` transposed by its strides). Where p is already t
 matrix (identity 1: t = y0[:, rows]), *project* gathers them instead.
 """
 
+from dataclasses import replace
+
 import torch
 import triton
 import triton.language as tl
@@ -15,7 +17,7 @@ from ..chips import rank_block
 from ..launch import WIDE_STEP, Launch, dot_precision, launched, strides, wide_precision
 from ..tiles import Tile, tile_for
 from .bulk_copies import described, has_descriptor
-from .factors import Factor, _factor_tile
+from .factors import Factor, _described_factor_tile, _factor_tile
 from .tile_ops import _at_row
 
 
@@ -122,7 +124,6 @@ def _down_kernel(
     PRECISION: tl.constexpr,
     WIDE: tl.constexpr,
 ):
-    # FACTOR_ROWS: the factor lies as (K, r), as a copied C, else as (r, K).
     m0 = tl.program_id(0) * BLOCK_M
     m, rows_left = tl.arange(0, BLOCK_M), M - m0
     p_ptr, q_ptr = _at_row(p_ptr, m0, R), _at_row(q_ptr, m0, stride_qm)
@@ -130,7 +131,7 @@ def _down_kernel(
     if TMA:
         for k0 in range(0, K, BLOCK_K):
             a = a_ptr.load([m0, k0])
-            factor = factor_ptr.load([k0, 0]) if FACTOR_ROWS else tl.trans(factor_ptr.load([0, k0]))
+            factor = _described_factor_tile(factor_ptr, k0, 0, FACTOR_ROWS)
             p = tl.dot(a, factor, p, input_precision=PRECISION)
     else:
         r = tl.arange(0, RANK)
@@ -232,10 +233,10 @@ def down(
     """
     (M, K), r = a.shape, core.shape[0]
     tile = tile_for("down", a, M, K, r)
-    if factor.scattered:
-        factor = factor.copied(K, cdiv(M, tile.m))
     if tile.tma:
         factor = factor.aligned(K)
+    elif factor.scattered:
+        factor = factor.copied(K, cdiv(M, tile.m))
     p, q = _outputs(a, core, p_dtype, a.dtype)
     _launch_down(a, factor, core, p, q, alpha, transpose_core)
     return p, q
@@ -255,6 +256,8 @@ def _launch_down(
     tile = tile_for("down", a, M, K, core.shape[0])
     tma = tile.tma and has_descriptor(a, factor.matrix.T)  # its factor is aligned
     operands = dict(a_ptr=a) | factor.arguments()
+    if tile.tma and not tma:  # no copies ahead: see the tile table on fences
+        tile = replace(tile, stages=1)
     if tma:
         operands |= dict(
             a_ptr=described(a, tile.m, tile.k),
@@ -270,7 +273,7 @@ def _launch_down(
             stride_ak=a.stride(1),
             BLOCK_K=tile.k,
             TMA=tma,
-            FACTOR_ROWS=factor.stride_rank == 1,
+            FACTOR_ROWS=factor.by_rows,
             PRECISION=dot_precision(a.dtype),
             **_arguments(a, core, p, q, alpha, tile, transpose_core),
         ),

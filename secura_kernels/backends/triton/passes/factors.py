@@ -59,6 +59,11 @@ class Factor(NamedTuple):
             return self
         return Factor(matrix, None, *matrix.stride(), matrix.shape[1])
 
+    @property
+    def by_rows(self) -> bool:
+        """Whether its matrix lies as (long, r), as a copied C, and not as (r, long)."""
+        return self.stride_rank == 1
+
     def arguments(self) -> dict:
         return dict(
             factor_ptr=self.matrix,
@@ -144,6 +149,12 @@ def rows(layer: CurOperands) -> Factor:
         return Factor(weight.T, index, weight.stride(1), weight.stride(0), index.shape[0])
     R = layer.R
     return Factor(R.T, None, R.stride(1), R.stride(0), R.shape[0])
+
+
+@triton.jit
+def _described_factor_tile(factor_ptr, j0, r0, BY_ROWS: tl.constexpr):
+    """The same as ``_factor_tile`` of an aligned factor's descriptor."""
+    return factor_ptr.load([j0, r0]) if BY_ROWS else tl.trans(factor_ptr.load([r0, j0]))
 
 
 @triton.jit

@@ -20,7 +20,7 @@ from ..chips import rank_block
 from ..launch import Launch, dot_precision, launched
 from ..tiles import Tile, column_parts, tile_for
 from .bulk_copies import described
-from .factors import Factor, _factor_tile
+from .factors import Factor, _described_factor_tile, _factor_tile
 from .gate import _decode
 from .tile_ops import _at_row, _store, _vector
 
@@ -92,9 +92,7 @@ def _gate_backward_kernel(
             tl.store(bias_part_ptr + n, tl.sum(dd, 0), mask=n < N)
         if v_ptr is not None:
             if TMA:
-                factor = (
-                    factor_ptr.load([n0, 0]) if FACTOR_ROWS else tl.trans(factor_ptr.load([0, n0]))
-                )
+                factor = _described_factor_tile(factor_ptr, n0, 0, FACTOR_ROWS)
             else:
                 factor = _factor_tile(
                     factor_ptr, index_ptr, stride_fl, stride_fr, n0, tl.arange(0, BLOCK_N), N, k, FR
@@ -126,10 +124,10 @@ def gate_backward(
     """
     (M, N), wide = dy.shape, dict(dtype=torch.float32)
     tile = tile_for(_row(needs[2]), dy, M, N, r)
-    if factor.scattered:
-        factor = factor.copied(N, cdiv(M, tile.m))
     if tile.tma:
         factor = factor.aligned(N)
+    elif factor.scattered:
+        factor = factor.copied(N, cdiv(M, tile.m))
     blocks, _, parts = _split(dy, tile, needs[2])
     g = torch.empty_like(saved, dtype=dy.dtype) if needs[0] else None
     v = dy.new_empty(parts, M, r, **wide) if needs[0] or needs[1] else None
@@ -194,7 +192,7 @@ def _launch_gate_backward(
             BLOCK_M=tile.m,
             BLOCK_N=tile.n,
             TMA=tile.tma,
-            FACTOR_ROWS=factor.stride_rank == 1,
+            FACTOR_ROWS=factor.by_rows,
             PRECISION=dot_precision(dy.dtype),
         ),
     )
