@@ -390,6 +390,17 @@ def test_a_folder_appears_whole_or_not_at_all(tmp_path):
     assert [path.name for path in tmp_path.rglob("*")] == ["model", "whole"]
 
 
+def test_of_two_processes_that_fill_a_folder_the_first_one_s_is_kept(tmp_path):
+    from secura_kernels.finetune.downloads import folder_in_one_step
+
+    with folder_in_one_step(tmp_path / "model") as later:
+        (later / "whole").write_text("later")
+        with folder_in_one_step(tmp_path / "model") as first:
+            (first / "whole").write_text("first")
+    assert [path.name for path in tmp_path.rglob("*")] == ["model", "whole"]
+    assert (tmp_path / "model" / "whole").read_text() == "first"
+
+
 def test_held_out_windows_do_not_overlap_and_span_the_text():
     from secura_kernels.finetune.corpus import Corpus
 

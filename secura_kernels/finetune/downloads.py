@@ -40,12 +40,19 @@ def check_sha256(path: Path, expected: str) -> None:
 
 @contextmanager
 def folder_in_one_step(target: Path) -> Iterator[Path]:
-    """A temporary folder beside `target` that becomes `target` if the block ends well."""
+    """A temporary folder beside `target` that becomes `target` if the block ends well.
+
+    Where another process made `target` meanwhile, that one is kept.
+    """
     with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}-") as temporary:
         filling = Path(temporary) / target.name
         filling.mkdir()
         yield filling
-        filling.rename(target)
+        try:
+            filling.rename(target)
+        except OSError:
+            if not target.is_dir():
+                raise
 
 
 def cached_archive(requirement: str, name: str, sha256: str, *options: str) -> Path:
