@@ -22,7 +22,8 @@ def adapted(basis: str) -> nn.Module:
 
 
 def task(ids: torch.Tensor) -> list[dict]:
-    return [dict(input_ids=ids, labels=ids)]
+    """Of fewer words than the general text."""
+    return [dict(input_ids=ids // 2, labels=ids // 2)]
 
 
 def calibrated(rank: int, folder: Path) -> None:
@@ -35,12 +36,11 @@ def calibrated(rank: int, folder: Path) -> None:
         for basis in ("whitened", "natural"):
             learn = basis == "natural"
             one, two, sharded = adapted(basis), adapted(basis), adapted(basis)
+            settings = dict(gated=learn, progress=False)
             alone = torch.distributed.is_initialized
             torch.distributed.is_initialized = lambda: False
             try:
-                found = calibrate(
-                    one, [tokens()], task(tokens()) if learn else None, progress=False
-                )
+                found = calibrate(one, [tokens()], task(tokens()) if learn else None, **settings)
             finally:
                 torch.distributed.is_initialized = alone
             fully_sharded(sharded, layers_of(sharded))
@@ -49,7 +49,7 @@ def calibrated(rank: int, folder: Path) -> None:
                     model,
                     [share(tokens(), rank)],
                     task(share(tokens(), rank)) if learn else None,
-                    progress=False,
+                    **settings,
                 )
                 assert mine.tokens == found.tokens, (mine, found)
                 compare(one, model, basis)
@@ -65,6 +65,8 @@ def compare(one: nn.Module, other: nn.Module, basis: str) -> None:
         for name in sides:
             a, b = (b[f"{name}.C"] @ b[f"{name}.R"] for b in (expected, found))
             assert (a - b).norm() < 1e-3 * b.norm(), (name, (a - b).norm() / b.norm())
+            a, b = (b[f"{name}.gate"][:, 0] @ b[f"{name}.R"].float() for b in (expected, found))
+            assert (a - b).norm() < 1e-2 * b.norm(), (name, (a - b).norm() / b.norm())
         return
     folds = [name for name in found if "fold" in name or name.endswith("unit")]
     assert len(folds) == 3 * 2 * 3

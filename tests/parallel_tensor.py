@@ -225,6 +225,26 @@ def tp_stages(rank: int, folder: Path) -> None:
         check_equal(outcomes[1], outcomes[0])
 
 
+def tp_task_gate(rank: int, folder: Path) -> None:
+    """Every rank gates the whole of t, whichever side of W is sharded."""
+    from torch.distributed.tensor.parallel import parallelize_module
+
+    x, gate = _random((2, 5, 10), (3, 2))
+    for name, (hidden, plan) in _plans().items():
+        outcomes = []
+        for base in (_mlp(hidden), parallelize_module(_mlp(hidden), mesh(), plan)):
+            model = with_peft(
+                base, **CURLORA | dict(r=3, basis="raw", target_modules=["0", "2", "3"])
+            )
+            for layer in (m for m in model.modules() if hasattr(m, "secura_adapter")):
+                layer.secura_adapter["default"].gate = gate.clone()
+            outcomes.append(_outcome(model, x))
+        try:
+            check_equal(outcomes[1], outcomes[0])
+        except AssertionError as error:
+            raise AssertionError(f"{name}: {error}") from error
+
+
 def _outcome(model: nn.Module, x: Tensor) -> dict[str, Tensor]:
     x = x.clone().requires_grad_()
     y = full(model(x))
@@ -315,6 +335,7 @@ CHECKS = [
     rules_update,
     tp_torch,
     tp_stages,
+    tp_task_gate,
     tp_transformers,
     tp_refusals,
 ]

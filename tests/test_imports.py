@@ -30,6 +30,7 @@ LAYERS = [
         "nn.projections",
         "nn.stages",
         "nn.state",
+        "nn.task_gate",
     ],
     ["nn.adapter"],
     ["nn.cores"],

@@ -36,10 +36,11 @@ from secura_kernels.train.own_text import own_text
 METHOD = METHODS["CURLoRA, every layer, natural"]
 STEPS, RATES, RATE, TOKENS = 24, (2.3e-3, 4e-3, 7e-3), 4e-3, 4096
 DEFAULT = "default"
-# "rank" and "damping" are of ``calibrate``, the others of this file.
+# "rank", "damping" and "gated" are of ``calibrate``, the others of this file.
 WAYS = {
     DEFAULT: dict(rates=RATES),
     "exact moments": dict(rank=1536),
+    "gated": dict(gated=True, rates=(RATE, 7e-3)),
     "diagonal moments": dict(rank=0),
     "damping 0.03": dict(damping=0.03),
     # The more damping, the more a rate learns.

@@ -23,6 +23,7 @@ from .importance import ImportanceState
 from .matrix import MatrixForm
 from .optional_tensors import OptionalTensors
 from .past import Past
+from .task_gate import TaskGate
 
 NOT_CALIBRATED = (
     "basis={!r} knows nothing yet of what is to be kept: call "
@@ -30,7 +31,7 @@ NOT_CALIBRATED = (
 )
 
 
-class Adapter(OptionalTensors, Factors, MatrixForm, Past, nn.Module):
+class Adapter(OptionalTensors, Factors, MatrixForm, Past, TaskGate, nn.Module):
     """What CURLoRA's and SECURA's changes share.
 
     Args:
@@ -69,7 +70,7 @@ class Adapter(OptionalTensors, Factors, MatrixForm, Past, nn.Module):
         self.register_buffer("cols", cols.to(weight.device, copy=True))
         self.register_buffer("rows", rows.to(weight.device, copy=True))
         # C and R only where they are not slices of W.
-        for name in ("C", "R", "C_past", "R_past", "unit"):
+        for name in ("C", "R", "C_past", "R_past", "unit", "gate", "gate_past"):
             self.register_buffer(name, None)
         # The orthonormal basis's folds derive from W and are never saved; the whitened one's come
         # from text.

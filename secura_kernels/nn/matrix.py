@@ -25,8 +25,8 @@ class MatrixForm:
 
     def is_linear(self) -> bool:
         """Whether the layer is a linear map of x, so that it can be merged: not where something is
-        being learned through a gate on outputs."""
-        return (
+        being learned through a gate on outputs, or was through one for tokens of the task."""
+        return not self.has_gated() and (
             self.norm is None
             or self.norm.domain == "weight"
             or not any(p.any() for p in self.learned_parameters())
@@ -58,7 +58,7 @@ class MatrixForm:
 
     def factors(self, weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """C (N, q), core (q, q), R (q, K) with delta_W = C core R, M2 stages and the past included;
-        q = r without a past. Detached."""
+        q = r without a past. Detached, and all task gates open."""
         (C, R), core = self.C_and_R(weight), self.alpha * self.core(self._whole_core())
         if self.C_past is None:
             return C, core, R

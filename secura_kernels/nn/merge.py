@@ -9,6 +9,15 @@ CANNOT_MERGE = (
     "adapter_bias), and merge then, or train with the gate in the weight domain "
     "(SMagNorm(domain='weight'), in PEFT norm_domain='weight'), which merges exactly"
 )
+TASK_GATE = (
+    "has a gate that opens for tokens of the task, which is not a linear map of x: calibrate "
+    "without gated=True for one that can be merged, or saved as a LoRA"
+)
+
+
+def why_not(adapter: nn.Module) -> str:
+    """What keeps an adapter that is not linear from being merged."""
+    return TASK_GATE if adapter.has_gated() else CANNOT_MERGE
 
 
 class Mergeable:
@@ -30,7 +39,8 @@ class Mergeable:
         bit for bit (they are kept aside). A merged layer saves its state unmerged.
 
         Raises:
-            RuntimeError: a gate in the output domain; nothing is changed.
+            RuntimeError: a gate in the output domain, or for tokens of the task; nothing is
+                changed.
         """
         if self.merged:
             return
@@ -50,7 +60,7 @@ class Mergeable:
         """A plain layer (``nn.Linear``, or ``Conv1D``) equal to this one, with tensors of its own.
 
         Raises:
-            RuntimeError: a gate in the output domain.
+            RuntimeError: a gate in the output domain, or for tokens of the task.
         """
         weight, bias = (self.weight, self.bias) if self.merged else self._merged_tensors()
         where = dict(device=weight.device, dtype=weight.dtype)
@@ -70,7 +80,7 @@ class Mergeable:
     def _merged_tensors(self) -> tuple[Tensor, Tensor | None]:
         """New weight, in the base's layout, and bias of the linear map this layer is."""
         if not self.is_linear():
-            raise RuntimeError(f"this layer {CANNOT_MERGE}")
+            raise RuntimeError(f"this layer {why_not(self)}")
         matrix = self.merged_matrix(self.base_matrix()).to(self.weight.dtype)
         bias, more = self.bias, self.adapter_bias
         if more is not None:

@@ -3,6 +3,8 @@
 import torch
 from torch import Tensor
 
+GATES = ("gate", "gate_past")  # wide in every dtype
+
 
 class OptionalTensors:
     """The part of ``Adapter`` that makes room for them when a state is loaded, and notices that
@@ -15,7 +17,12 @@ class OptionalTensors:
         square = (*stack, r, r)
         calibrated = {
             "whitened": [{"fold_c": square, "fold_r": square, "unit": stack}],
-            "natural": [{"unit": ()}, {"C_past": (N, None), "R_past": (None, K)}],
+            "natural": [
+                {"unit": ()},
+                {"C_past": (N, None), "R_past": (None, K)},
+                {"gate": (r, 2)},
+                {"gate_past": (None, 2)},
+            ],
         }
         return [{"C": (*stack, N, r), "R": (*stack, r, K)}, *calibrated.get(self.basis, [])]
 
@@ -43,10 +50,15 @@ class OptionalTensors:
 
     def _apply(self, fn, recurse: bool = True) -> "OptionalTensors":
         before, folds = (self.cols.device, self.core_parameter().dtype), (self.fold_c, self.fold_r)
+        gates = {name: value for name in GATES if (value := getattr(self, name)) is not None}
         super()._apply(fn, recurse)
         if self.basis == "whitened" and folds[0] is not None and folds[0].device.type != "meta":
             # Wide in every dtype: nothing could derive them again.
             self.fold_c, self.fold_r = (f.to(self.fold_c.device) for f in folds)
+        for name, value in gates.items():
+            own = getattr(self, name)
+            if own.dtype != value.dtype and not value.is_meta:
+                setattr(self, name, value.to(own.device))
         if before != (self.cols.device, self.core_parameter().dtype):
             self.stale = True  # what is derived has been rounded too
         return self
@@ -99,7 +111,8 @@ class OptionalTensors:
                 setattr(self, name, None)
                 continue
             # C and R are cast to the weight's dtype by ``derive``.
-            dtype = found[name].dtype if name[0] in "CR" else trained.dtype
+            as_found = name[0] in "CR" or name in GATES
+            dtype = found[name].dtype if as_found else trained.dtype
             shape = [
                 own if n is None else n for n, own in zip(shape, found[name].shape, strict=True)
             ]

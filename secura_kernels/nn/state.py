@@ -82,6 +82,14 @@ def check_tensors(
             raise fail(f"{name}.shape", tuple(found[name].shape), f"{shape} for this layer")
         elif found[name].is_floating_point() != _floating(name, own):
             raise fail(f"{name}.dtype", found[name].dtype, "the kind of number the layer holds")
+    open_sizes = {
+        name: found[name].shape[shape.index(None)]
+        for name, shape in optional.items()
+        if name in found and None in shape
+    }
+    sizes = set(open_sizes.values())
+    if len(sizes) > 1 or any(size % adapter.r for size in sizes):
+        raise fail("sizes of the past", open_sizes, f"one multiple of r = {adapter.r}")
     if adapter.basis == "svd" and "cols" in found and "C" not in found:
         raise ValueError("the state has no C and R, which basis='svd' stores")
     for group in map(set, adapter.optional_groups()):

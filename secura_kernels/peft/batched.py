@@ -122,6 +122,7 @@ def _gathers(adapter: Adapter) -> bool:
     return (
         adapter.importance is None
         and adapter.C_past is None
+        and adapter.gate is None
         and (norm is None or (norm.domain == "output" and adapter.long_core() is None))
     )
 

@@ -14,6 +14,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from ..checks import fail
+from ..nn.merge import TASK_GATE
 from . import base_weight
 from .experts import SecuraStack
 from .file_format import PREFIX, adapters_of
@@ -48,11 +49,15 @@ def save_as_lora(model: PeftModel, path: str | os.PathLike, adapter_name: str = 
             f"adapter {adapter_name!r} cannot be saved as a LoRA: it has target_parameters "
             f"({stacked[0]}), whose LoRA files are of another form for each program"
         )
+    adapters = {name: layer.secura_adapter[adapter_name] for name, layer in layers.items()}
+    gated = [name for name, adapter in adapters.items() if adapter.has_gated()]
+    if gated:
+        raise ValueError(f"adapter {adapter_name!r} {TASK_GATE} (layer {gated[0]!r})")
     own = get_peft_model_state_dict(model, adapter_name=adapter_name)
     tensors = {k: v.contiguous().cpu() for k, v in own.items() if ".secura_adapter." not in k}
     ranks, biased = {}, False
     for name, layer in layers.items():
-        adapter = layer.secura_adapter[adapter_name]
+        adapter = adapters[name]
         lora_A, lora_B = _factors(layer, adapter_name)
         start, ranks[name] = f"{PREFIX}{name}.", len(lora_A)
         tensors |= {f"{start}lora_A.weight": lora_A, f"{start}lora_B.weight": lora_B}

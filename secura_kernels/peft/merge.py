@@ -6,7 +6,7 @@ import torch
 from peft.tuners.tuners_utils import check_adapters_to_merge
 from torch import Tensor
 
-from ..nn.merge import CANNOT_MERGE
+from ..nn.merge import why_not
 from . import base_weight, sharding
 
 
@@ -18,9 +18,9 @@ class Mergeable:
         """Raises what ``merge`` would raise, before anything is changed.
 
         Raises:
-            ValueError: a gate on outputs, several adapters of which one has a gate, a base that
-                cannot be quantised again, or, with ``safe_merge``, a merged weight that is not
-                finite.
+            ValueError: a gate on outputs or for tokens of the task, several adapters of which one
+                has a gate, a base that cannot be quantised again, or, with ``safe_merge``, a merged
+                weight that is not finite.
             RuntimeError: a base that is sharded over ranks.
         """
         names = self._present(self.active_adapters if adapter_names is None else adapter_names)
@@ -35,8 +35,9 @@ class Mergeable:
         if len(names) > 1:
             self._check_several(names)
         for name in names:
-            if not self.secura_adapter[name].is_linear():
-                raise ValueError(f"adapter {name!r} {CANNOT_MERGE}")
+            adapter = self.secura_adapter[name]
+            if not adapter.is_linear():
+                raise ValueError(f"adapter {name!r} {why_not(adapter)}")
 
     @torch.no_grad()
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
@@ -137,10 +138,13 @@ class Mergeable:
         return change.mT if base_weight.is_transposed(self.get_base_layer()) else change
 
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
-        """Whether the change is a matrix: no gate on outputs, and no bias."""
+        """Whether the change is a matrix: no gate on outputs or for the task, and no bias."""
         if adapter_name not in self.secura_adapter:
             return True
         adapter = self.secura_adapter[adapter_name]
-        return adapter.adapter_bias is None and (
-            adapter.norm is None or adapter.norm.domain == "weight"
+        return (
+            adapter.adapter_bias is None
+            and adapter.gate is None
+            and adapter.gate_past is None
+            and (adapter.norm is None or adapter.norm.domain == "weight")
         )

@@ -167,6 +167,7 @@ def over(base: nn.Module, adapter: Adapter, y0: Tensor, x: Tensor, impl: str) ->
             .redistribute(placements=[Replicate()])
             .to_local()
         )
+    t = adapter.gated(t)
     core, long_core = adapter.core(adapter.stage_core()), adapter.long_core()
     if some_columns:
         if norm is not None and norm.ref == "max":

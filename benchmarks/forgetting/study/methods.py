@@ -258,6 +258,25 @@ METHODS = {
             keeps_tasks=True,
             wikipedia=True,
         ),
+        curlora(
+            "CURLoRA, every layer, natural, tasks kept, gated",
+            LAYERS,
+            1.2e-2,
+            every_layer=True,
+            basis="natural",
+            metric=dict(gated=True),
+            keeps_tasks=True,
+        ),
+        curlora(
+            "CURLoRA, every layer, natural, with Wikipedia, tasks kept, gated",
+            LAYERS,
+            1.2e-2,
+            every_layer=True,
+            basis="natural",
+            metric=dict(gated=True),
+            keeps_tasks=True,
+            wikipedia=True,
+        ),
         # For a KL loss on the same passages; r = 3 has as many numbers as the cores.
         lora("LoRA, every layer, with Wikipedia", LAYERS, 1e-3, every_layer=True, wikipedia=True),
         lora(

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from ...checks import check_choice, check_int, check_number, fail
 from ..adapted import without_adapters
 from ..own_text import own_text
-from . import experts, natural, quiet, whitened
+from . import experts, natural, quiet, task_gate, whitened
 from .coverage import check_finite, complete_experts, unreached, without_enough
 from .layers import calibrated_layers, check_start, from_the_start, has_learned, one_basis, refresh
 from .measuring import Layers, measure, own_loss, task_loss
@@ -57,6 +57,7 @@ def calibrate(
     tokenizer: Any = None,
     damping: float | None = None,
     rank: int = 256,
+    gated: bool = False,
     selection: str | None = None,
     too_few: str = "error",
     restart: bool = False,
@@ -96,6 +97,10 @@ def calibrate(
             0.1 with ``"natural"``.
         rank: with ``"natural"``: of what is kept of Sigma and Gamma beside their diagonals, from 0;
             (N + K) (rank + 1) numbers a layer while it runs.
+        gated: with ``"natural"``: each layer changes a token by as much as that looks like the
+            task rather than like what is to be kept (``nn/task_gate.py``). Much more is kept, and
+            the layers are no linear maps: they cannot be merged or saved as a LoRA. The task's
+            batches are gone through once more.
         selection: with ``"whitened"``: ``"quiet"`` takes the rows and columns of W that answer
             general text least, in one more pass of it. None: those that the layers have.
         too_few: where a layer saw fewer tokens than its rank (an expert that general text never
@@ -120,6 +125,7 @@ def calibrate(
     if damping is not None:
         check_number("damping", damping, "None or a finite number > 0", 0, open_low=True)
     check_int("rank", rank, 0, 2**31)
+    check_choice("gated", gated, (True, False))
     check_choice("selection", selection, (None, "quiet"))
     check_choice("too_few", too_few, ("error", "orthonormal"))
     check_choice("restart", restart, (True, False))
@@ -130,6 +136,8 @@ def calibrate(
         for argument, value in (("task", task), ("loss", loss)):
             if value is not None:
                 raise fail(argument, type(value).__name__, "None: no layer has basis='natural'")
+        if gated:
+            raise fail("gated", gated, "False: no layer has basis='natural'")
     elif selection is not None:
         raise fail(
             "selection",
@@ -138,6 +146,7 @@ def calibrate(
         )
     else:
         task = _listed(task)
+        _check_without_norm(layers, gated)
     if selection == "quiet" and any(adapter.stack for _, adapter in layers.values()):
         raise fail("selection", selection, "None with stacked experts (target_parameters)")
     if selection == "quiet" and keep is not None:
@@ -209,6 +218,14 @@ def calibrate(
             few += unreached(found, too_few)
             found = {name: sides for name, sides in found.items() if sides is not None}
         whole, unit = _in_one_unit(found)
+        gates: dict[str, Tensor] = {}
+        if gated:
+            of_task = {name: task_gate.Projected(R) for name, (_, R, _) in whole.items()}
+            over_task(of_task)
+            gates = {
+                name: task_gate.discriminant(moments[name].x, each)
+                for name, each in of_task.items()
+            }
         for name in few:
             orthonormal = (
                 moments[name].folds_without_metric()
@@ -220,13 +237,19 @@ def calibrate(
         learned = any(has_learned(adapter) for _, adapter in layers.values())
     for name, (module, adapter) in layers.items():
         if basis == "natural":
-            adapter.move_on(*whole[name], module.base_matrix(), learned)
+            adapter.move_on(*whole[name], gates.get(name), module.base_matrix(), learned)
         else:
             if chosen:
                 adapter.choose(*chosen[name], module.base_matrix())
             adapter.whiten(*whole[name])
         refresh(module)
     return Calibration(seen if keep is None else seen or keep.tokens, unit, tuple(few), moments)
+
+
+def _check_without_norm(layers: Layers, gated: bool) -> None:
+    for name, (_, adapter) in layers.items():
+        if gated and adapter.norm is not None:
+            raise fail("gated", gated, f"False, as layer {name!r} has a norm, a gate of its own")
 
 
 def _listed(task: Iterable | None) -> list:

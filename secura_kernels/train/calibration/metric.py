@@ -2,7 +2,7 @@
 
 A moment E[z z^T] of vectors z (size,) is kept as its diagonal and a Nystrom approximation of rank
 ``rank`` (Halko, Martinsson and Tropp, arXiv 0909.4061, section 5.4), from sums over tokens alone:
-size (rank + 1) numbers. At rank = size it is exact; at rank 0 it is its diagonal.
+with the mean's, size (rank + 2) numbers. At rank = size it is exact; at rank 0 it is its diagonal.
 """
 
 from dataclasses import dataclass
@@ -24,18 +24,20 @@ class Moment:
         self.test = test
         self.diagonal = test.new_zeros(len(test))
         self.product = torch.zeros_like(test)
+        self.total = test.new_zeros(len(test))
         self.tokens = test.new_zeros((), dtype=torch.float64)
 
     @property
     def sums(self) -> list[Tensor]:
         """What several processes add up."""
-        return [self.diagonal, self.product, self.tokens]
+        return [self.diagonal, self.product, self.total, self.tokens]
 
     def add(self, z: Tensor) -> None:
         """z: (tokens, size), any dtype."""
         z = z.to(self.test.dtype)
         self.diagonal += z.square().sum(0)
         self.product.addmm_(z.T, z @ self.test)
+        self.total += z.sum(0)
         self.tokens += len(z)
 
     def finite(self) -> bool:
@@ -44,22 +46,26 @@ class Moment:
     def joined(self, other: "Moment", weight: float) -> "Moment":
         """The mean of both moments, ``weight`` times as much of ``other``; as of one token."""
         out = Moment(self.test)
-        for name in ("diagonal", "product"):
+        for name in ("diagonal", "product", "total"):
             own, more = (getattr(m, name) / m.tokens.to(m.diagonal.dtype) for m in (self, other))
             setattr(out, name, (own + weight * more) / (1 + weight))
         out.tokens += 1
         return out
 
+    def mean(self) -> Tensor:
+        """E[z] (size,), float64."""
+        return self.total.double() / self.tokens
+
+    def between(self, R: Tensor) -> Tensor:
+        """R E[z z^T] R^T (n, n), float64, for R (n, size)."""
+        left, low_rank = self._parts()
+        projected = R @ low_rank
+        return (R * left) @ R.T + projected @ projected.T
+
     def inverse_root(self, damping: float) -> "InverseRoot":
         """A with A A^T = (moment + lambda I)^-1; lambda is ``damping`` of the mean diagonal."""
-        diagonal, product, test = (
-            part.double() for part in (self.diagonal, self.product, self.test)
-        )
-        diagonal, product = diagonal / self.tokens, product / self.tokens
-        values, vectors = torch.linalg.eigh((test.T @ product + product.T @ test) / 2)
-        known = values > NOISE * values.amax() if len(values) else values > 0
-        low_rank = product @ (vectors[:, known] * values[known].rsqrt())
-        left = (diagonal - low_rank.square().sum(1)).clamp_min(0)
+        left, low_rank = self._parts()
+        diagonal = self.diagonal.double() / self.tokens
         scale = (left + damping * diagonal.mean()).rsqrt()
         low_rank *= scale[:, None]
         # (I + F F^T)^(-1/2) = I + V ((1 + s^2)^(-1/2) - 1) V^T, with V and s of F's SVD.
@@ -69,6 +75,17 @@ class Moment:
         return InverseRoot(
             scale, (low_rank @ (vectors * values.rsqrt())).float(), (1 + values).rsqrt() - 1
         )
+
+    def _parts(self) -> tuple[Tensor, Tensor]:
+        """d (size,) and F (size, k), float64: the moment is diag(d) + F F^T."""
+        diagonal, product, test = (
+            part.double() for part in (self.diagonal, self.product, self.test)
+        )
+        diagonal, product = diagonal / self.tokens, product / self.tokens
+        values, vectors = torch.linalg.eigh((test.T @ product + product.T @ test) / 2)
+        known = values > NOISE * values.amax() if len(values) else values > 0
+        low_rank = product @ (vectors[:, known] * values[known].rsqrt())
+        return (diagonal - low_rank.square().sum(1)).clamp_min(0), low_rank
 
 
 @dataclass(frozen=True)
