@@ -5,6 +5,7 @@ import copy
 import pytest
 import torch
 import torch.nn.functional as F
+from devices import DEVICE
 from peft import PeftModel
 from peft_models import layers, llama, logits, move, peft, tokens
 from quantised import quantised
@@ -127,8 +128,9 @@ def test_the_layer_is_the_formula(first, second):
 
 def test_every_backend(impl):
     """Their epilogue is given t times the gate."""
-    layer = two_tasks_learned(torch.float32, impl=impl)
-    x = clouds(9, 2, 9).float().requires_grad_()
+    layer = two_tasks_learned(torch.float32).to(DEVICE)
+    layer.impl = impl
+    x = clouds(9, 2, 9).float().to(DEVICE).requires_grad_()
     expected = formula(layer, x.double(), [layer.gate_past])
     y = layer(x)
     torch.testing.assert_close(y.double(), expected, rtol=1e-4, atol=1e-4)

@@ -36,6 +36,7 @@ FORMS = (
     ("natural", 0),
     ("natural", 64),
     ("natural", 256),
+    ("natural, gated", 256),
 )
 R = 64
 GIB = 2**30
@@ -63,7 +64,7 @@ def bytes_of(basis: str, rank: int | None, shapes: list[tuple[int, int]], r: int
     for N, K in shapes:
         for size, side in ((K, 0), (N, 1)):
             kept = min(rank, size)
-            sums += 4 * size * (kept + 1)
+            sums += 4 * size * (kept + 2)
             roots += 4 * size * kept + 8 * size
             tests[size, side] = 4 * size * kept
         q = min(r + OVERSAMPLING, N, K)
@@ -118,6 +119,8 @@ def rows(
         settings = {} if rank is None else dict(rank=rank)
         if basis.endswith("quiet"):
             settings["selection"] = "quiet"
+        if basis.endswith("gated"):
+            settings["gated"] = True
         batches = task if rank is not None else None
         if gpu:
             before = torch.cuda.memory_allocated()
@@ -148,7 +151,8 @@ def rows(
 
 def table(found: list[dict], tokens: int, task_tokens: int, r: int) -> str:
     lines = [
-        f"{tokens} general tokens" + f", {task_tokens} of the task twice; r = {r}",
+        f"{tokens} general tokens, {task_tokens} of the task twice, and once more for a gate; "
+        f"r = {r}",
         "",
         "| basis | rank of the moments | seconds | times a plain pass of the general tokens | "
         "memory | of Llama-3.1-8B, r = 64 (computed) | measured peak |",

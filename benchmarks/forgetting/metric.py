@@ -30,7 +30,7 @@ from torch import nn
 
 from secura_kernels import calibrate
 from secura_kernels.train.adapted import calibrated_adapters
-from secura_kernels.train.calibration import Calibration, natural
+from secura_kernels.train.calibration import Calibration, natural, task_gate
 from secura_kernels.train.own_text import own_text
 
 METHOD = METHODS["CURLoRA, every layer, natural"]
@@ -41,6 +41,8 @@ WAYS = {
     DEFAULT: dict(rates=RATES),
     "exact moments": dict(rank=1536),
     "gated": dict(gated=True, rates=(RATE, 7e-3)),
+    "gated, log odds of 0 before a token is seen": dict(gated=True, prior=0.0),
+    "gated, log odds of -4 before a token is seen": dict(gated=True, prior=-4.0),
     "diagonal moments": dict(rank=0),
     "damping 0.03": dict(damping=0.03),
     # The more damping, the more a rate learns.
@@ -86,6 +88,7 @@ class Trials:
         shrink: float = 1.0,
         turned: bool = False,
         every_layer: bool = True,
+        prior: float = task_gate.PRIOR,
         **settings,
     ) -> dict:
         subject, task = self.subject, self.subject.tasks[0]
@@ -96,7 +99,10 @@ class Trials:
         model, all_batches = subject.model(method, 0), subject.batches(task, STEPS, 0)
         key = (tokens, every_layer, settings.get("rank"))
         keep = self.kept.get(key)
-        with mock.patch.object(natural, "OVERSAMPLING", oversampling):
+        with (
+            mock.patch.object(natural, "OVERSAMPLING", oversampling),
+            mock.patch.object(task_gate, "PRIOR", prior),
+        ):
             self.kept[key] = calibrate(
                 model,
                 None if keep else self.text(tokens),

@@ -44,6 +44,17 @@ class PlainLinear(nn.Module):
         )
 
 
+class PlainGated(PlainLinear):
+    """One with a gate for tokens of the task."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        layer = self.layer
+        C, R = layer.C_and_R(layer.weight)
+        t = layer.gated(F.linear(x, R))
+        change = F.linear(F.linear(t, layer.core().to(x.dtype)), C)
+        return F.linear(x, layer.weight, layer.bias) + layer.alpha * change
+
+
 class DenseLinear(PlainLinear):
     """The published form: the update as a dense (N, K) matrix, formed and multiplied every step."""
 
@@ -101,19 +112,26 @@ def rivals(linear: nn.Linear, r: int, *, compiled: bool) -> tuple[dict[str, Riva
 
 
 def _defaults(linear: nn.Linear, r: int) -> dict[str, Rival]:
-    """What a user gets who sets nothing, a calibrated layer, whose C and R are stored, and a gated
-    layer as SECURA's own defaults have it; on the backend that ``impl="auto"`` takes."""
+    """What a user gets who sets nothing, a calibrated layer, whose C and R are stored, without and
+    with a gate for tokens of the task, and a gated layer as SECURA's own defaults have it; on the
+    backend that ``impl="auto"`` takes."""
     impl = resolve("auto", linear.weight.device, linear.weight.dtype, r)
     gated = dict(m=_m(linear, r), adapter_bias=True, norm=SMagNorm())
     found = {}
     for form, kind, settings in (
         ("CURLoRA, orthonormal", CURLoRALinear, dict(basis="orthonormal")),
         ("CURLoRA, natural", CURLoRALinear, dict(basis="natural")),
+        ("CURLoRA, natural, gated", CURLoRALinear, dict(basis="natural")),
         ("SECURA, orthonormal, bias", SECURALinear, dict(basis="orthonormal", **gated)),
     ):
         ours, plain = (_ours(kind, linear, r, each, settings) for each in (impl, "reference"))
+        gated_by_task = form.endswith("gated")
+        if gated_by_task:
+            gate = torch.randn(r, 2, generator=torch.Generator().manual_seed(2)) / r
+            ours.gate = plain.gate = gate.to(linear.weight.device)
         found[f"{form}, {impl}"] = Rival(ours, f"{form}, eager")
-        found[f"{form}, eager"] = Rival(PlainLinear(plain), timed=False)
+        eager = (PlainGated if gated_by_task else PlainLinear)(plain)
+        found[f"{form}, eager"] = Rival(eager, timed=False)
     return found
 
 

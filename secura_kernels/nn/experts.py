@@ -26,7 +26,7 @@ class ExpertsAdapter(Adapter):
             ``CURLoRAAdapter`` or ``SECURAAdapter``.
 
     Raises:
-        ValueError: ``basis="natural"``, whose moments for every expert take (N + K)(rank + 1)
+        ValueError: ``basis="natural"``, whose moments for every expert take (N + K)(rank + 2)
             numbers, or ``"svd"``, which stores C and R; a gate on the weight, which would form
             W_eff (E, N, K) in each forward pass, or with ``ref="max"``; importance decay, whose
             gate is counted over one matrix.

@@ -14,17 +14,17 @@ class Past:
         C: Tensor,
         R: Tensor,
         unit: float,
-        gate: Tensor | None,
         weight: Tensor,
         learned: bool,
+        gate: Tensor | None = None,
     ) -> None:
         """Takes the natural basis C (N, r), R (r, K). What has been learned so far joins the past,
         the core is zero, and the outputs stay what they are.
 
         Args:
             unit: ||V||_F^2 unit^2 / 2 is about the change of the base model's predictions, in nats
-                a token. gate: (r, 2), see ``task_gate.py``, or none. learned: False where there is
-                nothing that is to join.
+                a token. learned: False where there is nothing that is to join. gate: (r, 2), see
+                ``task_gate.py``.
         """
         if learned:
             self.gate_past = self.all_gates()

@@ -36,7 +36,9 @@ from study.setup import Setup  # noqa: E402
 from secura_kernels import CURLoRALinear, calibrate  # noqa: E402
 
 CALIBRATED = [
-    name for name, method in methods.METHODS.items() if method.calibrated and not method.metric
+    name
+    for name, method in methods.METHODS.items()
+    if method.calibrated and method.metric in ({}, dict(gated=True))
 ]
 
 
@@ -335,7 +337,8 @@ def test_ways_of_measuring_are_compared_at_equal_learning(two_domains, monkeypat
 
     monkeypatch.setattr(metric, "STEPS", 4)
     qkv, turned = "queries, keys and values alone", "C and R each turned at random"
-    ways = {"damping 1", "r = 16", "shrunk to 0.6", qkv, turned, metric.DEFAULT}
+    odds = "gated, log odds of -4 before a token is seen"
+    ways = {"damping 1", "r = 16", "shrunk to 0.6", qkv, turned, "gated", odds, metric.DEFAULT}
     out = two_domains / "metric"
     monkeypatch.setattr(
         sys, "argv", ["metric.py", "--model", str(two_domains), "--way", *ways, "--out", str(out)]
@@ -346,7 +349,7 @@ def test_ways_of_measuring_are_compared_at_equal_learning(two_domains, monkeypat
     assert [r["way"] for r in records.values()].count(metric.DEFAULT) == len(metric.RATES)
     assert {r["way"] for r in records.values()} == ways
     at_rate = {r["way"]: r["kl"] for r in records.values() if r["rate"] == metric.RATE}
-    assert at_rate[turned] != at_rate[metric.DEFAULT]
+    assert len({at_rate[way] for way in (turned, "gated", odds, metric.DEFAULT)}) == 4
     monkeypatch.setattr(metric.Trials, "run", None)  # goes on where it stopped
     metric.main()
 

@@ -96,7 +96,7 @@ def calibrate(
             less, the further a core may move what general text seems not to use. None: 0.01, and
             0.1 with ``"natural"``.
         rank: with ``"natural"``: of what is kept of Sigma and Gamma beside their diagonals, from 0;
-            (N + K) (rank + 1) numbers a layer while it runs.
+            (N + K) (rank + 2) numbers a layer while it runs.
         gated: with ``"natural"``: each layer changes a token by as much as that looks like the
             task rather than like what is to be kept (``nn/task_gate.py``). Much more is kept, and
             the layers are no linear maps: they cannot be merged or saved as a LoRA. The task's
@@ -237,7 +237,7 @@ def calibrate(
         learned = any(has_learned(adapter) for _, adapter in layers.values())
     for name, (module, adapter) in layers.items():
         if basis == "natural":
-            adapter.move_on(*whole[name], gates.get(name), module.base_matrix(), learned)
+            adapter.move_on(*whole[name], module.base_matrix(), learned, gates.get(name))
         else:
             if chosen:
                 adapter.choose(*chosen[name], module.base_matrix())
