@@ -67,13 +67,24 @@ def test_the_gate_is_fisher_s_discriminant():
     torch.testing.assert_close(layer.gate[:, 1].double().sum(), c, rtol=1e-3, atol=1e-3)
 
 
+def test_tokens_that_are_all_the_same_make_no_wild_gate():
+    layer, x = one_layer(torch.float32), torch.ones(50, 10)
+    calibrate(layer, [x], [batch_of(2 * x)], loss=cross_entropy, gated=True, progress=False)
+    assert layer.gate.isfinite().all() and layer.gate.abs().max() < 1e9
+    assert gate_of(layer, x[:1]) < 0.01 and gate_of(layer, 2 * x[:1]) > 0.99
+
+
 def test_it_opens_for_what_looks_like_the_task():
     """Of samples that it has not seen."""
     layer = one_layer()
     calibrate(
-        layer, [clouds(200, 1, 1)], [batch_of(clouds(80, 2, 2))], loss=cross_entropy, gated=True,
+        layer,
+        [clouds(200, 1, 1)],
+        [batch_of(clouds(80, 2, 2))],
+        loss=cross_entropy,
+        gated=True,
         progress=False,
-    )  # fmt: skip
+    )
     assert gate_of(layer, clouds(100, 2, 5)).median() > 0.9
     assert gate_of(layer, clouds(100, 1, 6)).median() < 0.05
 

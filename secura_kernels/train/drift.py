@@ -36,7 +36,8 @@ def drift(model: nn.Module) -> dict[str, Drift]:
 
     CURLoRA and SECURA layers never form delta_W (N, K): the singular values of C core R are those
     of S_c core S_r^T, r x r, with C = Q_c S_c and R^T = Q_r S_r. Their drift is that of delta_W
-    itself, in front of a gate: a gate on outputs is no linear map, so no weight has its change.
+    itself, in front of a gate: one on outputs, or for tokens of the task, is no linear map, so no
+    weight has its change.
     Stages are counted, but for M1 stages of the module replacements, which move W: what follows
     one is measured from there.
 

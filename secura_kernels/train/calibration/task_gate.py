@@ -10,7 +10,7 @@ and c = -w . (mean_t + mean_g) / 2 (Fisher 1936).
 import torch
 from torch import Tensor
 
-from .metric import Moment
+from .metric import NOISE, Moment
 
 PRIOR = -2.0  # the log odds of the task before a token is seen
 RIDGE = 0.02  # of S's mean diagonal, added to it
@@ -38,10 +38,9 @@ def discriminant(general: Moment, task: Projected) -> Tensor:
     R = task.R.double()
     tokens, total, squares = task.sums
     mean_g, mean_t = R @ general.mean(), total / tokens
-    S_g = general.between(R) - torch.outer(mean_g, mean_g)
-    S_t = squares / tokens - torch.outer(mean_t, mean_t)
-    S = (S_g + S_t) / 2
-    S.diagonal().add_(RIDGE * S.diagonal().mean())
+    whole = (general.between(R) + squares / tokens) / 2
+    S = whole - (torch.outer(mean_g, mean_g) + torch.outer(mean_t, mean_t)) / 2
+    S.diagonal().add_(RIDGE * S.diagonal().mean() + NOISE * whole.diagonal().mean())
     w = torch.linalg.solve(S, mean_t - mean_g)
     c = PRIOR - w @ (mean_t + mean_g) / 2
     return torch.stack([w, (c / len(w)).expand(len(w))], 1).float()
