@@ -261,6 +261,16 @@ def test_ways_to_run(how):
     assert (before - after).norm() < (0.1 if low else 1e-5) * before.norm()
 
 
+def test_own_layers_under_autocast():
+    layer, x = two_tasks_learned(torch.float32), clouds(9, 2, 9).float()
+    with torch.autocast("cpu", torch.bfloat16):
+        y = layer(x)
+    assert y.dtype == torch.bfloat16
+    torch.testing.assert_close(y.float(), layer(x), rtol=0.05, atol=0.05)
+    y.float().sum().backward()
+    assert layer.U.grad.isfinite().all()
+
+
 def test_it_is_compiled_and_exported():
     layer, x = two_tasks_learned(torch.float32), clouds(9, 2, 9).float()
     expected = layer(x)
