@@ -1,9 +1,11 @@
 """Tiny models for the tests of the PEFT method, and how their adapters are moved and compared."""
 
 import copy
+from collections.abc import Iterator
+from pathlib import Path
 
 import torch
-from peft import get_peft_model
+from peft import PeftModel, get_peft_model
 from torch import nn
 from transformers import (
     BertConfig,
@@ -55,6 +57,15 @@ def llama(seed: int = 0, dtype: torch.dtype = torch.float32) -> LlamaForCausalLM
         seed,
         dtype,
     )
+
+
+def loaded(folder: Path) -> Iterator[nn.Module]:
+    """``llama()`` with the adapter of a folder, in each way to load one."""
+    yield PeftModel.from_pretrained(llama(), folder)
+    yield PeftModel.from_pretrained(llama(), folder, low_cpu_mem_usage=True)
+    model = llama()
+    assert not model.load_adapter(folder).unexpected_keys
+    yield model
 
 
 def gpt2(seed: int = 0, dtype: torch.dtype = torch.float32) -> GPT2LMHeadModel:

@@ -7,7 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from peft import PeftModel, get_peft_model
-from peft_models import layers, llama, logits, move, peft, tokens
+from peft_models import layers, llama, loaded, logits, move, peft, tokens
 from quantised import dequantised, quantised
 from torch import nn
 
@@ -280,12 +280,7 @@ def test_files_bring_the_basis_back_to_the_bit(settings, stage, tmp_path):
         move(model, seed=3)
     expected = logits(model, tokens())
     model.save_pretrained(tmp_path)
-    for load in (
-        lambda: PeftModel.from_pretrained(llama(), tmp_path),
-        lambda: PeftModel.from_pretrained(llama(), tmp_path, low_cpu_mem_usage=True),
-        lambda: with_transformers(tmp_path),
-    ):
-        read = load()
+    for read in loaded(tmp_path):
         assert torch.equal(logits(read, tokens()), expected)
         assert all(
             torch.equal(
@@ -300,12 +295,6 @@ def test_files_bring_the_basis_back_to_the_bit(settings, stage, tmp_path):
     unfilled = get_peft_model(llama(), SecuraConfig.from_pretrained(tmp_path)).train()
     with pytest.raises(RuntimeError, match="calibrate"):
         unfilled(tokens())
-
-
-def with_transformers(folder):
-    model = llama()
-    assert not model.load_adapter(folder).unexpected_keys
-    return model
 
 
 @pytest.mark.parametrize("kind, norm", [(CURLoRALinear, None), (SECURALinear, "calibrated")])
