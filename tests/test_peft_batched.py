@@ -215,8 +215,10 @@ def test_gradients_after_inference_mode():
     model, x = several(mlp(), GATED, CURLORA), torch.randn(2, 24)
     with torch.inference_mode():
         expected = model(x, adapter_names=["default", "second"])
-    assert torch.equal(model(x, adapter_names=["default", "second"]), expected)
-    model(x, adapter_names=["default", "second"]).sum().backward()
+    y = model(x, adapter_names=["default", "second"])
+    # Without gradients t is columns of the base product, with them a product of its own.
+    torch.testing.assert_close(y, expected, rtol=1e-5, atol=1e-6)
+    y.sum().backward()
 
 
 @pytest.mark.parametrize("settings", [(GATED, CURLORA), (SECURA | dict(norm="figure"), GATED)])

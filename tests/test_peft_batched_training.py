@@ -370,7 +370,8 @@ def test_trainer_with_names_from_a_collator(packed, tmp_path):
         twin(**batch).loss.backward()
         optimizer.step()
         optimizer.zero_grad()
-    check_same(trained(model), trained(twin), rtol=0, atol=0)
+    # The Trainer's AdamW is the fused one, which rounds in another order.
+    check_same(trained(model), trained(twin), rtol=1e-6, atol=1e-8)
     twin.eval()
     with torch.no_grad():
         losses = [twin(**WithNames(packed)(samples[at : at + 4])).loss for at in (0, 4)]
