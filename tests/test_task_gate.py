@@ -203,6 +203,19 @@ def test_tasks_in_turn(tmp_path):
     torch.testing.assert_close(mixed[1], logits(llama(), tokens())[1], rtol=1e-4, atol=1e-4)
 
 
+def test_gates_stay_wide_over_a_narrow_base(tmp_path):
+    two_tasks(peft(llama(), **NATURAL)).save_pretrained(tmp_path)
+    narrow = llama(dtype=torch.bfloat16)
+    narrow.load_adapter(tmp_path)
+    wrapped = PeftModel.from_pretrained(
+        llama(dtype=torch.bfloat16), tmp_path, autocast_adapter_dtype=False
+    )
+    for model in (narrow, wrapped):
+        for layer in layers(model).values():
+            adapter = layer.secura_adapter["default"]
+            assert adapter.gate.dtype == adapter.gate_past.dtype == torch.float32
+
+
 def test_own_layers_are_saved_and_loaded(tmp_path):
     layer, x = two_tasks_learned(torch.float32), clouds(9, 2, 9).float()
     model = nn.Sequential(layer)

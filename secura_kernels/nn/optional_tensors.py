@@ -85,15 +85,9 @@ class OptionalTensors:
                 self.untie(weight)
             elif name in names:
                 shape = [int(sizes.get(name, 1)) * self.r if n is None else n for n in shape]
-                setattr(
-                    self,
-                    name,
-                    torch.zeros(
-                        shape,
-                        dtype=weight.dtype if name in ("C", "R") else self.core_parameter().dtype,
-                        device=self.cols.device,
-                    ),
-                )
+                dtype = weight.dtype if name in ("C", "R") else self.core_parameter().dtype
+                dtype = torch.float32 if name in GATES else dtype
+                setattr(self, name, torch.zeros(shape, dtype=dtype, device=self.cols.device))
             self.stale = self.stale or name in names
 
     def optional_name(self, name: str) -> str:
