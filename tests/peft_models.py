@@ -68,6 +68,20 @@ def loaded(folder: Path) -> Iterator[nn.Module]:
     yield model
 
 
+def check_trains(model: nn.Module, batch: dict, steps: int, rate: float) -> None:
+    """Some steps on one batch lower its loss, and reach nothing that is frozen."""
+    model.train()
+    first = model(**batch).loss
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=rate)
+    for _ in range(steps):
+        loss = model(**batch).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    assert loss < 0.95 * first
+    assert not any(p.grad is not None for p in model.parameters() if not p.requires_grad)
+
+
 def gpt2(seed: int = 0, dtype: torch.dtype = torch.float32) -> GPT2LMHeadModel:
     return _weights(
         GPT2LMHeadModel(

@@ -49,16 +49,13 @@ class OptionalTensors:
             buffers |= {name: buffers.pop(name) for name in absent}
 
     def _apply(self, fn, recurse: bool = True) -> "OptionalTensors":
-        before, folds = (self.cols.device, self.core_parameter().dtype), (self.fold_c, self.fold_r)
-        gates = {name: value for name in GATES if (value := getattr(self, name)) is not None}
+        before = self.cols.device, self.core_parameter().dtype
+        names = ("fold_c", "fold_r") if self.basis == "whitened" else GATES
+        wide = {name: value for name in names if (value := getattr(self, name)) is not None}
         super()._apply(fn, recurse)
-        if self.basis == "whitened" and folds[0] is not None and folds[0].device.type != "meta":
-            # Wide in every dtype: nothing could derive them again.
-            self.fold_c, self.fold_r = (f.to(self.fold_c.device) for f in folds)
-        for name, value in gates.items():
-            own = getattr(self, name)
-            if own.dtype != value.dtype and not value.is_meta:
-                setattr(self, name, value.to(own.device))
+        for name, value in wide.items():
+            if not value.is_meta:  # wide in every dtype: nothing could derive them again
+                setattr(self, name, value.to(getattr(self, name).device))
         if before != (self.cols.device, self.core_parameter().dtype):
             self.stale = True  # what is derived has been rounded too
         return self

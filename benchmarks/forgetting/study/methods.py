@@ -188,6 +188,7 @@ STAGES, LAYERS = "SECURA: decay and stages", "every linear layer"
 METRIC = "every linear layer: the natural basis's metric"
 RIVALS = "every linear layer: rivals that keep"
 MLP = ("gate_proj", "up_proj", "down_proj")
+TASK_GATE = dict(every_layer=True, basis="natural", metric=dict(gated=True), keeps_tasks=True)
 
 
 METHODS = {
@@ -258,24 +259,13 @@ METHODS = {
             keeps_tasks=True,
             wikipedia=True,
         ),
-        curlora(
-            "CURLoRA, every layer, natural, tasks kept, gated",
-            LAYERS,
-            1.2e-2,
-            every_layer=True,
-            basis="natural",
-            metric=dict(gated=True),
-            keeps_tasks=True,
-        ),
+        curlora("CURLoRA, every layer, natural, tasks kept, gated", LAYERS, 1.2e-2, **TASK_GATE),
         curlora(
             "CURLoRA, every layer, natural, with Wikipedia, tasks kept, gated",
             LAYERS,
             1.2e-2,
-            every_layer=True,
-            basis="natural",
-            metric=dict(gated=True),
-            keeps_tasks=True,
             wikipedia=True,
+            **TASK_GATE,
         ),
         # For a KL loss on the same passages; r = 3 has as many numbers as the cores.
         lora("LoRA, every layer, with Wikipedia", LAYERS, 1e-3, every_layer=True, wikipedia=True),
