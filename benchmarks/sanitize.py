@@ -39,7 +39,7 @@ ENVIRONMENT = {
     "PYTHONUNBUFFERED": "1",  # reports come after the name of their case
 }
 
-NORMS = {"no gate": None} | {
+NORMS = {"no gate": None, "task gate": None} | {
     ", ".join([domain, *["max"] * (ref == "max")]): SMagNorm(domain=domain, ref=ref)
     for domain, ref in product(("output", "weight"), (1.0, "max"))
 }
@@ -87,7 +87,7 @@ def cases() -> list[Case]:
     found = []
     for form, tied, biases, dtype in product(NORMS, (True, False), (False, True), DTYPES):
         # As in plan.one_pass: with max(rho), and on the weight, there is one form only.
-        both = form in ("no gate", "output")
+        both = form in ("no gate", "task gate", "output")
         for one_pass in (False, True) if both else (False,):
             i = len(found)
             found.append(
@@ -132,7 +132,9 @@ def run_case(case: Case, impl: str, device: str) -> None:
         C, R, cols, rows = W[:, cols], W[rows], None, None
     wide = dict(dtype=torch.float32)
     x, core = laid_out(random(M, K)), (random(r, r, **wide) / r).to(device)
-    bias = adapter_bias = decay = None
+    bias = adapter_bias = decay = task_gate = None
+    if case.form == "task gate":
+        task_gate = random(r, 2, **wide).to(device)
     trained = [x.requires_grad_(), core.requires_grad_()]
     if case.biases:
         bias, adapter_bias = random(N).to(device), random(N, **wide).to(device)
@@ -140,7 +142,7 @@ def run_case(case: Case, impl: str, device: str) -> None:
         trained.append(adapter_bias.requires_grad_())
     with mock.patch.object(passes, "one_pass", lambda *_: case.one_pass):
         layer = CurOperands(
-            W, bias, core, cols, rows, C, R, adapter_bias, decay, 0.7, NORMS[case.form]
+            W, bias, core, cols, rows, C, R, adapter_bias, decay, 0.7, NORMS[case.form], task_gate
         )
         y, moved = cur_linear_and_moved(x, layer, impl, 1.2 if case.biases else 0.0)
         gradients = torch.autograd.grad(y, trained, laid_out(random(M, N)))

@@ -61,7 +61,26 @@ __global__ void __launch_bounds__(Sum<RANK>::THREADS, 1) down_kernel(Down d) {
     if (d.sum_parts) {
       sum_of_parts<Rows::ROWS, Rows::THREADS>(d.part, d.parts, p, M, d.r, m0);
     }
-    project_rows(p, M, d.r, d.padded, d.core, d.alpha, static_cast<T*>(d.q), m0, shared_memory());
+    T* q = static_cast<T*>(d.q);
+    const T* t = static_cast<const T*>(d.t);
+    float* openness = openness_of_rows(shared_memory());
+    if (d.task_gate != nullptr) {
+      __syncthreads();  // p is read back, and the shared memory is free
+      if (t == nullptr) {
+        find_openness(p, M, d.r, d.task_gate, m0, openness);
+      } else {
+        find_openness(t, M, d.r, d.task_gate, m0, openness);
+        __syncthreads();
+        multiply_rows(p, M, d.r, m0, openness);
+      }
+    }
+    const bool opens = d.task_gate != nullptr && t == nullptr;
+    project_rows(p, M, d.r, d.padded, d.core, d.alpha, q, m0, shared_memory(),
+                 opens ? openness : nullptr);
+    if (t != nullptr) {
+      __syncthreads();  // q is read back
+      add_through_gate(q, d.padded, t, M, d.r, d.task_gate, m0, openness);
+    }
   };
   if (d.p_float32) {
     finish(static_cast<float*>(d.p));
@@ -80,7 +99,7 @@ void down(const Down& d, const Launch& where) {
       const auto run = [&](auto* kernel, int bytes) {
         const auto run_step = [&](const Down& step, int parts) {
           launch(kernel, step, int64_t{ceil_div(d.a.rows, Sum<RANK>::ROWS)} * parts,
-                 Sum<RANK>::THREADS, std::max(bytes, MULTIPLY_BYTES<ByCore>), where, "down",
+                 Sum<RANK>::THREADS, std::max(bytes, PROJECT_BYTES), where, "down",
                  {{"M", d.a.rows}, {"K", d.a.columns}, {"r", d.r}});
         };
         run_step(d, d.parts);

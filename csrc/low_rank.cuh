@@ -1,7 +1,10 @@
-// alpha p core^T, the small product that ends three passes.
+// alpha p core^T, the small product that ends three passes; and the task gate around it, whose
+// formulas are in secura_kernels/backends/reference/task_gate.py. A warp takes a row, its lanes the
+// ranks.
 #pragma once
 
 #include "multiply.cuh"
+#include "reduce.cuh"
 
 namespace secura {
 
@@ -41,18 +44,81 @@ __device__ __forceinline__ void sum_of_parts(const float* part, int parts, P* p,
   }
 }
 
-// q = alpha p core^T (M, padded) at the block's rows; zeros beyond r.
+// What project_rows needs of shared memory, and after it the openness of the block's rows.
+constexpr int PROJECT_BYTES =
+    MULTIPLY_BYTES<ByCore> + ByCore::ROWS * static_cast<int>(sizeof(float));
+
+__device__ __forceinline__ float* openness_of_rows(unsigned char* memory) {
+  return reinterpret_cast<float*>(memory + MULTIPLY_BYTES<ByCore>);
+}
+
+// use(i, row) for the rows that a warp takes, i counted from the block's first.
+template <typename Use>
+__device__ __forceinline__ void for_rows_of_warp(int M, int m0, Use use) {
+  for (int i = threadIdx.x / 32; i < min(M - m0, ByCore::ROWS); i += ByCore::THREADS / 32) {
+    use(i, int64_t{m0} + i);
+  }
+}
+
+// openness[i] = sigmoid(w . t + c) of the block's rows of t (M, r).
+template <typename T>
+__device__ __forceinline__ void find_openness(const T* t, int M, int r, const float* gate, int m0,
+                                              float* openness) {
+  for_rows_of_warp(M, m0, [&](int i, int64_t row) {
+    float logit = 0.0f;
+    for (int k = threadIdx.x % 32; k < r; k += 32) {
+      logit += to_float(t[row * r + k]) * gate[2 * k] + gate[2 * k + 1];
+    }
+    logit = sum_of_warp(logit);
+    if (threadIdx.x % 32 == 0) {
+      openness[i] = 1.0f / (1.0f + expf(-logit));
+    }
+  });
+}
+
+// p *= openness, at the block's rows.
+template <typename P>
+__device__ __forceinline__ void multiply_rows(P* p, int M, int r, int m0, const float* openness) {
+  for_rows_of_warp(M, m0, [&](int i, int64_t row) {
+    for (int k = threadIdx.x % 32; k < r; k += 32) {
+      p[row * r + k] = from_float<P>(to_float(p[row * r + k]) * openness[i]);
+    }
+  });
+}
+
+// q, openness times the gradient of openness t, becomes that of t (M, r), at the block's rows.
+template <typename T>
+__device__ __forceinline__ void add_through_gate(T* q, int padded, const T* t, int M, int r,
+                                                 const float* gate, int m0,
+                                                 const float* openness) {
+  for_rows_of_warp(M, m0, [&](int i, int64_t row) {
+    float along = 0.0f;
+    for (int k = threadIdx.x % 32; k < r; k += 32) {
+      along += to_float(q[row * padded + k]) * to_float(t[row * r + k]);
+    }
+    along = sum_of_warp(along) * (1.0f - openness[i]);
+    for (int k = threadIdx.x % 32; k < r; k += 32) {
+      T& value = q[row * padded + k];
+      value = from_float<T>(to_float(value) + along * gate[2 * k]);
+    }
+  });
+}
+
+// q = alpha p core^T (M, padded) at the block's rows, times `openness` unless it is null; zeros
+// beyond r.
 template <typename P, typename Q>
 __device__ __forceinline__ void project_rows(const P* p, int M, int r, int padded,
                                              const Matrix& core, float alpha, Q* q, int m0,
-                                             unsigned char* memory) {
+                                             unsigned char* memory,
+                                             const float* openness = nullptr) {
   __syncthreads();  // p is read back by other threads than wrote it
   for (int j0 = 0; j0 < padded; j0 += ByCore::COLUMNS) {
     const ByCore sum = times_core(p, M, r, core, m0, j0, memory);
     for_elements<ByCore>([&](int i, int j, int e) {
       const int row = m0 + ByCore::row(i, e), column = j0 + ByCore::column(j, e);
       if (row < M && column < padded) {
-        q[static_cast<int64_t>(row) * padded + column] = from_float<Q>(alpha * sum.value[i][j][e]);
+        const float scale = openness == nullptr ? alpha : alpha * openness[row - m0];
+        q[static_cast<int64_t>(row) * padded + column] = from_float<Q>(scale * sum.value[i][j][e]);
       }
     });
   }

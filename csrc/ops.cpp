@@ -148,7 +148,7 @@ int parts_of(const OptionalTensor& part) {
 
 void down_op(const Tensor& a, const Tensor& factor, const Tensor& core, double alpha,
              const Tensor& p_out, const Tensor& q_out, const OptionalTensor& part,
-             int64_t stream) {
+             const OptionalTensor& task_gate, const OptionalTensor& t, int64_t stream) {
   const Dtype dtype = dtype_of(a, "a");
   const ScalarType type = scalar_type(dtype);
   const int64_t M = a.size(0);
@@ -165,11 +165,15 @@ void down_op(const Tensor& a, const Tensor& factor, const Tensor& core, double a
   p.q = contiguous(q_out, "q", type, M * padded);
   p.parts = parts_of(part);
   p.part = contiguous<float>(part, "part", ScalarType::Float, p.parts * M * p.r);
+  p.task_gate = contiguous<const float>(task_gate, "task_gate", ScalarType::Float, 2 * p.r);
+  p.t = contiguous(t, "t", type, M * p.r);
+  STD_TORCH_CHECK(!t || task_gate, "t needs task_gate");
   down(p, where(dtype, stream));
 }
 
 void project_op(const Tensor& a, const OptionalTensor& index, const Tensor& core, double alpha,
-                const Tensor& p_out, const Tensor& q_out, int64_t stream) {
+                const Tensor& p_out, const Tensor& q_out, const OptionalTensor& task_gate,
+                int64_t stream) {
   const Dtype dtype = dtype_of(a, "a");
   const ScalarType type = scalar_type(dtype);
   const int64_t M = a.size(0);
@@ -184,6 +188,7 @@ void project_op(const Tensor& a, const OptionalTensor& index, const Tensor& core
   p.p = contiguous(p_out, "p", type, M * p.r);
   p.q_float32 = q_out.scalar_type() == ScalarType::Float;
   p.q = contiguous(q_out, "q", p.q_float32 ? ScalarType::Float : type, M * padded);
+  p.task_gate = contiguous<const float>(task_gate, "task_gate", ScalarType::Float, 2 * p.r);
   project(p, where(dtype, stream));
 }
 
@@ -347,10 +352,10 @@ STABLE_TORCH_LIBRARY(secura_cuda, m) {
   m.def("gather(Tensor matrix, Tensor? index, Tensor(a!) factor, int stream) -> ()");
   m.def(
       "down(Tensor a, Tensor factor, Tensor core, float alpha, Tensor(a!) p, Tensor(b!) q, "
-      "Tensor(c!)? part, int stream) -> ()");
+      "Tensor(c!)? part, Tensor? task_gate, Tensor? t, int stream) -> ()");
   m.def(
       "project(Tensor a, Tensor? index, Tensor core, float alpha, Tensor(a!) p, Tensor(b!) q, "
-      "int stream) -> ()");
+      "Tensor? task_gate, int stream) -> ()");
   m.def(
       "product(Tensor a, Tensor b, Tensor h, Tensor factor, Tensor? bias, Tensor? adapter_bias, "
       "Tensor? decay, float[] gate, Tensor(a!) y, Tensor(b!)? saved, "

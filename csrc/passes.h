@@ -48,7 +48,8 @@ struct Gather {
 };
 void gather(const Gather&, const Launch&);
 
-// p = a factor (M, r), q = alpha p core^T. With `part` a is taken in `parts` groups of columns, so
+// p = a factor (M, r), q = alpha p core^T. With a task gate q is multiplied by the openness of p; or
+// in a backward pass, with t, p by that of t, and q is the gradient of t. With `part` a is taken in `parts` groups of columns, so
 // that few rows fill the chip too; their products are then added in order.
 struct Down {
   Matrix a;          // (M, K)
@@ -59,13 +60,15 @@ struct Down {
   void* p;         // (M, r), of the layer's dtype or float32
   bool p_float32;  // which
   void* q;         // (M, padded)
+  const float* task_gate;  // (r, 2), w and shares of c, or null: see low_rank.cuh
+  const void* t;           // (M, r) of the layer's dtype, or null
   float* part;     // (parts, M, r) or null
   int parts;       // 1 where it is null
   bool sum_parts;  // false; true in the second launch, which adds them
 };
 void down(const Down&, const Launch&);
 
-// p = a[:, index] (M, r), q = alpha p core^T.
+// p = a[:, index] (M, r), q = alpha p core^T, times the openness of p.
 struct Project {
   Matrix a;              // (M, at least r)
   const int64_t* index;  // (r,) or null: the first r columns
@@ -75,6 +78,7 @@ struct Project {
   void* p;         // (M, r)
   void* q;         // (M, padded), of the layer's dtype or float32
   bool q_float32;  // which
+  const float* task_gate;  // as in Down
 };
 void project(const Project&, const Launch&);
 

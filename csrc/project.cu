@@ -18,12 +18,19 @@ __global__ void __launch_bounds__(ByCore::THREADS, 1) project_kernel(Project d) 
     p[static_cast<int64_t>(row) * d.r + k] =
         a.data[row * a.stride_row + from * a.stride_depth];
   }
+  const float* openness = nullptr;
+  if (d.task_gate != nullptr) {
+    __syncthreads();  // p is read back
+    float* found = openness_of_rows(shared_memory());
+    find_openness(p, a.rows, d.r, d.task_gate, m0, found);
+    openness = found;
+  }
   if (d.q_float32) {
     project_rows(p, a.rows, d.r, d.padded, d.core, d.alpha, static_cast<float*>(d.q), m0,
-                 shared_memory());
+                 shared_memory(), openness);
   } else {
     project_rows(p, a.rows, d.r, d.padded, d.core, d.alpha, static_cast<T*>(d.q), m0,
-                 shared_memory());
+                 shared_memory(), openness);
   }
 }
 
@@ -33,7 +40,7 @@ void project(const Project& d, const Launch& where) {
   with_dtype(where.dtype, [&](auto type) {
     using T = typename decltype(type)::type;
     launch(project_kernel<T>, d, ceil_div(d.a.rows, ByCore::ROWS), ByCore::THREADS,
-           MULTIPLY_BYTES<ByCore>, where, "project", {{"M", d.a.rows}, {"r", d.r}});
+           PROJECT_BYTES, where, "project", {{"M", d.a.rows}, {"r", d.r}});
   });
 }
 

@@ -1,4 +1,4 @@
-// Sums and maxima over the threads of a block, of integers: in any order.
+// Sums over a warp, in one order; and of integers, in any, sums and maxima over a block.
 #pragma once
 
 #include "types.cuh"

@@ -27,6 +27,7 @@ class EpilogueCase:
     adapter_bias: Tensor | None
     decay: Tensor | None
     alpha: float = 0.7
+    task_gate: Tensor | None = None
     quantities = ("y", "dy0", "dt", "dcore", "dadapter_bias")
 
     @property
@@ -57,19 +58,22 @@ class EpilogueCase:
             norm=norm,
             decay=self.decay,
             adapter_bias=adapter_bias,
+            task_gate=self.task_gate,
             impl=impl,
         )
 
     def operands(self, norm) -> CurOperands:
         return CurOperands.of_epilogue(
-            self.core, self.C, self.adapter_bias, self.decay, self.alpha, norm
+            self.core, self.C, self.adapter_bias, self.decay, self.alpha, norm, self.task_gate
         )
 
     def eager(self, norm, dtype=None):
         """The plain formula, in ``dtype`` (its own by default), on leaves of its own."""
         leaves = [t.detach().to(dtype or t.dtype).requires_grad_() for t in self.trained()]
         y0, t, core, adapter_bias = leaves
-        decay = None if self.decay is None else self.decay.to(dtype or self.decay.dtype)
+        decay, gate = (
+            None if v is None else v.to(dtype or v.dtype) for v in (self.decay, self.task_gate)
+        )
         return reference.cur_epilogue(
             y0,
             t,
@@ -79,17 +83,35 @@ class EpilogueCase:
             norm=norm,
             adapter_bias=adapter_bias,
             decay=decay,
+            task_gate=gate,
         ), leaves
 
 
 def epilogue_case(
-    M=7, N=12, K=10, r=4, dtype=torch.float64, *, decay=True, small=False, device="cpu"
+    M=7,
+    N=12,
+    K=10,
+    r=4,
+    dtype=torch.float64,
+    *,
+    decay=True,
+    small=False,
+    task_gate=False,
+    device="cpu",
 ) -> EpilogueCase:
     """``small``: a core as small as a trained one's."""
-    c = case(M, N, K, r, dtype, decay=decay, device=device)
+    c = case(M, N, K, r, dtype, decay=decay, task_gate=task_gate, device=device)
     C, R = c.C_and_R
     with torch.no_grad():
         y0, t = F.linear(c.x, c.W, c.bias), c.x @ R.T
         if small:
             c.core.mul_(0.3 / r)
-    return EpilogueCase(y0.requires_grad_(), t.requires_grad_(), c.core, C, c.adapter_bias, c.decay)
+    return EpilogueCase(
+        y0.requires_grad_(),
+        t.requires_grad_(),
+        c.core,
+        C,
+        c.adapter_bias,
+        c.decay,
+        task_gate=c.task_gate,
+    )

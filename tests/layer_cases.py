@@ -44,6 +44,7 @@ class Case:
     alpha: float = 0.7
     tied: bool = True
     sides: tuple[Tensor, Tensor] | None = None
+    task_gate: Tensor | None = None
 
     @property
     def C_and_R(self) -> tuple[Tensor, Tensor]:
@@ -80,6 +81,7 @@ class Case:
             alpha=self.alpha,
             norm=norm,
             decay=self.decay,
+            task_gate=self.task_gate,
             impl=impl,
             adapter_bias=self.adapter_bias if adapter_bias is None else adapter_bias,
             **where,
@@ -100,6 +102,7 @@ class Case:
             self.decay,
             self.alpha,
             norm,
+            self.task_gate,
         )
 
     def eager(self, norm, dtype=None):
@@ -124,6 +127,7 @@ class Case:
             norm=norm,
             adapter_bias=leaves[2],
             decay=to(self.decay),
+            task_gate=to(self.task_gate),
         )
         return y, [leaf for leaf in leaves if leaf is not None]
 
@@ -140,6 +144,7 @@ def case(
     adapter_bias=True,
     decay=True,
     core_dtype=None,
+    task_gate=False,
     device="cpu",
 ) -> Case:
     core_dtype = core_dtype or torch.promote_types(dtype, torch.float32)
@@ -157,6 +162,7 @@ def case(
         ),
         decay=torch.where(torch.rand(N) > 0.5, 0.9, 1.0).to(device) if decay else None,
         tied=tied,
+        task_gate=(torch.randn(r, 2) / r).to(device, core_dtype) if task_gate else None,
     )
 
 
@@ -252,10 +258,11 @@ def rounded_again(tensor: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def small_change(
-    *shape: int, dtype: torch.dtype, tied: bool, biases: bool, decay=False, device="cpu"
+    *shape: int, dtype: torch.dtype, tied: bool, biases: bool, device="cpu", **settings
 ) -> Case:
     """A case whose core is as small as a trained one's."""
-    c = case(*shape, dtype, tied=tied, bias=biases, adapter_bias=biases, decay=decay, device=device)
+    settings = dict(decay=False) | settings
+    c = case(*shape, dtype, tied=tied, bias=biases, adapter_bias=biases, device=device, **settings)
     with torch.no_grad():
         c.core.mul_(0.3 / shape[-1])
     return c

@@ -58,6 +58,17 @@ def test_error_is_no_more_than_eager(norm, dtype, impl):
     )
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_error_behind_a_task_gate_is_no_more_than_eager(dtype, impl):
+    settings = dict(dtype=dtype, task_gate=True, device=DEVICE)
+    cases = [
+        small_change(*shape, tied=tied, biases=biases, **settings)
+        for shape in SHAPES.values()
+        for tied, biases in ((True, True), (True, False), (False, False))
+    ]
+    check_no_more_than_eager(cases, None, impl)
+
+
 @pytest.mark.parametrize("tied", [True, False], ids=["tied", "stored"])
 @pytest.mark.parametrize("norm", **ALL_NORMS)
 def test_every_form(norm, tied, impl):
@@ -75,6 +86,29 @@ def test_ranks(r, norm, impl):
     compare(c, norm, impl)
 
 
+@pytest.mark.parametrize("r", [1, 15, 64, 65, 150, 256])
+def test_ranks_behind_a_task_gate(r, impl):
+    c = case(66, 260, 257, r, torch.float32, decay=False, task_gate=True, device=DEVICE)
+    with torch.no_grad():
+        c.core.mul_(0.3 / r)
+    compare(c, None, impl)
+
+
+def test_a_task_gate_that_is_shut_or_open(impl):
+    """To the bit: logits of 1,000 either way."""
+    c = case(70, 40, 33, 4, torch.float32, tied=False, adapter_bias=False, device=DEVICE)
+    opened = c.ours(None, impl=impl)
+    dy = torch.randn_like(opened)
+    free = torch.autograd.grad(opened, c.trained(), dy)
+    for logit, expected in ((1e3, opened), (-1e3, F.linear(c.x, c.W, c.bias))):
+        c.task_gate = torch.tensor([[0.0, logit / 4]] * 4, device=DEVICE)
+        y = c.ours(None, impl=impl)
+        dx, dcore = torch.autograd.grad(y, c.trained(), dy)
+        assert torch.equal(y, expected)
+        assert torch.equal(dcore, free[1] if logit > 0 else torch.zeros_like(dcore))
+        torch.testing.assert_close(dx, free[0] if logit > 0 else dy @ c.W)
+
+
 @settings(
     max_examples=40,
     deadline=None,
@@ -90,21 +124,21 @@ def test_ranks(r, norm, impl):
     tied=st.booleans(),
     biases=st.booleans(),
     decay=st.booleans(),
+    task_gate=st.booleans(),
     strides=st.sampled_from(["contiguous", "sliced", "transposed"]),
     dtype=st.sampled_from([torch.float32, torch.bfloat16, torch.float16]),
     seed=st.integers(0, 2**16),
 )
 def test_any_shape_stride_and_dtype(
-    impl, M, N, K, data, norm, tied, biases, decay, strides, dtype, seed
+    impl, M, N, K, data, norm, tied, biases, decay, task_gate, strides, dtype, seed
 ):
     torch.manual_seed(seed)
     assume(impl == "reference" or norm is None or norm.detach_gate)
     if norm is not None and (not norm.continuous or not norm.detach_gate):
         dtype = torch.float32  # low precision costs a jump, or divides by a rounded base
     r = data.draw(st.integers(1, min(N, K)), label="r")
-    c = case(
-        M, N, K, r, dtype, tied=tied, bias=biases, adapter_bias=biases, decay=decay, device=DEVICE
-    )
+    has = dict(bias=biases, adapter_bias=biases, decay=decay, task_gate=task_gate and norm is None)
+    c = case(M, N, K, r, dtype, tied=tied, device=DEVICE, **has)
     with torch.no_grad():
         c.core.mul_(0.5 / r)
     dy = torch.randn(M, N, device=DEVICE).to(dtype)
@@ -115,7 +149,7 @@ def test_any_shape_stride_and_dtype(
         c.x = torch.randn(K, M, device=DEVICE).to(dtype).T.requires_grad_()
         c.W = (torch.randn(K, N, device=DEVICE) / K**0.5).to(dtype).T
         dy = torch.randn(N, M, device=DEVICE).to(dtype).T
-        for name in ("bias", "adapter_bias", "decay", "cols", "rows"):
+        for name in ("bias", "adapter_bias", "decay", "cols", "rows", "task_gate"):
             vector = getattr(c, name)
             if vector is not None:
                 apart = torch.stack([vector.detach(), torch.full_like(vector, 1000)], 1)[:, 0]
@@ -146,6 +180,8 @@ def test_nan_stays_in_its_token(norm, impl):
     # product in any backend, of all others in the reference.
     dtype = torch.float64 if impl == "reference" else torch.bfloat16
     c = case(M=70, N=40, K=33, r=4, dtype=dtype, decay=False, device=DEVICE)
+    if norm is None:
+        c.task_gate = torch.randn(4, 2, device=DEVICE)
     with torch.no_grad():
         c.x[2, 3] = torch.nan
     y = c.ours(norm, impl=impl)

@@ -171,6 +171,13 @@ def test_equals_the_eager_formula_and_its_derivatives(norm):
     check_derivatives(epilogue_case(), norm)
 
 
+def test_behind_a_task_gate(impl):
+    check_derivatives(epilogue_case(task_gate=True), None)
+    for dtype in (torch.float32, torch.bfloat16):
+        small = dict(small=True, task_gate=True, device=DEVICE)
+        check_no_more_than_eager([epilogue_case(*s, dtype, **small) for s in SHAPES], None, impl)
+
+
 @pytest.mark.parametrize("norm", FULL.values(), ids=FULL)
 def test_gradcheck(norm):
     c = epilogue_case(M=3, N=6, K=5, r=2)
@@ -232,12 +239,12 @@ def test_importance_count(norm, impl):
 @pytest.mark.parametrize("norm", FORMS.values(), ids=FORMS)
 def test_opcheck(norm, impl):
     dtype = torch.bfloat16
-    c = epilogue_case(9, 12, 10, 5, dtype, device=DEVICE)
+    c = epilogue_case(9, 12, 10, 5, dtype, task_gate=norm is None, device=DEVICE)
     core, bias, t, y0 = (v.detach() for v in (c.core, c.adapter_bias, c.t, c.y0))
     detach = norm is None or norm.detach_gate
     for save, edge in ((True, 0.0), (False, 0.0 if norm is None else 1.2)):
         settings = (c.alpha, pack_norm(norm), detach, edge, save, impl)
-        forward = (y0, t, core, c.C, bias, c.decay, *settings)
+        forward = (y0, t, core, c.C, bias, c.decay, c.task_gate, *settings)
         opcheck(cur_epilogue_fwd, forward)
     saved = cur_epilogue_fwd(*forward[:-2], True, impl)[1] if detach else y0
     gate = norm is not None  # without one no gradient of y0 is computed: it is dy
@@ -251,6 +258,7 @@ def test_opcheck(norm, impl):
                 c.C,
                 bias,
                 c.decay,
+                c.task_gate,
                 t,
                 saved,
                 c.alpha,
@@ -330,6 +338,9 @@ def test_transforms():
         (dict(core=torch.zeros(3, 3)), r"core='torch.float32 \(3, 3\)' is not allowed"),
         (dict(adapter_bias=torch.zeros(4)), r"adapter_bias.shape=\(4,\) is not allowed.*\(12,\)"),
         (dict(decay=torch.zeros(12).requires_grad_()), "decay.requires_grad=True is not allowed"),
+        (dict(task_gate=torch.zeros(4)), r"task_gate.shape=\(4,\) is not allowed.*\(4, 2\)"),
+        (dict(task_gate=torch.zeros(4, 2).requires_grad_()), "task_gate.requires_grad=True is not"),
+        (dict(task_gate=torch.zeros(4, 2), norm=SMagNorm()), "task_gate=.* None beside a norm"),
     ],
 )
 def test_bad_arguments(changes, message):

@@ -171,6 +171,7 @@ def test_torch_compile():
 
 @torch._dynamo.config.patch(error_on_recompile=True)
 def test_one_layer_compiled_alone(products):
+    torch.compiler.reset()  # another test's compilation would be compiled again
     separate, fused = pair("gate")
     fused.q_proj.compile(fullgraph=True, backend="aot_eager")
     for _ in range(3):

@@ -25,6 +25,15 @@ def test_gradcheck(norm, tied):
     assert gradgradcheck(lambda *a: c.ours(norm, *a), inputs)
 
 
+@pytest.mark.parametrize("tied", [True, False], ids=["tied", "stored"])
+def test_derivatives_behind_a_task_gate(tied):
+    check_derivatives(case(tied=tied, task_gate=True), None)
+    c = case(M=3, N=6, K=5, r=2, tied=tied, task_gate=True)
+    inputs = (c.x, c.core, c.adapter_bias)
+    assert gradcheck(lambda *a: c.ours(None, *a), inputs)
+    assert gradgradcheck(lambda *a: c.ours(None, *a), inputs)
+
+
 @pytest.mark.parametrize("domain", ["output", "weight"])
 def test_gradcheck_of_a_detached_gate(domain):
     """With the gate's constant frozen at this point, the layer is linear in the change, and its

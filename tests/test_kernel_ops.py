@@ -42,7 +42,7 @@ FORMS = {
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("norm", FORMS.values(), ids=FORMS)
 def test_opcheck(norm, dtype, impl):
-    c = case(9, 12, 10, 4, dtype, device=DEVICE)
+    c = case(9, 12, 10, 4, dtype, task_gate=True, device=DEVICE)
     parameters = (c.core.detach(), c.cols, c.rows, None, None, c.adapter_bias.detach(), c.decay)
     settings = (c.alpha, pack_norm(norm), norm is None or norm.detach_gate)
     edge = 0.0 if norm is None else 1.2
@@ -63,13 +63,12 @@ def test_opcheck(norm, dtype, impl):
             ),
         )
         return
-    arguments = (c.x.detach(), c.W, c.bias, *parameters, *settings, edge, True, impl)
-    opcheck(cur_linear_fwd, arguments)
-    y, t, saved, _ = cur_linear_fwd(*arguments)
-    opcheck(
-        cur_linear_bwd,
-        (torch.randn_like(y), c.W, *parameters, t, saved, *settings, [True, True, True], impl),
-    )
+    for gate in (None, c.task_gate) if norm is None else (None,):
+        arguments = (c.x.detach(), c.W, c.bias, *parameters, gate, *settings, edge, True, impl)
+        opcheck(cur_linear_fwd, arguments)
+        y, t, saved, _ = cur_linear_fwd(*arguments)
+        needs, dy = [True, True, True], torch.randn_like(y)
+        opcheck(cur_linear_bwd, (dy, c.W, *parameters, gate, t, saved, *settings, needs, impl))
 
 
 @KERNELS
@@ -100,7 +99,7 @@ def test_traces_for_a_gpu_without_one():
             torch.empty(4, dtype=torch.int64, device="cuda"),
         )
         assert cur_linear(x, W, core, cols=index, rows=index, impl="triton").shape == (8, 48)
-        parameters = (core, index, index, None, None, None, None)
+        parameters = (core, index, index, None, None, None, None, None)
         settings = (1.0, pack_norm(SMagNorm()), True)
         y, t, saved, _ = cur_linear_fwd(x, W, None, *parameters, *settings, 0.0, True, "triton")
         dx, dcore, _ = cur_linear_bwd(

@@ -469,6 +469,9 @@ def test_bad_bases():
         (dict(weight=torch.zeros(20, 24, device="meta")), "x.device='cpu'"),
         (dict(alpha=float("inf")), "alpha=inf"),
         (dict(norm="calibrated"), "norm='calibrated' is not allowed"),
+        (dict(task_gate=torch.zeros(2, 4)), r"task_gate.shape=\(2, 4\) is not .*\(4, 2\)"),
+        (dict(task_gate=torch.zeros(4, 2), norm=SMagNorm()), "task_gate=.* None beside a norm"),
+        (dict(task_gate=torch.zeros(4, 2), norm=WEIGHT), "task_gate=.* None beside a norm"),
     ],
 )
 def test_bad_arguments_of_the_function(changes, message):

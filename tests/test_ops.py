@@ -29,7 +29,7 @@ def op_arguments(c, norm):
 @pytest.mark.parametrize("tied", [True, False], ids=["tied", "stored"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_opcheck(norm, tied, dtype):
-    c = case(dtype=dtype, tied=tied)
+    c = case(dtype=dtype, tied=tied, task_gate=True)
     x, parameters, settings = c.x.detach(), *op_arguments(c, norm)
     edge = 0.0 if norm is None else 1.2
     if norm is not None and norm.domain == "weight":
@@ -41,6 +41,7 @@ def test_opcheck(norm, tied, dtype):
             (torch.randn_like(y), x, c.W, *parameters, *settings, [True, True, True], "auto"),
         )
         return
+    parameters = (*parameters, None if norm is not None else c.task_gate)
     for save in (True, False):
         arguments = (x, c.W, c.bias, *parameters, *settings, edge, save, "auto")
         opcheck(cur_linear_fwd, arguments)

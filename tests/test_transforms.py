@@ -84,9 +84,12 @@ def test_func_grad(norm):
         torch.testing.assert_close(a, b)
 
 
-@pytest.mark.parametrize("norm", **ALL_NORMS)
-def test_vmap(norm):
-    c = case()
+@pytest.mark.parametrize(
+    ("norm", "task_gate"),
+    [*((norm, False) for norm in ALL_NORMS["argvalues"]), (None, True)],
+)
+def test_vmap(norm, task_gate):
+    c = case(task_gate=task_gate)
     xs, cores = torch.randn(3, *c.x.shape).double(), torch.randn(3, *c.core.shape).double()
     for x, core, dims in ((xs, c.core, (0, None)), (xs, cores, (0, 0)), (c.x, cores, (None, 0))):
         got = torch.vmap(lambda a, b: c.ours(norm, a, b), dims)(x, core)
@@ -140,9 +143,19 @@ def of_update(norm):
     return lambda *a: c.ours(norm, *a), [t.detach() for t in c.trained()]
 
 
-FORWARD_MODE = [(of_layer, norm) for norm in ALL_NORMS["argvalues"]] + [
-    (of_update, norm) for norm in OUTPUT_NORMS.values()
-]
+def behind_a_task_gate(form):
+    def of(norm):
+        c = dict(layer=case, update=epilogue_case)[form](task_gate=True)
+        return lambda *a: c.ours(norm, *a), [t.detach() for t in c.trained()]
+
+    return of
+
+
+FORWARD_MODE = (
+    [(of_layer, norm) for norm in ALL_NORMS["argvalues"]]
+    + [(of_update, norm) for norm in OUTPUT_NORMS.values()]
+    + [(behind_a_task_gate(form), None) for form in ("layer", "update")]
+)
 
 
 @pytest.mark.parametrize("form, norm", FORWARD_MODE)

@@ -41,18 +41,8 @@ class PlainLinear(nn.Module):
             alpha=layer.alpha,
             norm=layer.norm,
             adapter_bias=getattr(layer, "adapter_bias", None),
+            task_gate=layer.gate,
         )
-
-
-class PlainGated(PlainLinear):
-    """One with a gate for tokens of the task."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        layer = self.layer
-        C, R = layer.C_and_R(layer.weight)
-        t = layer.gated(F.linear(x, R))
-        change = F.linear(F.linear(t, layer.core().to(x.dtype)), C)
-        return F.linear(x, layer.weight, layer.bias) + layer.alpha * change
 
 
 class DenseLinear(PlainLinear):
@@ -125,13 +115,11 @@ def _defaults(linear: nn.Linear, r: int) -> dict[str, Rival]:
         ("SECURA, orthonormal, bias", SECURALinear, dict(basis="orthonormal", **gated)),
     ):
         ours, plain = (_ours(kind, linear, r, each, settings) for each in (impl, "reference"))
-        gated_by_task = form.endswith("gated")
-        if gated_by_task:
+        if form.endswith("gated"):
             gate = torch.randn(r, 2, generator=torch.Generator().manual_seed(2)) / r
             ours.gate = plain.gate = gate.to(linear.weight.device)
         found[f"{form}, {impl}"] = Rival(ours, f"{form}, eager")
-        eager = (PlainGated if gated_by_task else PlainLinear)(plain)
-        found[f"{form}, eager"] = Rival(eager, timed=False)
+        found[f"{form}, eager"] = Rival(PlainLinear(plain), timed=False)
     return found
 
 

@@ -22,6 +22,7 @@ class CurOperands(NamedTuple):
         adapter_bias: (N,), part of the change; any floating dtype. decay: (N,) importance-decay
             factors; any floating dtype.
         alpha: scale of the change. norm: the gate, or None.
+        task_gate: (r, 2), see ``reference/task_gate.py``, or None; not beside a norm.
     """
 
     weight: Tensor
@@ -35,6 +36,7 @@ class CurOperands(NamedTuple):
     decay: Tensor | None
     alpha: float
     norm: SMagNorm | None
+    task_gate: Tensor | None = None
 
     @classmethod
     def of_epilogue(
@@ -45,6 +47,7 @@ class CurOperands(NamedTuple):
         decay: Tensor | None,
         alpha: float,
         norm: SMagNorm | None,
+        task_gate: Tensor | None = None,
     ) -> "CurOperands":
         """Of a layer whose base output and x R^T somebody else computes: there is no W."""
         return cls(
@@ -59,6 +62,7 @@ class CurOperands(NamedTuple):
             decay,
             alpha,
             norm,
+            task_gate,
         )
 
     @property
@@ -80,6 +84,7 @@ class CurOperands(NamedTuple):
         return self.R is None and self.bias is None
 
     def tensors(self) -> tuple[Tensor | None, ...]:
+        """Without ``task_gate``, which a gate on the weight has no use for."""
         return self[:9]
 
     def whole_C(self) -> Tensor:
@@ -98,6 +103,7 @@ class CurOperands(NamedTuple):
             rows=self.rows,
             adapter_bias=self.adapter_bias,
             decay=self.decay,
+            task_gate=self.task_gate,
         )
         spread = {
             name: vector.contiguous()

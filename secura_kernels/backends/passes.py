@@ -89,9 +89,16 @@ class Passes(Protocol):
         *,
         p_dtype: torch.dtype,
         transpose_core: bool = False,
+        task_gate: Tensor | None = None,
+        t: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
         """p = a factor (M, r) in ``p_dtype``, and q = alpha p core^T (M, padded r) in a's dtype;
-        ``transpose_core``: alpha p core."""
+        ``transpose_core``: alpha p core.
+
+        With ``task_gate`` (r, 2) q is multiplied by the openness of p. With ``t`` (M, r) of the
+        forward pass too, contiguous, p is multiplied by the openness of t, and q is the gradient of
+        t, by ``reference/task_gate.py``.
+        """
 
     def project(
         self,
@@ -102,8 +109,10 @@ class Passes(Protocol):
         *,
         q_dtype: torch.dtype,
         transpose_core: bool = False,
+        task_gate: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """p = a[:, index] (M, r), and q = alpha p core^T (M, padded r) in ``q_dtype``."""
+        """p = a[:, index] (M, r), and q = alpha p core^T (M, padded r) in ``q_dtype``, times the
+        openness of p."""
 
     def product(
         self,

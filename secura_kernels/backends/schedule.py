@@ -27,18 +27,18 @@ class Linear:
         """y, t, what the backward pass needs of the gate, and the count of gates <= ``edge``."""
         run = self.passes
         x, layer = run.addressable(x), layer.with_contiguous_vectors()
-        weight, core, alpha = layer.weight, layer.core, layer.alpha
+        weight, core, alpha, gate = layer.weight, layer.core, layer.alpha, layer.task_gate
         saved, moved, finish = _outputs(x, weight.shape[0], layer, edge, save)
         plan = run.plan(x, layer)
         if plan:
-            t, h = run.down(x, run.rows(layer), core, alpha, p_dtype=x.dtype)
+            t, h = run.down(x, run.rows(layer), core, alpha, p_dtype=x.dtype, task_gate=gate)
             y = run.product(x, weight, h, run.columns(layer), plan, layer.bias, finish)
             return y, t, saved, moved
         y = F.linear(x, weight, layer.bias)
         if layer.t_is_of_base:
-            t, h = run.project(y, layer.rows, core, alpha, q_dtype=x.dtype)
+            t, h = run.project(y, layer.rows, core, alpha, q_dtype=x.dtype, task_gate=gate)
         else:
-            t, h = run.down(x, run.rows(layer), core, alpha, p_dtype=x.dtype)
+            t, h = run.down(x, run.rows(layer), core, alpha, p_dtype=x.dtype, task_gate=gate)
         run.epilogue(y, h, run.columns(layer), finish)
         return y, t, saved, moved
 
@@ -82,7 +82,9 @@ class Epilogue:
         run, t, layer = self.passes, t.contiguous(), layer.with_contiguous_vectors()
         saved, moved, finish = _outputs(t, y0.shape[1], layer, edge, save)
         y = y0.clone(memory_format=torch.contiguous_format)  # the epilogue works in place
-        _, h = run.project(t, None, layer.core, layer.alpha, q_dtype=t.dtype)
+        _, h = run.project(
+            t, None, layer.core, layer.alpha, q_dtype=t.dtype, task_gate=layer.task_gate
+        )
         run.epilogue(y, h, run.columns(layer), finish)
         return y, saved, moved
 
@@ -146,6 +148,8 @@ def _gradients(
                 layer.alpha,
                 p_dtype=torch.float32,
                 transpose_core=True,
+                task_gate=layer.task_gate,
+                t=None if layer.task_gate is None else t,
             )
             dcore = run.core_gradient(v, t, layer) if needs[1] else None
         found = Gradients(dy, dT, dcore, dy.sum(0, dtype=torch.float32) if needs[2] else None)

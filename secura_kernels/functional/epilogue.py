@@ -10,7 +10,7 @@ from ..backends.reference import batched
 from ..checks import check_choice, fail
 from ..ops import CurBatched, CurEpilogue, apply, forward_mode, pack_norm, prepare
 from ..settings import SMagNorm
-from .linear import autocast, check_settings, check_uncounted
+from .linear import autocast, check_settings, check_task_gate, check_uncounted
 
 
 def cur_epilogue(
@@ -23,6 +23,7 @@ def cur_epilogue(
     norm: SMagNorm | None = None,
     adapter_bias: Tensor | None = None,
     decay: Tensor | None = None,
+    task_gate: Tensor | None = None,
     impl: str = "auto",
 ) -> Tensor:
     """What ``cur_linear`` does to its base output, for any other base output.
@@ -38,6 +39,7 @@ def cur_epilogue(
         core: (r, r), any floating dtype; float32 beside low precision.
         alpha: scale of the adapter path. norm: of domain "output".
         adapter_bias: (N,), part of the change. decay: (N,) importance-decay factors.
+        task_gate: (r, 2), as in ``cur_linear``.
         impl: ``"auto"``, ``"triton"``, ``"cuda"`` or ``"reference"``.
 
     Returns:
@@ -48,11 +50,11 @@ def cur_epilogue(
     backward pass: t and the coded gate (y0 itself where the gate is not detached).
 
     Raises:
-        ValueError: shapes, dtypes, devices or names that do not fit; a norm of domain "weight"; a C
-            or decay that requires a gradient.
+        ValueError: shapes, dtypes, devices or names that do not fit; a norm of domain "weight"; a
+            C, decay or task_gate that requires a gradient; a task_gate beside a norm.
         RuntimeError: a named ``impl`` that cannot run here.
     """
-    layer = CurOperands.of_epilogue(core, C, adapter_bias, decay, alpha, norm)
+    layer = CurOperands.of_epilogue(core, C, adapter_bias, decay, alpha, norm, task_gate)
     return cur_epilogue_and_moved(y0, t, layer, impl)[0]
 
 
@@ -62,8 +64,9 @@ def cur_epilogue_and_moved(
     """``cur_epilogue``, and how many values of the gate lie at or under ``edge``: (1,) int64, or
     (0,) where ``edge`` is 0 or there is no gate."""
     core, adapter_bias, decay, alpha = layer.core, layer.adapter_bias, layer.decay, layer.alpha
-    norm = layer.norm
+    norm, task_gate = layer.norm, layer.task_gate
     _check_settings(alpha, norm, impl)
+    check_task_gate(layer)
     prepare(y0, layer.C)
     y0, t, C = autocast(y0, t, layer.C)
     N, r = _check_base(y0, t, C)
@@ -71,8 +74,13 @@ def cur_epilogue_and_moved(
         raise fail("core", _described(core), f"floating point, {(r, r)}")
     _check_others(
         y0,
-        {"core": (core, (r, r)), "adapter_bias": (adapter_bias, (N,)), "decay": (decay, (N,))},
-        frozen=("decay",),
+        {
+            "core": (core, (r, r)),
+            "adapter_bias": (adapter_bias, (N,)),
+            "decay": (decay, (N,)),
+            "task_gate": (task_gate, (r, 2)),
+        },
+        frozen=("decay", "task_gate"),
     )
     if forward_mode():
         check_uncounted(edge)
@@ -85,6 +93,7 @@ def cur_epilogue_and_moved(
             norm=norm,
             adapter_bias=adapter_bias,
             decay=decay,
+            task_gate=task_gate,
         )
         return y.view(y0.shape), y.new_empty(0, dtype=torch.int64)
     y, _, moved = apply(
@@ -95,6 +104,7 @@ def cur_epilogue_and_moved(
         C,
         adapter_bias,
         decay,
+        task_gate,
         float(alpha),
         pack_norm(norm),
         norm is None or norm.detach_gate,

@@ -34,6 +34,7 @@ def cur_linear(
     norm: SMagNorm | None = None,
     adapter_bias: Tensor | None = None,
     decay: Tensor | None = None,
+    task_gate: Tensor | None = None,
     impl: str = "auto",
 ) -> Tensor:
     """A frozen linear layer with a CUR update: x W^T + bias, changed by alpha x (C core R)^T.
@@ -49,6 +50,9 @@ def cur_linear(
         C, R: (N, r) and (r, K), frozen, in W's dtype, once they are no longer slices of W.
         alpha: scale of the adapter path.
         adapter_bias: (N,), part of the change. decay: (N,) importance-decay factors.
+        task_gate: (r, 2) float32, in front of core for the tokens of a task alone: of t = x R^T a
+            token's is multiplied by sigmoid(w . t + c), w its first column, c the sum of its
+            second. Frozen; not beside a norm. ``calibrate(..., gated=True)`` measures it.
         impl: ``"auto"``, ``"triton"``, ``"cuda"`` or ``"reference"``.
 
     Returns:
@@ -61,12 +65,15 @@ def cur_linear(
     Deterministic: two runs are bitwise equal.
 
     Raises:
-        ValueError: shapes, dtypes, devices or names that do not fit; a W, bias, C, R or decay
-            that requires a gradient, since they are constants here.
+        ValueError: shapes, dtypes, devices or names that do not fit; a W, bias, C, R, decay or
+            task_gate that requires a gradient, since they are constants here; a task_gate beside
+            a norm.
         RuntimeError: a named ``impl`` that cannot run here.
     """
     check_settings(alpha, norm, impl)
-    layer = CurOperands(weight, bias, core, cols, rows, C, R, adapter_bias, decay, alpha, norm)
+    layer = CurOperands(
+        weight, bias, core, cols, rows, C, R, adapter_bias, decay, alpha, norm, task_gate
+    )
     return cur_linear_and_moved(x, layer, impl)[0]
 
 
@@ -101,9 +108,10 @@ def cur_linear_and_moved(
             norm=norm,
             adapter_bias=layer.adapter_bias,
             decay=layer.decay,
+            task_gate=layer.task_gate,
         )
         return y.view(*x.shape[:-1], y.shape[-1]), y.new_empty(0, dtype=torch.int64)
-    function = CurWeightLinear if norm is not None and norm.domain == "weight" else CurLinear
+    on_weight = norm is not None and norm.domain == "weight"
     flat = x if x.ndim == 2 else x.reshape(-1, x.shape[-1])
     settings = (
         float(layer.alpha),
@@ -112,11 +120,13 @@ def cur_linear_and_moved(
         edge,
         impl,
     )
-    if ticket is None:
-        y, *_, moved = apply(function, flat, *layer.tensors(), *settings)
+    if on_weight:
+        y, moved = apply(CurWeightLinear, flat, *layer.tensors(), *settings)
+    elif ticket is None:
+        y, *_, moved = apply(CurLinear, flat, *layer.tensors(), layer.task_gate, *settings)
     else:
         layer = layer._replace(C=layer.whole_C())  # read from W once for both passes
-        small = (layer.core, layer.C, layer.adapter_bias, layer.decay)
+        small = (layer.core, layer.C, layer.adapter_bias, layer.decay, layer.task_gate)
         y, *_, moved = CurLinearByTicket.apply(*ticket, *small, flat, layer.tensors(), *settings)
     return y if x.ndim == 2 else y.view(*x.shape[:-1], y.shape[-1]), moved
 
@@ -143,6 +153,11 @@ def check_uncounted(edge: float) -> None:
             "decay are not possible: its count belongs to a training step; call "
             "eval() first"
         )
+
+
+def check_task_gate(layer: CurOperands) -> None:
+    if layer.task_gate is not None and layer.norm is not None:
+        raise fail("task_gate", tuple(layer.task_gate.shape), "None beside a norm, another gate")
 
 
 def check_settings(alpha: float, norm: SMagNorm | None, impl: str) -> None:
@@ -176,8 +191,9 @@ def _check_once(x: Tensor, layer: CurOperands) -> None:
         x.device,
         *[
             None if o is None else (o.shape, o.dtype, o.device, o.requires_grad)
-            for o in layer.tensors()
+            for o in (*layer.tensors(), layer.task_gate)
         ],
+        layer.norm is None,
     )
     if seen not in _checked:
         _check(x, layer)
@@ -212,7 +228,9 @@ def _check(x: Tensor, layer: CurOperands) -> None:
         "rows": (rows, (r,)),
         "adapter_bias": (adapter_bias, (N,)),
         "decay": (decay, (N,)),
+        "task_gate": (layer.task_gate, (r, 2)),
     }
+    check_task_gate(layer)
     for name, (value, shape) in shapes.items():
         if value is not None and tuple(value.shape) != shape:
             raise fail(f"{name}.shape", tuple(value.shape), f"{shape}")
@@ -228,7 +246,7 @@ def _check(x: Tensor, layer: CurOperands) -> None:
     for name, value in named.items():
         if value is not None and value.device != weight.device:
             raise fail(f"{name}.device", str(value.device), f"the weight's, {weight.device}")
-    for name in ("weight", "bias", "C", "R", "decay"):
+    for name in ("weight", "bias", "C", "R", "decay", "task_gate"):
         value = named[name]
         if value is not None and value.requires_grad:
             raise fail(f"{name}.requires_grad", True, "False: only x, core and adapter_bias train")

@@ -175,7 +175,13 @@ class Adapter(OptionalTensors, Factors, MatrixForm, Past, TaskGate, nn.Module):
     ) -> Tensor:
         """(..., N): a base output y0 changed; t = x R^T (..., r), C (N, r) of y0's dtype."""
         layer = CurOperands.of_epilogue(
-            self.core(trained), C, self.adapter_bias, self._decay(), self.alpha, self.norm
+            self.core(trained),
+            C,
+            self.adapter_bias,
+            self._decay(),
+            self.alpha,
+            self.norm,
+            self.gate,
         )
         y, moved = cur_epilogue_and_moved(y0, t, layer, impl, self._edge())
         self._count(moved, y)
@@ -279,6 +285,7 @@ class Adapter(OptionalTensors, Factors, MatrixForm, Past, TaskGate, nn.Module):
             self._decay(),
             self.alpha,
             self.norm,
+            self.gate,
         )
 
     def learned_parameters(self) -> list[nn.Parameter]:

@@ -85,17 +85,12 @@ class CURLinear(Projection, Mergeable, Stages, Adapter):
         matrix = (
             self.base_matrix() if self.stage_weight is None else self._as_matrix(self.stage_weight)
         )
-        if self.gate is not None:
-            y0, (C, R) = F.linear(x, matrix, self.bias), self.C_and_R(matrix)
-            t = self.gated(F.linear(x, R))
-            return self.add_past(self.epilogue(y0, t, C, self.impl, self.stage_core()), x)
         y = self.linear(x, matrix, self.bias, self.impl, self.stage_core(), ticket=self.ticket(x))
         return self.add_past(y, x)
 
     def part(self) -> Part | None:
         in_weight_domain = self.norm is not None and self.norm.domain == "weight"
         alone = self.merged or self.disable_adapters or self.transposed or in_weight_domain
-        alone = alone or self.gate is not None
         return None if alone or self.stage_weight is not None else Part(self.weight, self)
 
     def base_matrix(self) -> Tensor:

@@ -10,6 +10,8 @@ linear map of x.
 import torch
 from torch import Tensor
 
+from ..backends.reference.task_gate import openness
+
 ALWAYS_OPEN = (0.0, 1e3)  # w and c of a row
 
 
@@ -17,13 +19,12 @@ class TaskGate:
     """The part of ``Adapter`` that has gates: ``gate`` (r, 2) of its task and ``gate_past``
     (q r, 2) of q tasks before; a row has its w, and its share of c. None: always open."""
 
-    def gated(self, t: Tensor) -> Tensor:
-        """t = x R^T (..., r), each token times its gate; differentiable."""
-        return _times_gates(t, self.gate, self.r)
-
     def gated_past(self, t: Tensor) -> Tensor:
         """t = x R_past^T (..., q r), each task's part times that task's gate."""
-        return _times_gates(t, self.gate_past, self.r)
+        if self.gate_past is None:
+            return t
+        parts, gates = (v.unflatten(d, (-1, self.r)) for v, d in ((t, -1), (self.gate_past, 0)))
+        return (parts * openness(parts, gates).to(t.dtype)).flatten(-2)
 
     def all_gates(self) -> Tensor | None:
         """(q r + r, 2) of the rows of ``factors``; None where all are always open."""
@@ -42,13 +43,3 @@ class TaskGate:
             return True
         learned = any(p.any() for p in self.learned_parameters()) or self.long_core() is not None
         return self.gate is not None and learned
-
-
-def _times_gates(t: Tensor, gates: Tensor | None, r: int) -> Tensor:
-    if gates is None:
-        return t
-    wide = torch.promote_types(t.dtype, torch.float32)
-    w, c = gates.to(wide).unflatten(0, (-1, r)).unbind(-1)  # (tasks, r)
-    blocks = t.unflatten(-1, (-1, r))
-    logits = (blocks.to(wide) * w).sum(-1, keepdim=True) + c.sum(-1, keepdim=True)
-    return (blocks * logits.sigmoid().to(t.dtype)).flatten(-2)

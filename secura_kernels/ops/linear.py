@@ -18,13 +18,13 @@ from .registry import (
 )
 
 _PARAMETERS = """Tensor core, Tensor? cols, Tensor? rows, Tensor? C, Tensor? R,
-    Tensor? adapter_bias, Tensor? decay"""
+    Tensor? adapter_bias, Tensor? decay, Tensor? task_gate"""
 _SETTINGS = "float alpha, float[] norm, bool detach_gate"
 
 
 def _fwd(x, *arguments):
-    *tensors, alpha, norm, detach_gate, edge, save, impl = arguments
-    layer = unpack_layer(tensors, alpha, norm, "output", detach_gate)
+    *tensors, task_gate, alpha, norm, detach_gate, edge, save, impl = arguments
+    layer = unpack_layer(tensors, alpha, norm, "output", detach_gate, task_gate)
     return backend(impl, "linear", x, layer.r, layer.norm).forward(x, layer, edge, save)
 
 
@@ -39,6 +39,7 @@ def _fwd_fake(
     R,
     adapter_bias,
     decay,
+    task_gate,
     alpha,
     norm,
     detach_gate,
@@ -63,7 +64,7 @@ def _fwd_flops(x, weight, bias, core, *_, **__):
 
 
 def _fwd_vmap(info, in_dims, x, *rest):
-    norm, edge = rest[10], rest[12]
+    norm, edge = rest[11], rest[13]
     whole_matrix = bool(norm) and (norm[2] == 0 or edge)  # a maximum or a count over (M, N)
     first, *others = batched_dims(in_dims, (x, *rest))
     if first is None or any(d is not None for d in others) or whole_matrix:
@@ -78,8 +79,8 @@ def _fwd_vmap(info, in_dims, x, *rest):
 
 
 def _bwd(dy, weight, *arguments):
-    *tensors, t, saved, alpha, norm, detach_gate, needs, impl = arguments
-    layer = unpack_layer((weight, None, *tensors), alpha, norm, "output", detach_gate)
+    *tensors, task_gate, t, saved, alpha, norm, detach_gate, needs, impl = arguments
+    layer = unpack_layer((weight, None, *tensors), alpha, norm, "output", detach_gate, task_gate)
     gradients = backend(impl, "linear", dy, layer.r, layer.norm).backward(
         dy, layer, t, saved, needs
     )
@@ -96,6 +97,7 @@ def _bwd_fake(
     R,
     adapter_bias,
     decay,
+    task_gate,
     t,
     saved,
     alpha,
@@ -109,7 +111,7 @@ def _bwd_fake(
 
 def _bwd_flops(dy, weight, core, *args, **_):
     """v; then the input gradient's two products and v core; then v^T t."""
-    (M, N), K, r, needs = dy, weight[1], core[0], args[11]
+    (M, N), K, r, needs = dy, weight[1], core[0], args[12]
     total = 2 * M * N * r * (needs[0] or needs[1])
     return total + needs[0] * 2 * M * (N * K + r * (r + K)) + needs[1] * 2 * M * r * r
 
@@ -132,7 +134,7 @@ cur_linear_bwd = register(
 
 
 class CurLinear(torch.autograd.Function):
-    """Gradients of x, core and adapter_bias; W, bias, C, R and decay are constants.
+    """Gradients of x, core and adapter_bias; W, bias, C, R, decay and task_gate are constants.
 
     t, and the base output where the gate is not detached, are outputs rather than hidden state:
     that makes the saved tensors part of the graph, so that second derivatives are right.
@@ -153,6 +155,7 @@ class CurLinear(torch.autograd.Function):
         R,
         adapter_bias,
         decay,
+        task_gate,
         alpha,
         norm,
         detach_gate,
@@ -171,6 +174,7 @@ class CurLinear(torch.autograd.Function):
             R,
             adapter_bias,
             decay,
+            task_gate,
             alpha,
             norm,
             detach_gate,
@@ -186,9 +190,9 @@ class CurLinear(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx, inputs, output):
-        _, weight, _, *others = inputs[:10]
+        _, weight, _, *others = inputs[:11]
         _, t, saved, moved = output
-        ctx.alpha, ctx.norm, ctx.detach_gate, _, ctx.impl = inputs[10:]
+        ctx.alpha, ctx.norm, ctx.detach_gate, _, ctx.impl = inputs[11:]
         if ctx.detach_gate:
             ctx.mark_non_differentiable(saved, moved)
         else:
@@ -204,7 +208,7 @@ class CurLinear(torch.autograd.Function):
         dx = dcore = dbias = None
         if dy is not None:
             if torch.is_grad_enabled():  # to be differentiated again
-                dx, dcore, dbias = reference.backward(dy, CurLinear.layer(ctx), *kept[8:], needs)
+                dx, dcore, dbias = reference.backward(dy, CurLinear.layer(ctx), *kept[9:], needs)
             else:
                 gradients = call(
                     cur_linear_bwd, dy, *kept, ctx.alpha, ctx.norm, ctx.detach_gate, needs, ctx.impl
@@ -217,12 +221,13 @@ class CurLinear(torch.autograd.Function):
                 dx = _plus(dx, reference.backward_of_saved(dt, CurLinear.layer(ctx)))
             if dsaved is not None:
                 dx = _plus(dx, dsaved @ kept[0])
-        return (dx, None, None, dcore, None, None, None, None, dbias, *[None] * 6)
+        return (dx, None, None, dcore, None, None, None, None, dbias, *[None] * 7)
 
     @staticmethod
     def layer(ctx) -> CurOperands:
-        weight, *others = ctx.saved_tensors[:8]
-        return unpack_layer((weight, None, *others), ctx.alpha, ctx.norm, "output", ctx.detach_gate)
+        weight, *others, task_gate = ctx.saved_tensors[:9]
+        tensors, settings = (weight, None, *others), (ctx.alpha, ctx.norm, "output")
+        return unpack_layer(tensors, *settings, ctx.detach_gate, task_gate)
 
 
 def _plus(value: Tensor | None, more: Tensor) -> Tensor:

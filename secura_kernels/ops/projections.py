@@ -76,12 +76,15 @@ class CurLinearByTicket(torch.autograd.Function):
     The arguments begin as those of ``CurEpilogue``, whose backward pass reads them."""
 
     @staticmethod
-    def forward(ctx, y_ticket, t_ticket, core, C, adapter_bias, decay, x, layer, *settings):
+    def forward(
+        ctx, y_ticket, t_ticket, core, C, adapter_bias, decay, task_gate, x, layer, *settings
+    ):
         ctx.alpha, ctx.norm, ctx.detach_gate, edge, ctx.impl = settings
         y, t, saved, moved = call(
             cur_linear_fwd,
             x,
             *layer,
+            task_gate,
             ctx.alpha,
             ctx.norm,
             ctx.detach_gate,
@@ -94,7 +97,7 @@ class CurLinearByTicket(torch.autograd.Function):
         else:
             ctx.mark_non_differentiable(moved)
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(core, C, adapter_bias, decay, t, saved)
+        ctx.save_for_backward(core, C, adapter_bias, decay, task_gate, t, saved)
         return y, t, saved, moved
 
     @staticmethod
@@ -103,4 +106,4 @@ class CurLinearByTicket(torch.autograd.Function):
         # Only a second differentiation brings gradients of what was saved.
         dt0 = dt if dt0 is None else dt0 if dt is None else dt0 + dt
         dy0 = dsaved if dy0 is None else dy0 if dsaved is None else dy0 + dsaved
-        return dy0, dt0, *others, *[None] * 8
+        return dy0, dt0, *others, *[None] * 9

@@ -138,9 +138,10 @@ def unpack_layer(
     norm: list[float],
     domain: str,
     detach_gate: bool,
+    task_gate: Tensor | None = None,
 ) -> CurOperands:
     """A layer from its tensors, in the order of ``CurOperands``, and its packed settings."""
-    return CurOperands(*tensors, alpha, unpack_norm(norm, domain, detach_gate))
+    return CurOperands(*tensors, alpha, unpack_norm(norm, domain, detach_gate), task_gate)
 
 
 @functools.lru_cache(maxsize=64)

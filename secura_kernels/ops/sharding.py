@@ -89,6 +89,7 @@ def _linear_fwd(
     R,
     adapter_bias,
     decay,
+    task_gate,
     alpha,
     norm,
     detach_gate,
@@ -98,26 +99,27 @@ def _linear_fwd(
 ):
     whole, total, by_m, by_n = _placements()
     by_k = by_n  # of x (M, K), W (N, K) and R (r, K)
-    operands = (x, weight, bias, core, cols, rows, C, R, adapter_bias, decay)
+    operands = (x, weight, bias, core, cols, rows, C, R, adapter_bias, decay, task_gate)
     gate, moved = _gate_placements(norm, save, edge)
-    rules = [_rule([whole] * 4, operands, [whole] * 10, 6)]
+    rules = [_rule([whole] * 4, operands, [whole] * 11, 6)]
     if not _needs_maximum(norm):
-        rules.append(_rule([by_m, by_m, gate[by_m], moved], operands, [by_m] + [whole] * 9, 6))
+        rules.append(_rule([by_m, by_m, gate[by_m], moved], operands, [by_m] + [whole] * 10, 6))
     if C is not None and not _needs_maximum(norm):
         rules.append(
             _rule(
                 [by_n, whole, gate[by_n], moved],
                 operands,
-                [whole, by_m, by_m, whole, whole, whole, by_m, whole, by_m, by_m],
+                [whole, by_m, by_m, whole, whole, whole, by_m, whole, by_m, by_m, whole],
                 6,
             )
         )
-    if C is not None and not norm and bias is None and adapter_bias is None:
+    linear = not norm and task_gate is None
+    if C is not None and linear and bias is None and adapter_bias is None:
         rules.append(
             _rule(
                 [total, total, whole, whole],
                 operands,
-                [by_k, by_k, whole, whole, whole, whole, whole, by_k, whole, whole],
+                [by_k, by_k, whole, whole, whole, whole, whole, by_k, whole, whole, whole],
                 6,
             )
         )
@@ -134,6 +136,7 @@ def _linear_bwd(
     R,
     adapter_bias,
     decay,
+    task_gate,
     t,
     saved,
     alpha,
@@ -144,20 +147,20 @@ def _linear_bwd(
 ):
     whole, total, by_m, by_n = _placements()
     by_k = by_n
-    operands = (dy, weight, core, cols, rows, C, R, adapter_bias, decay, t, saved)
+    operands = (dy, weight, core, cols, rows, C, R, adapter_bias, decay, task_gate, t, saved)
     gate = {p: p if saved.ndim == 2 else whole for p in (by_m, by_n)}
     local = detach_gate or not _needs_maximum(norm)
 
     def gradients(*placements):
         return [p if n else whole for p, n in zip(placements, needs, strict=True)]
 
-    rules = [_rule([whole] * 3, operands, [whole] * 11, 5)]
+    rules = [_rule([whole] * 3, operands, [whole] * 12, 5)]
     if local:
         rules.append(
             _rule(
                 gradients(by_m, total, total),
                 operands,
-                [by_m] + [whole] * 8 + [by_m, gate[by_m]],
+                [by_m] + [whole] * 9 + [by_m, gate[by_m]],
                 5,
             )
         )
@@ -168,54 +171,62 @@ def _linear_bwd(
             _rule(
                 gradients(total, total, by_m),
                 operands,
-                [by_n, by_m, whole, whole, whole, by_m, whole, by_m, by_m, whole, gate[by_n]],
+                [by_n, by_m] + [whole] * 3 + [by_m, whole, by_m, by_m, whole, whole, gate[by_n]],
                 5,
             )
         )
-    for t_placement in (whole,) if norm else (whole, total):  # dcore is linear in t
+    # Without a gate dcore is linear in t.
+    for t_placement in (whole, total) if not norm and task_gate is None else (whole,):
         rules.append(
             _rule(
                 gradients(by_k, t_placement, whole),
                 operands,
-                [whole, by_k, whole, whole, whole, whole, by_k, whole, whole, t_placement, whole],
+                [whole, by_k] + [whole] * 4 + [by_k] + [whole] * 3 + [t_placement, whole],
                 5,
             )
         )
     return rules
 
 
-def _epilogue_fwd(y0, t, core, C, adapter_bias, decay, alpha, norm, detach_gate, edge, save, impl):
+def _epilogue_fwd(
+    y0, t, core, C, adapter_bias, decay, task_gate, alpha, norm, detach_gate, edge, save, impl
+):
     whole, total, by_m, by_n = _placements()
-    operands = (y0, t, core, C, adapter_bias, decay)
+    operands = (y0, t, core, C, adapter_bias, decay, task_gate)
     gate, moved = _gate_placements(norm, save, edge)
-    rules = [_rule([whole] * 3, operands, [whole] * 6, 6)]
+    rules = [_rule([whole] * 3, operands, [whole] * 7, 6)]
     if not _needs_maximum(norm):
-        rules.append(_rule([by_m, gate[by_m], moved], operands, [by_m, by_m] + [whole] * 4, 6))
+        rules.append(_rule([by_m, gate[by_m], moved], operands, [by_m, by_m] + [whole] * 5, 6))
         rules.append(
-            _rule([by_n, gate[by_n], moved], operands, [by_n, whole, whole, by_m, by_m, by_m], 6)
+            _rule(
+                [by_n, gate[by_n], moved],
+                operands,
+                [by_n, whole, whole, by_m, by_m, by_m, whole],
+                6,
+            )
         )
-    if not norm and adapter_bias is None:
-        rules.append(_rule([total, whole, whole], operands, [total, total] + [whole] * 4, 6))
+    if not norm and task_gate is None and adapter_bias is None:
+        rules.append(_rule([total, whole, whole], operands, [total, total] + [whole] * 5, 6))
     return rules
 
 
 def _epilogue_bwd(
-    dy, core, C, adapter_bias, decay, t, saved, alpha, norm, detach_gate, needs, impl
+    dy, core, C, adapter_bias, decay, task_gate, t, saved, alpha, norm, detach_gate, needs, impl
 ):
     whole, total, by_m, by_n = _placements()
-    operands = (dy, core, C, adapter_bias, decay, t, saved)
+    operands = (dy, core, C, adapter_bias, decay, task_gate, t, saved)
     gate = {p: p if saved.ndim == 2 else whole for p in (by_m, by_n)}
 
     def gradients(*placements):
         return [p if n else whole for p, n in zip(placements, needs, strict=True)]
 
-    rules = [_rule([whole] * 4, operands, [whole] * 7, 5)]
+    rules = [_rule([whole] * 4, operands, [whole] * 8, 5)]
     if detach_gate or not _needs_maximum(norm):
         rules.append(
             _rule(
                 gradients(by_m, by_m, total, total),
                 operands,
-                [by_m] + [whole] * 4 + [by_m, gate[by_m]],
+                [by_m] + [whole] * 5 + [by_m, gate[by_m]],
                 5,
             )
         )
@@ -223,13 +234,13 @@ def _epilogue_bwd(
             _rule(
                 gradients(by_n, total, total, by_m),
                 operands,
-                [by_n, whole, by_m, by_m, by_m, whole, gate[by_n]],
+                [by_n, whole, by_m, by_m, by_m, whole, whole, gate[by_n]],
                 5,
             )
         )
-    if not norm:
+    if not norm and task_gate is None:
         rules.append(
-            _rule(gradients(whole, whole, total, whole), operands, [whole] * 5 + [total, whole], 5)
+            _rule(gradients(whole, whole, total, whole), operands, [whole] * 6 + [total, whole], 5)
         )
     return rules
 

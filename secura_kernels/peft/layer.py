@@ -170,12 +170,7 @@ class SecuraLinear(Projection, nn.Module, Mergeable, Stages, BaseTunerLayer):
         """Whether the fused layer takes the place of the base, with a gate on outputs or none."""
         base, norm = self.get_base_layer(), adapter.norm
         by_outputs = norm is None or (norm.domain == "output" and adapter.long_core() is None)
-        return (
-            by_outputs
-            and adapter.gate is None
-            and base_weight.is_plain(base)
-            and base is self.base_layer
-        )
+        return by_outputs and base_weight.is_plain(base) and base is self.base_layer
 
     def part(self) -> Part | None:
         names, base = self._present(self.active_adapters), self.base_layer
@@ -192,7 +187,6 @@ class SecuraLinear(Projection, nn.Module, Mergeable, Stages, BaseTunerLayer):
             return sharding.over(self.get_base_layer(), adapter, y0, x, impl)
         C, R = self.C_and_R(adapter)
         t, C, long_core = F.linear(x, R.to(x.dtype)), C.to(y0.dtype), adapter.long_core()
-        t = adapter.gated(t)
         if long_core is not None and adapter.norm is not None:
             y0 = adapter.without_gate(y0, t, C, long_core, impl)
         return adapter.add_past(adapter.epilogue(y0, t, C, impl, adapter.stage_core()), x)

@@ -167,7 +167,6 @@ def over(base: nn.Module, adapter: Adapter, y0: Tensor, x: Tensor, impl: str) ->
             .redistribute(placements=[Replicate()])
             .to_local()
         )
-    t = adapter.gated(t)
     core, long_core = adapter.core(adapter.stage_core()), adapter.long_core()
     if some_columns:
         if norm is not None and norm.ref == "max":
@@ -182,7 +181,17 @@ def over(base: nn.Module, adapter: Adapter, y0: Tensor, x: Tensor, impl: str) ->
     C = C.to(y0.dtype)
     if long_core is not None and norm is not None:
         y0 = adapter.without_gate(y0, t, C, long_core, impl)
-    y = cur_epilogue(y0, t, core, C, alpha=adapter.alpha, norm=norm, adapter_bias=bias, impl=impl)
+    y = cur_epilogue(
+        y0,
+        t,
+        core,
+        C,
+        alpha=adapter.alpha,
+        norm=norm,
+        adapter_bias=bias,
+        task_gate=adapter.gate,
+        impl=impl,
+    )
     if sharded_y is None:
         return y
     return DTensor.from_local(

@@ -15,12 +15,13 @@ from ..backends.triton.passes import adapter_sums, factors
 from ..backends.triton.passes.batched_epilogue import batched_epilogue
 from ..backends.triton.passes.core_gradient import core_gradient, programs_over_rows
 from ..backends.triton.passes.decode import decode
-from ..backends.triton.passes.down import down, project
+from ..backends.triton.passes.down import down
 from ..backends.triton.passes.effective_weight import effective_weight
 from ..backends.triton.passes.epilogue import epilogue, find_largest
 from ..backends.triton.passes.gate_backward import gate_backward
 from ..backends.triton.passes.own_core import own_core
 from ..backends.triton.passes.product import product
+from ..backends.triton.passes.project import project
 from ..backends.triton.passes.weight_core_gradient import contracted
 from ..backends.triton.tiles import Tile, column_parts, use
 from ..settings import SMagNorm
@@ -41,6 +42,7 @@ class Inputs:
         self.core = self.random(r, r, dtype=torch.float32)
         self.cols = torch.arange(r, device=device)
         self.rows = torch.arange(r, device=device)
+        self.task_gate = self.random(r, 2, dtype=torch.float32)
         self.t, self.v = (
             self.random(M, r),
             self.random(column_parts(M, N), M, r, dtype=torch.float32),
@@ -116,8 +118,26 @@ class Inputs:
     def down_of_gradient(self) -> None:
         down(self.dy, self.C, self.core, 1.0, p_dtype=torch.float32, transpose_core=True)
 
+    def task_gated_down(self) -> None:
+        down(self.x, self.R, self.core, 1.0, p_dtype=self.dtype, task_gate=self.task_gate)
+
+    def task_gated_down_of_gradient(self) -> None:
+        down(
+            self.dy,
+            self.C,
+            self.core,
+            1.0,
+            p_dtype=torch.float32,
+            transpose_core=True,
+            task_gate=self.task_gate,
+            t=self.t,
+        )
+
     def project(self) -> None:
         project(self.dy, self.rows, self.core, 1.0, q_dtype=self.dtype)
+
+    def task_gated_project(self) -> None:
+        project(self.dy, self.rows, self.core, 1.0, q_dtype=self.dtype, task_gate=self.task_gate)
 
     def project_weight(self) -> None:
         project(self.W, self.cols, self.core, 1.0, q_dtype=torch.float32, transpose_core=True)
@@ -194,8 +214,13 @@ class Inputs:
 # Row of the tile table -> the runs that use it.
 RUNS: dict[str, tuple[Callable, ...]] = {
     "gather": (Inputs.gather,),
-    "down": (Inputs.down, Inputs.down_of_gradient),
-    "project": (Inputs.project, Inputs.project_weight),
+    "down": (
+        Inputs.down,
+        Inputs.down_of_gradient,
+        Inputs.task_gated_down,
+        Inputs.task_gated_down_of_gradient,
+    ),
+    "project": (Inputs.project, Inputs.project_weight, Inputs.task_gated_project),
     "product": (Inputs.product, Inputs.product_of_input_gradient),
     "product_gate": (Inputs.product_gate,),
     "epilogue": (Inputs.epilogue, Inputs.largest),

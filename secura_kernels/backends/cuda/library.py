@@ -16,9 +16,9 @@ SCHEMAS = {
     "probe": "(Tensor like, int stream) -> ()",
     "gather": "(Tensor matrix, Tensor? index, Tensor(a!) factor, int stream) -> ()",
     "down": "(Tensor a, Tensor factor, Tensor core, float alpha, Tensor(a!) p, Tensor(b!) q, "
-    "Tensor(c!)? part, int stream) -> ()",
+    "Tensor(c!)? part, Tensor? task_gate, Tensor? t, int stream) -> ()",
     "project": "(Tensor a, Tensor? index, Tensor core, float alpha, Tensor(a!) p, Tensor(b!) q, "
-    "int stream) -> ()",
+    "Tensor? task_gate, int stream) -> ()",
     "product": "(Tensor a, Tensor b, Tensor h, Tensor factor, Tensor? bias, Tensor? adapter_bias, "
     "Tensor? decay, float[] gate, Tensor(a!) y, Tensor(b!)? saved, "
     "Tensor(c!)? moved, float edge, int stream) -> ()",

@@ -55,11 +55,14 @@ def down(
     *,
     p_dtype: torch.dtype,
     transpose_core: bool = False,
+    task_gate: Tensor | None = None,
+    t: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     r = core.shape[0]
     p = a.new_empty(a.shape[0], r, dtype=p_dtype)
     q = a.new_empty(a.shape[0], factor.shape[1])
-    call("down", a, a, factor, _wide(core, transpose_core), alpha, p, q, _parts(a, r))
+    gate = _vector(task_gate), t
+    call("down", a, a, factor, _wide(core, transpose_core), alpha, p, q, _parts(a, r), *gate)
     return p, q
 
 
@@ -89,10 +92,11 @@ def project(
     *,
     q_dtype: torch.dtype,
     transpose_core: bool = False,
+    task_gate: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     M, r = a.shape[0], core.shape[0]
     p, q = a.new_empty(M, r), a.new_empty(M, padded_rank(r), dtype=q_dtype)
-    call("project", a, a, index, _wide(core, transpose_core), alpha, p, q)
+    call("project", a, a, index, _wide(core, transpose_core), alpha, p, q, _vector(task_gate))
     return p, q
 
 

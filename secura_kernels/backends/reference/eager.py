@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ...settings import SMagNorm
 from .gate import apply_gate, inverse_gate, relative_magnitude
+from .task_gate import openness
 
 
 def cabr_core(A: Tensor, B: Tensor) -> Tensor:
@@ -49,13 +50,15 @@ def cur_linear(
     norm: SMagNorm | None = None,
     adapter_bias: Tensor | None = None,
     decay: Tensor | None = None,
+    task_gate: Tensor | None = None,
 ) -> Tensor:
     """y (M, N) of x (M, K), in every form.
 
     No gate [CURLoRA]: y = y0 + delta. Gate in the output domain [SECURA code]: y = S-MagNorm(y0,
     delta). Gate in the weight domain [SECURA figure]: y = x S-MagNorm(W, delta_W)^T + biases.
     Here y0 = x W^T + bias, delta = alpha (x R^T) core^T C^T + adapter_bias; ``decay`` (N,) is the
-    importance-decay factor of each output channel.
+    importance-decay factor of each output channel. With ``task_gate`` (r, 2) x R^T is multiplied
+    by ``task_gate.openness``.
     """
     if norm is not None and norm.domain == "weight":
         wide = torch.promote_types(weight.dtype, torch.float32)
@@ -72,6 +75,7 @@ def cur_linear(
         norm=norm,
         adapter_bias=adapter_bias,
         decay=decay,
+        task_gate=task_gate,
     )
 
 
@@ -85,9 +89,12 @@ def cur_epilogue(
     norm: SMagNorm | None = None,
     adapter_bias: Tensor | None = None,
     decay: Tensor | None = None,
+    task_gate: Tensor | None = None,
 ) -> Tensor:
     """y (M, N): a base output y0 (M, N) changed, with t = x R^T (M, r); no gate, or one in the
     output domain."""
+    if task_gate is not None:
+        t = t * openness(t, task_gate).to(t.dtype)
     h = alpha * t @ core.to(t.dtype).T
     delta = add(h @ C.T, adapter_bias)
     if norm is None:

@@ -19,6 +19,7 @@ from .gate import (
     relative_magnitude,
     split_gradient,
 )
+from .task_gate import gradient_of_t, openness
 
 
 def forward(
@@ -102,6 +103,8 @@ def backward(
 
         dy0 = beta G      dt = alpha v core      dcore = alpha v^T t      dadapter_bias = sum of G
 
+    With a task gate v is that times the gate, and dt has what comes through the gate too.
+
     Plain differentiable operations throughout, so that it can be differentiated again. Without a
     gate dy0 is dy itself.
     """
@@ -110,8 +113,14 @@ def backward(
     dt = dcore = dbias = None
     if needs[1] or needs[2]:
         v = (dd @ layer.whole_C()).to(wide) * scale
+        if layer.task_gate is not None:
+            s = openness(t, layer.task_gate)
+            v = v * s
     if needs[1]:
-        dt = (layer.alpha * (v @ layer.core.to(wide))).to(dy.dtype)
+        dt = layer.alpha * (v @ layer.core.to(wide))
+        if layer.task_gate is not None:
+            dt = gradient_of_t(dt, t, s, layer.task_gate)
+        dt = dt.to(dy.dtype)
     if needs[2]:
         dcore = (layer.alpha * (v.T @ t.to(wide))).to(layer.core.dtype)
     if needs[3]:
@@ -152,6 +161,8 @@ def _gradients_of_base_and_change(
 
 
 def project(t: Tensor, layer: CurOperands) -> Tensor:
-    """h = alpha t core^T (M, r) in t's dtype, computed wide: it costs M r^2 only."""
+    """h = alpha t core^T (M, r) in t's dtype, times the task gate; computed wide: it costs M r^2
+    only."""
     wide = wide_dtype(t.dtype)
-    return (layer.alpha * (t.to(wide) @ layer.core.to(wide).T)).to(t.dtype)
+    h = layer.alpha * (t.to(wide) @ layer.core.to(wide).T)
+    return (h if layer.task_gate is None else h * openness(t, layer.task_gate)).to(t.dtype)

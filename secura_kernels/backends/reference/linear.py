@@ -49,6 +49,8 @@ def backward(
 
         dx = beta G W + alpha (v core) R      dcore = alpha v^T t      dadapter_bias = sum of G
 
+    With a task gate: see ``epilogue.backward``.
+
     Plain differentiable operations throughout, so that it can be differentiated again.
     """
     db, dT, dcore, dbias = epilogue.backward(dy, layer, t, saved, (needs[0], *needs))

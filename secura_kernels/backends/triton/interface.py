@@ -9,12 +9,13 @@ from . import dispatch
 from .launch import addressable
 from .passes.core_gradient import core_gradient, t_gradient
 from .passes.decode import MOST_TOKENS, decode
-from .passes.down import down, project
+from .passes.down import down
 from .passes.effective_weight import effective_weight, largest_weight_change
 from .passes.epilogue import epilogue
 from .passes.factors import columns, rows
 from .passes.gate_backward import gate_backward
 from .passes.product import product
+from .passes.project import project
 from .passes.weight_core_gradient import weight_core_gradient
 from .tiles import Tile
 

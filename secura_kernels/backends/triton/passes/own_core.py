@@ -14,7 +14,7 @@ from ...host import cdiv, padded_rank
 from ..chips import rank_block
 from ..launch import WIDE_STEP, Launch, launched, wide_precision
 from ..tiles import tile_for
-from .down import _times_core
+from .low_rank import _times_core
 from .tile_ops import _at_row
 
 
