@@ -220,11 +220,15 @@ def test_bad_arguments_of_an_op():
     a, core = torch.randn(6, 8, device=DEVICE), torch.randn(4, 4, device=DEVICE)
     factor, p, q = (torch.empty(n, m, device=DEVICE) for n, m in ((8, 16), (6, 4), (6, 16)))
     with pytest.raises(RuntimeError, match=r"factor of shape \(7, 16\) is not contiguous with 128"):
-        op.down(a, factor[:7], core, 1.0, p, q, None, 0)
+        op.down(a, factor[:7], core, 1.0, p, q, None, None, None, 0)
     with pytest.raises(RuntimeError, match=r"factor of shape \(8, 12\) must have a multiple of 16"):
-        op.down(a, factor[:, :12], core, 1.0, p, q, None, 0)
+        op.down(a, factor[:, :12], core, 1.0, p, q, None, None, None, 0)
     with pytest.raises(RuntimeError, match="a has dtype number 7; allowed: float32, bfloat16"):
-        op.down(a.double(), factor, core, 1.0, p, q, None, 0)
+        op.down(a.double(), factor, core, 1.0, p, q, None, None, None, 0)
+    with pytest.raises(RuntimeError, match="t needs task_gate"):
+        op.down(a, factor, core, 1.0, p, q, None, None, p, 0)
+    with pytest.raises(RuntimeError, match=r"task_gate of shape \(2, 4\) is not"):
+        op.down(a, factor, core, 1.0, p, q, None, factor[:4, :2].T, None, 0)
     with pytest.raises(RuntimeError, match=r"a of shape \(6, 8\) and b of shape \(6, 4\) have no"):
         op.product(a, p, q, factor, None, None, None, [], a, None, None, 0.0, 0)
 

@@ -193,9 +193,9 @@ def test_only_what_is_asked_for(norm, impl):
     for i, tensor in enumerate(c.trained()):
         for other in c.trained():
             other.requires_grad_(other is tensor)
-        assert torch.equal(
-            torch.autograd.grad(c.ours(norm, impl=impl), tensor, dy)[0], everything[i]
-        )
+        found = torch.autograd.grad(c.ours(norm, impl=impl), tensor, dy)[0]
+        # Where G' is not written, a compiler may take a product and a sum as one operation.
+        torch.testing.assert_close(found, everything[i])
     module = backend(impl, "epilogue", c.y0, 4)
     with torch.no_grad():
         _, saved, _ = module.forward(c.y0, c.t, c.operands(norm), 0.0, True)

@@ -57,11 +57,11 @@ def _columns(ptr, m, M, k, R):
 
 
 @triton.jit
-def _openness(t_ptr, gate_ptr, m, M, R):
+def _openness(t_ptr, gate_ptr, m, M, R, STEP: tl.constexpr):
     """sigmoid(w . t + c) of rows of t (M, R): [BLOCK_M]. gate_ptr: (R, 2), w and shares of c."""
     logit = tl.zeros((m.shape[0],), tl.float32)
-    for k0 in tl.range(0, R, 16, num_stages=1):  # more at a time spill at r = 150
-        k = k0 + tl.arange(0, 16)
+    for k0 in tl.range(0, R, STEP, num_stages=1):
+        k = k0 + tl.arange(0, STEP)
         w = tl.load(gate_ptr + 2 * k, mask=k < R, other=0.0).to(tl.float32)
         c = tl.load(gate_ptr + 2 * k + 1, mask=k < R, other=0.0).to(tl.float32)
         logit += tl.sum(_columns(t_ptr, m, M, k, R) * w[None, :] + c[None, :], 1)
@@ -109,7 +109,7 @@ def _store_and_project(
     )
     tl.debug_barrier()  # p is read back by other threads of this program
     if t_ptr is not None:
-        s = _openness(t_ptr, gate_ptr, m, M, R)
+        s = _openness(t_ptr, gate_ptr, m, M, R, STEP)
         _multiply_rows(p_ptr, s, m, M, R, STEP)
         tl.debug_barrier()
         along = tl.zeros((m.shape[0],), tl.float32)  # q . t, the gradient of s times s
@@ -121,7 +121,7 @@ def _store_and_project(
             along += tl.sum(q * _columns(t_ptr, m, M, j, R), 1)
         along *= 1 - s
     elif gate_ptr is not None:
-        s = _openness(p_ptr, gate_ptr, m, M, R)
+        s = _openness(p_ptr, gate_ptr, m, M, R, STEP)
     for j0 in tl.range(0, stride_qm, BLOCK_J, num_stages=1):
         j = j0 + tl.arange(0, BLOCK_J)
         q = _times_core(
@@ -171,7 +171,7 @@ def arguments(
         alpha=alpha,
         BLOCK_M=tile.m,
         RANK=rank_block(r),
-        BLOCK_J=min(rank_block(r), 64),
+        BLOCK_J=min(rank_block(r), 64 if task_gate is None else 32),
         STEP=min(rank_block(r), WIDE_STEP),
         WIDE=wide_precision(a.dtype),
     )
