@@ -5,9 +5,10 @@ from dataclasses import replace
 import pytest
 import torch
 from devices import KERNELS
-from layer_cases import case, relative_error
+from layer_cases import case, compare, relative_error
 
 from secura_kernels import CURLoRALinear, SECURALinear, SMagNorm
+from secura_kernels.backends import programs
 from secura_kernels.backends.cuda import passes as cuda_passes
 from secura_kernels.backends.triton import dispatch, tune_cache
 from secura_kernels.ops import resolve
@@ -22,6 +23,13 @@ def take(one_pass: bool, monkeypatch) -> None:
     monkeypatch.setattr(dispatch, "assumed_loss", lambda *_: -0.9 if one_pass else 9.0)
     monkeypatch.setattr(tune_cache, "choice", lambda *_: None)
     monkeypatch.setattr(cuda_passes, "one_pass", lambda *_: one_pass)
+    programs.forget()
+
+
+@pytest.fixture(autouse=True)
+def _forgotten():
+    yield
+    programs.forget()  # what ``take`` has forced
 
 
 def test_auto_is_triton():
@@ -54,6 +62,38 @@ def test_a_real_layer(M, N, K, r, norm, one_pass, impl, monkeypatch):
         assert relative_error(a, t) <= relative_error(e, t) * 1.02 + 1e-6
     again = results(c.ours(norm, impl=impl), c.trained())
     assert all(torch.equal(a, b) for a, b in zip(ours, again, strict=True))
+
+
+@KERNELS
+@pytest.mark.parametrize(**FORMS)
+def test_a_task_gate_of_a_real_layer(one_pass, impl, monkeypatch):
+    take(one_pass, monkeypatch)
+    shape = dict(M=4096, N=4096, K=4096, r=64, dtype=torch.bfloat16, device="cuda")
+    c = case(**shape, tied=False, bias=False, adapter_bias=False, decay=False, task_gate=True)
+    with torch.no_grad():
+        c.core.mul_(0.3 / 64)
+    compare(c, None, impl)
+
+
+@pytest.mark.parametrize(
+    "norm",
+    [None, SMagNorm(), SMagNorm(ref="max"), SMagNorm(domain="weight")],
+    ids=["no gate", "output", "max", "weight"],
+)
+def test_a_call_by_heart_computes_on_its_own_operands(norm, monkeypatch):
+    """What was recorded on one layer is repeated on others, forwards and backwards."""
+    recorded = []
+    record = programs._recorded
+    monkeypatch.setattr(
+        programs, "_recorded", lambda *a: recorded.append(record(*a)) or recorded[-1]
+    )
+    for seed in range(3):
+        torch.manual_seed(seed)
+        c = case(300, 264, 136, 24, torch.bfloat16, device="cuda", task_gate=norm is None)
+        with torch.no_grad():
+            c.core.mul_(0.01)
+        compare(c, norm, "triton")
+    assert len(recorded) == 2 and all(program is not None for _, program in recorded)
 
 
 @KERNELS

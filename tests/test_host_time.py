@@ -108,6 +108,69 @@ def test_triton_is_asked_once_for_what_it_compiles():
     assert asked[0] == 5 and asked[2] and asked[4] and asked[5]  # where operands lie otherwise
 
 
+BY_HEART = """
+import json, torch
+from nothing import launching_nothing
+from torch import nn
+from triton import knobs
+from secura_kernels import CURLoRALinear, SECURALinear
+from secura_kernels.backends import programs
+from secura_kernels.backends.triton import interface, tune_cache
+
+scheduled, launched = [], []
+for name in ("rows", "columns"):  # each pass over a layer asks for one of them
+    ask = getattr(interface, name)
+    setattr(interface, name, lambda *a, ask=ask: scheduled.append(1) or ask(*a))
+found = {}
+with launching_nothing(90) as driver:
+    launcher = driver.launcher_cls
+
+    def launcher_cls(src, metadata):
+        def run(*a):
+            operands = [getattr(v, "base", v) for v in a]
+            launched.append((src.fn.__name__, [  # alive, so that each has an id of its own
+                v for v in operands if isinstance(v, torch.Tensor)]))
+        return run
+
+    driver.launcher_cls = launcher_cls
+    for kind, more in ((CURLoRALinear, {}), (SECURALinear, dict(norm="calibrated")),
+                       (SECURALinear, dict(norm="figure"))):
+        layers = [kind.from_linear(nn.Linear(80, 64).bfloat16(), 16, impl="triton", **more)
+                  for _ in range(2)]
+
+        def step(layer, x):
+            scheduled.clear(), launched.clear()
+            y = layer(x)
+            (dx,) = torch.autograd.grad(y, x, torch.ones_like(y))
+            own = {id(v): "its own" for v in (layer.weight, x)}
+            seen = {}
+            return len(scheduled), [
+                (name, [(tuple(v.shape), own.get(id(v)) or seen.setdefault(id(v), len(seen)))
+                        for v in tensors])
+                for name, tensors in launched]
+
+        x = [torch.randn(16, 80).bfloat16().requires_grad_() for _ in layers]
+        outcomes = [step(*pair) for pair in zip(layers, x)]
+        tune_cache.forget()
+        outcomes.append(step(layers[1], x[1]))
+        knobs.runtime.launch_enter_hook.add(profiler := lambda *_: None)
+        outcomes.append(step(layers[1], x[1])[:1])
+        knobs.runtime.launch_enter_hook.remove(profiler)
+        found[str(more)] = outcomes
+print(json.dumps(found))
+"""
+
+
+def test_a_call_by_heart_launches_the_same_on_its_own_tensors():
+    """And schedules nothing, until something that launches follow from has changed."""
+    for (asked, first), (none, second), (again, third), (profiled,) in json.loads(
+        run(BY_HEART)
+    ).values():
+        assert asked and asked == again == profiled and not none
+        assert len(first) >= 4 and first == second == third
+        assert any("its own" in operand for _, operands in second for operand in operands)
+
+
 def test_the_benchmark_measures_every_layer(tmp_path):
     printed = run(
         f"sys.argv = ['run.py', '--rounds', '2', '--out', {str(tmp_path)!r}]\n"

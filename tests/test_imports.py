@@ -13,7 +13,7 @@ ROOT = Path(secura_kernels.__file__).parent
 LAYERS = [
     ["checks"],
     ["settings", "selection", "bases"],
-    ["backends.gate_code", "backends.operands"],
+    ["backends.gate_code", "backends.operands", "backends.programs"],
     ["backends.host"],
     ["backends.passes"],
     ["backends.schedule"],

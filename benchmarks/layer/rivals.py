@@ -115,9 +115,9 @@ def _defaults(linear: nn.Linear, r: int) -> dict[str, Rival]:
         ("SECURA, orthonormal, bias", SECURALinear, dict(basis="orthonormal", **gated)),
     ):
         ours, plain = (_ours(kind, linear, r, each, settings) for each in (impl, "reference"))
-        if form.endswith("gated"):
-            gate = torch.randn(r, 2, generator=torch.Generator().manual_seed(2)) / r
-            ours.gate = plain.gate = gate.to(linear.weight.device)
+        if settings["basis"] == "natural":
+            for layer in (ours, plain):
+                put_natural_basis(layer, gated=form.endswith("gated"))
         found[f"{form}, {impl}"] = Rival(ours, f"{form}, eager")
         found[f"{form}, eager"] = Rival(PlainLinear(plain), timed=False)
     return found
@@ -140,17 +140,29 @@ def _ours(kind, linear: nn.Linear, r: int, impl: str, settings: dict) -> nn.Modu
         impl=impl,
         **dict(basis="raw") | settings,
     )
-    if layer.basis == "natural":  # C and R of which only the shapes count here
-        sides = (
-            torch.randn(size, r, generator=generator).to(layer.weight.device) / size**0.5
-            for size in layer.weight.shape
-        )
-        C, R = (torch.linalg.qr(side.double()).Q for side in sides)
-        layer.move_on(C, R.T, 1.0, layer.weight, learned=False)
-    with torch.no_grad():
-        start = torch.randn(layer.core_parameter().shape, generator=generator.manual_seed(1))
-        layer.core_parameter().copy_(0.02 * start)
+    _start(layer)
     return layer
+
+
+def _start(layer: nn.Module) -> None:
+    with torch.no_grad():
+        shape = layer.core_parameter().shape
+        start = torch.randn(shape, generator=torch.Generator().manual_seed(1))
+        layer.core_parameter().copy_(0.02 * start)
+
+
+def put_natural_basis(layer: nn.Module, gated: bool = False) -> None:
+    """In the place of ``calibrate``: orthonormal C and R, and a gate, that know of no text, since
+    how fast a layer is does not depend on them."""
+    generator = torch.Generator().manual_seed(0)
+    sides = (
+        torch.randn(size, layer.r, generator=generator).to(layer.weight.device)
+        for size in layer.weight.shape
+    )
+    C, R = (torch.linalg.qr(side).Q for side in sides)
+    gate = torch.randn(layer.r, 2, generator=generator).to(layer.weight.device) / layer.r
+    layer.move_on(C, R.T, 1.0, layer.weight, learned=False, gate=gate if gated else None)
+    _start(layer)
 
 
 def _peft(linear: nn.Linear, r: int) -> dict[str, Rival]:

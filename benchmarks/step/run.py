@@ -1,4 +1,4 @@
-"""One fine-tuning step of a Llama with random weights: SECURA, CURLoRA, and PEFT's LoRA and DoRA.
+"""One fine-tuning step of a Llama with random weights: CURLoRA, SECURA, and PEFT's LoRA and DoRA.
 
     python benchmarks/step/run.py                        # on a GPU: 1b and 8b
     python benchmarks/step/run.py --model 1b --method SECURA "LoRA (PEFT)"
@@ -25,6 +25,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "layer"))
 
 import machine
 import results
+from rivals import put_natural_basis
 
 from secura_kernels.tools.replay import FAILURES, Recorder, first_line
 
@@ -35,7 +36,16 @@ MODELS = {
     "8b": (4096, 32, 32, 8, 14336, 128256, 2, 1024),
 }
 FUSED = ", fused projections"
-METHODS = ("CURLoRA", f"CURLoRA{FUSED}", "SECURA", "LoRA (PEFT)", "DoRA (PEFT)")
+METHODS = (
+    "CURLoRA",
+    f"CURLoRA{FUSED}",
+    "CURLoRA, natural",
+    "CURLoRA, natural, gated",
+    f"CURLoRA, natural, gated{FUSED}",
+    "SECURA",
+    "LoRA (PEFT)",
+    "DoRA (PEFT)",
+)
 RANK = 64
 WARM_UP = 3
 
@@ -84,9 +94,13 @@ def adapt(model: nn.Module, method: str, r: int) -> nn.Module:
     settings = {}
     if method == "SECURA":
         settings = dict(m=r + r // 3, selection="lowest", norm="calibrated")
+    if ", natural" in method:
+        settings = dict(basis="natural")
     for name, layer in list(model.named_modules()):
         if isinstance(layer, nn.Linear) and not name.endswith("lm_head"):
-            model.set_submodule(name, kind.from_linear(layer, r, **settings))
+            model.set_submodule(name, adapted := kind.from_linear(layer, r, **settings))
+            if ", natural" in method:
+                put_natural_basis(adapted, gated=", gated" in method)
     if method.endswith(FUSED):
         fuse_projections(model)
     return model

@@ -117,7 +117,8 @@ def _outputs(
     ``like``: (M, any), in the layer's dtype."""
     norm = layer.norm
     saved, keep = saved_for_backward(like, N, norm, save)
-    moved = like.new_zeros(1 if edge and norm is not None else 0, dtype=torch.int64)
+    counts = edge and norm is not None
+    moved = (like.new_zeros if counts else like.new_empty)(1 if counts else 0, dtype=torch.int64)
     gate = largest = None
     if norm is not None:
         gate = GateNumbers.of(norm, like.dtype)

@@ -212,9 +212,12 @@ class Adapter(OptionalTensors, Factors, MatrixForm, Past, TaskGate, nn.Module):
     def core(self, trained: Tensor | None = None) -> Tensor:
         """The core (r, r) between C and R, differentiable: S_c^-1 V S_r^-T for a folded basis."""
         self._check_calibrated()
+        parameters = self.core_parameters() if trained is None else (trained,)
+        fold_c, fold_r = self.fold_c, self.fold_r
+        if fold_c is None and len(parameters) == 1:
+            return parameters[0]
         with self._without_autocast():
-            parameters = self.core_parameters() if trained is None else (trained,)
-            return folded_core(parameters, self.fold_c, self.fold_r)
+            return folded_core(parameters, fold_c, fold_r)
 
     def cores(self, adapters: "list[Adapter]") -> Tensor:
         """``core`` of several adapters (A, r, r) that share this one's columns, rows and basis,

@@ -19,6 +19,7 @@ from torch.autograd import forward_ad
 from torch.utils.flop_counter import register_flop_formula
 
 from ..backends.operands import CurOperands
+from ..backends.programs import by_heart
 from ..checks import check_choice
 from ..settings import SMagNorm
 
@@ -161,7 +162,7 @@ def register(
         vmap: batching rule; None: one call per sample, stacked.
     """
     name = LIBRARY.define(" ".join(schema.split()))
-    run = _outside_autocast(run)
+    run = _outside_autocast(by_heart(run))
     LIBRARY.impl(name, run, "CompositeExplicitAutograd")
     torch.library.register_fake(f"{NAMESPACE}::{name}", fake, lib=LIBRARY)
     packet = getattr(getattr(torch.ops, NAMESPACE), name)

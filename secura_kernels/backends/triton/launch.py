@@ -12,6 +12,7 @@ from triton import knobs
 from triton.runtime import driver
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from .. import programs
 from . import chips, tiles, tune_cache
 from .tiles import Tile
 
@@ -39,6 +40,24 @@ class _Prepared(NamedTuple):
     compiled: object
     values: list
     places: list[tuple[int, int, TensorDescriptor | None]]
+
+    def launch(self, tensors: list[Tensor]) -> None:
+        values, compiled = self.values.copy(), self.compiled
+        for place, number, descriptor in self.places:
+            values[place] = _filled(descriptor, tensors[number])
+        active = driver.active
+        compiled.run(
+            self.programs,
+            1,
+            1,
+            active.get_current_stream(active.get_current_device()),
+            compiled.function,
+            compiled.packed_metadata,
+            None,
+            None,
+            None,
+            *values,
+        )
 
 
 MOST_PREPARED = 2**12  # of a pass; beyond that many all are prepared anew
@@ -74,25 +93,11 @@ def launched(kernel):
             if found is None or getattr(profiler, "calls", profiler):
                 if len(prepared) >= MOST_PREPARED:
                     prepared.clear()
-                prepared[key] = _prepare(kernel, describe(*operands, **named), tensors)
+                found = prepared[key] = _prepare(kernel, describe(*operands, **named), tensors)
             elif found.programs:
-                values, compiled = found.values.copy(), found.compiled
-                for place, number, descriptor in found.places:
-                    values[place] = _filled(descriptor, tensors[number])
-                active = driver.active
-                stream = active.get_current_stream(active.get_current_device())
-                compiled.run(
-                    found.programs,
-                    1,
-                    1,
-                    stream,
-                    compiled.function,
-                    compiled.packed_metadata,
-                    None,
-                    None,
-                    None,
-                    *values,
-                )
+                found.launch(tensors)
+            if found.programs:
+                programs.note(found.launch, tensors)
 
         return run
 
@@ -141,9 +146,10 @@ def _prepare(kernel, launch: Launch, tensors: list[Tensor]) -> _Prepared:
 def _filled(descriptor: TensorDescriptor | None, tensor: Tensor) -> Tensor | TensorDescriptor:
     if descriptor is None:
         return tensor
-    descriptor = copy(descriptor)
-    descriptor.base = tensor
-    return descriptor
+    filled = object.__new__(TensorDescriptor)  # checked once, when it was prepared
+    filled.__dict__.update(descriptor.__dict__)
+    filled.base = tensor
+    return filled
 
 
 def _launch_slowly(kernel, launch: Launch):
@@ -187,6 +193,19 @@ def wide_precision(dtype: torch.dtype) -> str:
     products, exact to 2^-21, on tensor cores; in a float32 layer in float32."""
     return "ieee" if dtype == torch.float32 else "tf32x3"
 
+
+def _state(like: Tensor) -> object:
+    """See ``programs.state``."""
+    profiler = knobs.runtime.launch_enter_hook
+    if _instead is not None or INTERPRETED or tiles.is_forced():
+        return None
+    if getattr(profiler, "calls", profiler):  # Triton calls it, for launches that pass through it
+        return None
+    return chips.pretended(), dot_precision(like.dtype)
+
+
+programs.state = _state
+tune_cache.remember(programs.forget)
 
 LARGEST_STRIDE = 2**24
 

@@ -109,7 +109,7 @@ def _store_and_project(
     )
     tl.debug_barrier()  # p is read back by other threads of this program
     if t_ptr is not None:
-        s = _openness(t_ptr, gate_ptr, m, M, R, STEP)
+        s = _openness(t_ptr, gate_ptr, m, M, R, 16)  # more at a time spill at r = 150
         _multiply_rows(p_ptr, s, m, M, R, STEP)
         tl.debug_barrier()
         along = tl.zeros((m.shape[0],), tl.float32)  # q . t, the gradient of s times s
@@ -158,6 +158,7 @@ def arguments(
 ) -> dict:
     M, r = p.shape
     stride_cj, stride_ck = strides(core.T if transpose_core else core)
+    few = task_gate is not None and tile.m == 16  # else a word of it spills on some chips
     return dict(
         core_ptr=core,
         gate_ptr=task_gate,
@@ -171,7 +172,7 @@ def arguments(
         alpha=alpha,
         BLOCK_M=tile.m,
         RANK=rank_block(r),
-        BLOCK_J=min(rank_block(r), 64 if task_gate is None else 32),
+        BLOCK_J=min(rank_block(r), 32 if few else 64),
         STEP=min(rank_block(r), WIDE_STEP),
         WIDE=wide_precision(a.dtype),
     )
