@@ -22,7 +22,7 @@ for package in ("peft", "matplotlib", "rich"):
 
 ROOT = Path(__file__).parents[1]
 EXAMPLES = ROOT / "examples"
-METHODS = ("natural", "curlora", "secura", "lora", "dora", "full")
+METHODS = ("natural", "gated", "curlora", "secura", "lora", "dora", "full")
 
 
 @pytest.fixture(scope="module")
@@ -123,7 +123,7 @@ def test_compare_measures_every_method(compared):
         assert {"settings", "versions", "machine", "date", "peak_memory_bytes"} <= set(result)
     trained = {name: r["trained_parameters"] for name, r in results["methods"].items()}
     # A block: q and o are 32 -> 32, k and v 32 -> 16, gate and up 32 -> 48, down 48 -> 32.
-    assert trained["natural"] == trained["curlora"] == 2 * 7 * 4 * 4
+    assert trained["natural"] == trained["gated"] == trained["curlora"] == 2 * 7 * 4 * 4
     assert trained["secura"] == 2 * (7 * 2 * 4 * 6 + 3 * 32 + 2 * 16 + 2 * 48)
     assert trained["lora"] == 2 * 2 * (2 * 64 + 2 * 48 + 3 * 80)
     assert trained["full"] == 2 * 32 * (2 * 32 + 2 * 16 + 3 * 48)

@@ -179,17 +179,20 @@ class _Record(TorchDispatchMode):
         return -1 if number is None else number
 
     def _operation(self, func, args: tuple, kwargs: dict, result: Tensor) -> None:
-        places = [
-            (i, list(map(self._known, a)) if isinstance(a, list) else self._known(a))
-            for i, a in enumerate(args)
-            if isinstance(a, Tensor)
-            or (isinstance(a, list) and a and all(isinstance(v, Tensor) for v in a))
-        ]
-        constants = [None if isinstance(a, Tensor) else a for a in args]
+        """A step that fills in this call's tensors, alone or in a list, as of indices."""
         self.whole &= not any(isinstance(value, Tensor) for value in kwargs.values())
+        places, constants = [], list(args)
+        for i, value in enumerate(args):
+            if isinstance(value, Tensor):
+                places.append((i, self._known(value)))
+            elif isinstance(value, list) and any(isinstance(v, Tensor) for v in value):
+                places.append((i, [None if v is None else self._known(v) for v in value]))
+            else:
+                continue
+            constants[i] = None  # not to be kept alive
+        reads = {n for _, m in places for n in (m if isinstance(m, list) else [m])} - {None}
         number = self._new(result)
         makes = None if func._schema.is_mutable else number
-        reads = {n for _, m in places for n in (m if isinstance(m, list) else [m])}
         if func is torch.ops.aten.new_empty.default:
             func, kwargs = Tensor.new_empty, dict(dtype=result.dtype)
         func = _FASTER.get(func, func)
@@ -197,7 +200,10 @@ class _Record(TorchDispatchMode):
         def step(values: Values) -> None:
             filled = constants.copy()
             for i, n in places:
-                filled[i] = [values[m] for m in n] if isinstance(n, list) else values[n]
+                if isinstance(n, list):
+                    filled[i] = [None if m is None else values[m] for m in n]
+                else:
+                    filled[i] = values[n]
             values[number] = func(*filled, **kwargs)
 
         self.steps.append(Step(step, reads, makes))

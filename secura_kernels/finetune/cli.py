@@ -88,7 +88,8 @@ def parse(
 
     add = parser.add_argument_group("ranks").add_argument
     ranks = {name: method.options.get("r") for name, method in METHODS.items()}
-    chosen = ", ".join(f"{name}: {ranks[name]}" for name in ("natural", "curlora", "secura"))
+    ours = [name for name, method in METHODS.items() if method.package == "secura_kernels"]
+    chosen = ", ".join(f"{name}: {ranks[name]}" for name in ours)
     add(
         "--cur-rank",
         type=count,

@@ -36,7 +36,7 @@ def attach(model: nn.Module, job: Job, batches: list[Tensor]) -> nn.Module:
     generator = torch.Generator().manual_seed(job.seed)
     for name, linear in targets.items():
         model.set_submodule(name, layer.from_linear(linear, generator=generator, **job.options))
-    if job.method == "natural":
+    if METHODS[job.method].options.get("basis") == "natural":
         calibrate_bases(model, job, batches[:TASK_BATCHES])
     return model
 
@@ -52,6 +52,7 @@ def calibrate_bases(model: nn.Module, job: Job, batches: list[Tensor]) -> None:
         tokenizer=AutoTokenizer.from_pretrained(job.model),
         tokens=OWN_TOKENS,
         task=[{"input_ids": ids, "labels": ids} for ids in batches],
+        gated=job.method == "gated",
         seed=job.seed,
     )
 

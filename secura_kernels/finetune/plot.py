@@ -16,6 +16,7 @@ INK, GREY = "#222222", "#8A8A8A"
 # DoRA's is hollow because it often lies on LoRA's.
 STYLES = {
     "natural": {"color": "#009E73", "marker": "*", "linestyle": "-"},
+    "gated": {"color": "#009E73", "marker": "X", "linestyle": "--"},
     "curlora": {"color": "#E69F00", "marker": "s", "linestyle": "-"},
     "secura": {"color": "#D55E00", "marker": "o", "linestyle": "-"},
     "lora": {"color": "#0072B2", "marker": "^", "linestyle": "--"},

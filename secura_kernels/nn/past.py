@@ -42,8 +42,10 @@ class Past:
         """(..., N): y and the past change of x (..., K)."""
         if self.C_past is None:
             return y
-        t = self.gated_past(F.linear(x, self.R_past.to(x.dtype)))
-        return y + F.linear(t, self.C_past.to(t.dtype)).to(y.dtype)
+        t = self.gated_past(F.linear(x, self.R_past.to(x.dtype))).to(y.dtype)
+        flat, C = y.reshape(-1, y.shape[-1]), self.C_past.to(y.dtype)
+        z = torch.addmm(flat, t.reshape(len(flat), -1), C.T)  # y is read once
+        return z.to(y.dtype).view(y.shape)  # autocast has a dtype of its own
 
     def past_delta(self) -> Tensor | float:
         """The past change of W (N, K), all gates open; float32 (float64 for float64 ones)."""
