@@ -75,8 +75,7 @@ __global__ void __launch_bounds__(Sum<RANK>::THREADS, 1) down_kernel(Down d) {
       }
     }
     const bool opens = d.task_gate != nullptr && t == nullptr;
-    project_rows(p, M, d.r, d.padded, d.core, d.alpha, q, m0, shared_memory(),
-                 opens ? openness : nullptr);
+    project_rows(p, M, d.r, d.padded, d.core, d.alpha, q, m0, shared_memory(), opens);
     if (t != nullptr) {
       __syncthreads();  // q is read back
       add_through_gate(q, d.padded, t, M, d.r, d.task_gate, m0, openness);

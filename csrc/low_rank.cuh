@@ -44,6 +44,8 @@ __device__ __forceinline__ void sum_of_parts(const float* part, int parts, P* p,
   }
 }
 
+constexpr float LOG2_E = 1.4426950408889634f;
+
 // What project_rows needs of shared memory, and after it the openness of the block's rows.
 constexpr int PROJECT_BYTES =
     MULTIPLY_BYTES<ByCore> + ByCore::ROWS * static_cast<int>(sizeof(float));
@@ -71,7 +73,7 @@ __device__ __forceinline__ void find_openness(const T* t, int M, int r, const fl
     }
     logit = sum_of_warp(logit);
     if (threadIdx.x % 32 == 0) {
-      openness[i] = 1.0f / (1.0f + expf(-logit));
+      openness[i] = reciprocal(1.0f + power_of_2(-LOG2_E * logit));
     }
   });
 }
@@ -104,20 +106,18 @@ __device__ __forceinline__ void add_through_gate(T* q, int padded, const T* t, i
   });
 }
 
-// q = alpha p core^T (M, padded) at the block's rows, times `openness` unless it is null; zeros
-// beyond r.
+// q = alpha p core^T (M, padded) at the block's rows, `opened`: times their openness; zeros beyond r.
 template <typename P, typename Q>
 __device__ __forceinline__ void project_rows(const P* p, int M, int r, int padded,
                                              const Matrix& core, float alpha, Q* q, int m0,
-                                             unsigned char* memory,
-                                             const float* openness = nullptr) {
+                                             unsigned char* memory, bool opened = false) {
   __syncthreads();  // p is read back by other threads than wrote it
   for (int j0 = 0; j0 < padded; j0 += ByCore::COLUMNS) {
     const ByCore sum = times_core(p, M, r, core, m0, j0, memory);
     for_elements<ByCore>([&](int i, int j, int e) {
       const int row = m0 + ByCore::row(i, e), column = j0 + ByCore::column(j, e);
       if (row < M && column < padded) {
-        const float scale = openness == nullptr ? alpha : alpha * openness[row - m0];
+        const float scale = opened ? alpha * openness_of_rows(memory)[row - m0] : alpha;
         q[static_cast<int64_t>(row) * padded + column] = from_float<Q>(scale * sum.value[i][j][e]);
       }
     });

@@ -18,19 +18,17 @@ __global__ void __launch_bounds__(ByCore::THREADS, 1) project_kernel(Project d) 
     p[static_cast<int64_t>(row) * d.r + k] =
         a.data[row * a.stride_row + from * a.stride_depth];
   }
-  const float* openness = nullptr;
-  if (d.task_gate != nullptr) {
+  const bool opens = d.task_gate != nullptr;
+  if (opens) {
     __syncthreads();  // p is read back
-    float* found = openness_of_rows(shared_memory());
-    find_openness(p, a.rows, d.r, d.task_gate, m0, found);
-    openness = found;
+    find_openness(p, a.rows, d.r, d.task_gate, m0, openness_of_rows(shared_memory()));
   }
   if (d.q_float32) {
     project_rows(p, a.rows, d.r, d.padded, d.core, d.alpha, static_cast<float*>(d.q), m0,
-                 shared_memory(), openness);
+                 shared_memory(), opens);
   } else {
     project_rows(p, a.rows, d.r, d.padded, d.core, d.alpha, static_cast<T*>(d.q), m0,
-                 shared_memory(), openness);
+                 shared_memory(), opens);
   }
 }
 

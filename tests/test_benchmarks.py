@@ -458,7 +458,7 @@ def test_a_stage_ends_and_leaves_its_log(tmp_path, monkeypatch):
 
 def test_the_sanitizer_watches_every_form():
     found = sanitize.cases()
-    assert len(set(map(str, found))) == len(found) == 84
+    assert len(set(map(str, found))) == len(found) == 108
     for form in sanitize.NORMS:
         own = [case for case in found if case.form == form]
         assert {case.shape for case in own} == set(sanitize.SHAPES)

@@ -91,7 +91,7 @@ def test_operations_match_the_op():
     for gate in (True, False):
         assert layer.forward(gate, True).flops == forward
     backward = _bwd_flops(
-        (512, 256), (256, 384), (16, 16), *[None] * 8, 1.0, [], True, (True, True, False)
+        (512, 256), (256, 384), (16, 16), *[None] * 9, 1.0, [], True, (True, True, False)
     )
     without_gate = layer.backward(False).flops
     assert without_gate == backward

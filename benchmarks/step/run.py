@@ -122,10 +122,7 @@ def measure(name: str, method: str, r: int, steps: int, device: torch.device) ->
         tokens = torch.randint(vocabulary, (batch, sequence), device=device)
         _wait(device)
         start = time.perf_counter()
-        loss = model(input_ids=tokens, labels=tokens).loss
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
+        loss = train_step(model, optimizer, tokens)
         _wait(device)
         if i >= WARM_UP:
             seconds.append(time.perf_counter() - start)
@@ -155,23 +152,26 @@ def measure(name: str, method: str, r: int, steps: int, device: torch.device) ->
     )
 
 
+def train_step(
+    model: nn.Module, optimizer: torch.optim.Optimizer, tokens: torch.Tensor
+) -> torch.Tensor:
+    """Returns the loss."""
+    loss = model(input_ids=tokens, labels=tokens).loss
+    loss.backward()
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    return loss.detach()
+
+
 def replayed(
     model: nn.Module, trained: list[nn.Parameter], tokens: torch.Tensor, vocabulary: int, steps: int
 ) -> dict:
     """``graph_s``: median seconds of the whole step, replayed from a CUDA graph; or
     ``not_captured``: why there is none."""
     optimizer = torch.optim.AdamW(trained, lr=1e-4, capturable=True)
-
-    def step() -> torch.Tensor:
-        loss = model(input_ids=tokens, labels=tokens).loss
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        return loss.detach()
-
     seconds, losses = [], set()
     try:
-        replay, loss = Recorder().capture(step)
+        replay, loss = Recorder().capture(lambda: train_step(model, optimizer, tokens))
         for i in range(WARM_UP + steps):
             tokens.copy_(torch.randint_like(tokens, vocabulary))
             _wait(tokens.device)

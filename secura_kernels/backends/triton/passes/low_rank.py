@@ -158,7 +158,8 @@ def arguments(
 ) -> dict:
     M, r = p.shape
     stride_cj, stride_ck = strides(core.T if transpose_core else core)
-    few = task_gate is not None and tile.m == 16  # else a word of it spills on some chips
+    # Else a word of a gated rank 64 in 16 rows spills on some chips.
+    few = task_gate is not None and (tile.m, rank_block(r)) == (16, 64)
     return dict(
         core_ptr=core,
         gate_ptr=task_gate,
