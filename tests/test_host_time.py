@@ -181,6 +181,7 @@ def test_the_benchmark_measures_every_layer(tmp_path):
         "frozen",
         "LoRA (PEFT)",
         "CURLoRA",
+        "CURLoRA, natural",
         "SECURA",
     }
     assert all(row["us"] > 0 for path in ("triton", "reference") for row in content[path])

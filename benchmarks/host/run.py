@@ -27,6 +27,7 @@ from secura_kernels import CURLoRALinear, SECURALinear
 ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT / "benchmarks" / "layer"))
 import machine  # noqa: E402
+from rivals import put_natural_basis  # noqa: E402
 
 RIVAL = "LoRA (PEFT)"
 N, K, R, M_INNER = 64, 80, 64, 72
@@ -66,11 +67,14 @@ def layers(impl: str, dtype: torch.dtype) -> dict[str, nn.Module]:
         torch.manual_seed(0)
         return nn.Linear(K, N, bias=False).to(dtype).requires_grad_(False)
 
+    natural = CURLoRALinear.from_linear(base(), R, basis="natural", impl=impl)
+    put_natural_basis(natural)
     lora = get_peft_model(nn.Sequential(base()), LoraConfig(r=R, target_modules=["0"]))
     return {
         "frozen": base(),
         RIVAL: lora.base_model.model[0],
         "CURLoRA": CURLoRALinear.from_linear(base(), R, impl=impl),
+        "CURLoRA, natural": natural,
         "SECURA": SECURALinear.from_linear(base(), R, m=M_INNER, norm="calibrated", impl=impl),
     }
 

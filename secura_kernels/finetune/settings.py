@@ -30,7 +30,7 @@ class Method:
 
 METHODS = {
     "natural": Method("CURLoRA, natural", "secura_kernels", 7e-3, {"r": 64, "basis": "natural"}),
-    "gated": Method("CURLoRA, gated", "secura_kernels", 7e-3, {"r": 64, "basis": "natural"}),
+    "gated": Method("CURLoRA, gated", "secura_kernels", 1e-2, {"r": 64, "basis": "natural"}),
     "curlora": Method(
         "CURLoRA published",
         "secura_kernels",
