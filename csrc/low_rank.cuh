@@ -106,7 +106,8 @@ __device__ __forceinline__ void add_through_gate(T* q, int padded, const T* t, i
   });
 }
 
-// q = alpha p core^T (M, padded) at the block's rows, `opened`: times their openness; zeros beyond r.
+// q = alpha p core^T (M, padded) at the block's rows, `opened`: times their openness; zeros beyond
+// r.
 template <typename P, typename Q>
 __device__ __forceinline__ void project_rows(const P* p, int M, int r, int padded,
                                              const Matrix& core, float alpha, Q* q, int m0,

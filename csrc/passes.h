@@ -49,8 +49,9 @@ struct Gather {
 void gather(const Gather&, const Launch&);
 
 // p = a factor (M, r), q = alpha p core^T. With a task gate q is multiplied by the openness of p; or
-// in a backward pass, with t, p by that of t, and q is the gradient of t. With `part` a is taken in `parts` groups of columns, so
-// that few rows fill the chip too; their products are then added in order.
+// in a backward pass, with t, p by that of t, and q is the gradient of t. With `part` a is taken in
+// `parts` groups of columns, so that few rows fill the chip too; their products are then added in
+// order.
 struct Down {
   Matrix a;          // (M, K)
   const void* factor;  // (K, padded)

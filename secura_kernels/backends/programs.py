@@ -8,7 +8,7 @@ repeat the record with tensors of their own.
 
 import functools
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
 import torch
@@ -27,7 +27,7 @@ class Step(NamedTuple):
 
 
 MOST_PROGRAMS = 2**10  # of an op; beyond that many all are recorded anew
-_PLAIN = (Tensor, torch.nn.Parameter)
+_PLAIN = frozenset((Tensor, torch.nn.Parameter))
 # The same by functions that take the host half the time.
 _FASTER: dict[Callable, Callable] = {
     torch.ops.aten.mm.default: torch.mm,
@@ -69,13 +69,13 @@ def by_heart(run: Callable[..., tuple[Tensor, ...]]) -> Callable[..., tuple[Tens
         if state is None or not (first.is_cuda or args[-1] == "triton"):
             return run(*args)
         about = state(first)
-        tensors, key = _signature(args)
-        if about is None or key is None:
+        if about is None or any(isinstance(a, Tensor) and type(a) not in _PLAIN for a in args):
             return run(*args)
+        tensors, key = signature(args)
         if first.is_cuda and first.get_device() != torch.cuda.current_device():
             with torch.cuda.device(first.device):
                 return wrapper(*args)
-        key = (*key, about)
+        key = (*key, first.device, about)
         program = programs.get(key, run)
         if program is run:  # not seen before
             if len(programs) >= MOST_PROGRAMS:
@@ -87,19 +87,15 @@ def by_heart(run: Callable[..., tuple[Tensor, ...]]) -> Callable[..., tuple[Tens
     return wrapper
 
 
-def _signature(args: tuple) -> tuple[list[Tensor], list | None]:
-    """The tensors among an op's arguments, and all that its host's work follows from; None where
-    there are tensors of other kinds."""
+def signature(args: Iterable) -> tuple[list[Tensor], list]:
+    """The tensors among arguments, and all that the host's work follows from but the device."""
     tensors, key = [], []
     for value in args:
-        if type(value) in _PLAIN:
+        if isinstance(value, Tensor):
             tensors.append(value)
             key += (value.shape, value.stride(), value.dtype, value.data_ptr() & 15 == 0)
-        elif isinstance(value, Tensor):
-            return tensors, None
         else:
             key.append(tuple(value) if isinstance(value, list) else value)
-    key.append(args[0].device)
     numbers = list(map(id, tensors))
     if len(set(numbers)) < len(numbers):  # also which of them are one tensor
         key += map(numbers.index, numbers)

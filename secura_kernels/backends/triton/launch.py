@@ -81,7 +81,7 @@ def launched(kernel):
 
         @functools.wraps(describe)
         def run(*operands, **named) -> None:
-            if _instead is not None or INTERPRETED or tiles.is_forced():
+            if _once_only():
                 return _launch_slowly(kernel, describe(*operands, **named))
             tensors, key = _read((*operands, *named.values()))
             device = tensors[0].device
@@ -89,8 +89,8 @@ def launched(kernel):
                 with torch.cuda.device(device):
                     return run(*operands, **named)
             key = (*key, *named, device, chips.pretended())
-            found, profiler = prepared.get(key), knobs.runtime.launch_enter_hook
-            if found is None or getattr(profiler, "calls", profiler):
+            found = prepared.get(key)
+            if found is None or _profiled():
                 if len(prepared) >= MOST_PREPARED:
                     prepared.clear()
                 found = prepared[key] = _prepare(kernel, describe(*operands, **named), tensors)
@@ -104,6 +104,17 @@ def launched(kernel):
     return decorate
 
 
+def _once_only() -> bool:
+    """Whether launches are not to be prepared for later ones."""
+    return _instead is not None or INTERPRETED or tiles.is_forced()
+
+
+def _profiled() -> bool:
+    """Whether Triton calls a profiler, for launches that pass through it."""
+    hook = knobs.runtime.launch_enter_hook
+    return bool(getattr(hook, "calls", hook))
+
+
 def _read(operands: tuple) -> tuple[list[Tensor], list]:
     """The tensors among operands, and all that a launch may depend on."""
     flat = []
@@ -112,16 +123,7 @@ def _read(operands: tuple) -> tuple[list[Tensor], list]:
             flat += operand
         else:
             flat.append(operand)
-    tensors = [operand for operand in flat if isinstance(operand, Tensor)]
-    key = [
-        (operand.shape, operand.stride(), operand.dtype, operand.data_ptr() & 15 == 0)
-        if isinstance(operand, Tensor)
-        else operand
-        for operand in flat
-    ]
-    numbers = list(map(id, tensors))
-    if len(set(numbers)) < len(numbers):  # also which of them are one tensor
-        key += map(numbers.index, numbers)
+    tensors, key = programs.signature(flat)
     if tensors[0].dtype == torch.float32:
         key.append(dot_precision(torch.float32))
     return tensors, key
@@ -196,10 +198,7 @@ def wide_precision(dtype: torch.dtype) -> str:
 
 def _state(like: Tensor) -> object:
     """See ``programs.state``."""
-    profiler = knobs.runtime.launch_enter_hook
-    if _instead is not None or INTERPRETED or tiles.is_forced():
-        return None
-    if getattr(profiler, "calls", profiler):  # Triton calls it, for launches that pass through it
+    if _once_only() or _profiled():
         return None
     return chips.pretended(), dot_precision(like.dtype)
 
