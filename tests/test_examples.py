@@ -22,7 +22,7 @@ for package in ("peft", "matplotlib", "rich"):
 
 ROOT = Path(__file__).parents[1]
 EXAMPLES = ROOT / "examples"
-METHODS = ("natural", "gated", "curlora", "secura", "lora", "dora", "full")
+METHODS = ("gated", "natural", "curlora", "secura", "lora", "dora", "full")
 
 
 @pytest.fixture(scope="module")
@@ -161,6 +161,17 @@ def test_compare_saves_adapters_that_were_proved_to_reload(compared):
         assert list((out / result["adapter"]).glob("adapter*.safetensors")), method
     leftovers = [path for path in out.rglob("*.tmp")]
     assert not leftovers
+
+
+def test_methods_that_share_bases_learn_what_each_learns_alone(tiny, compared):
+    from secura_kernels.finetune import command
+
+    out, _ = compared
+    alone = tiny / "alone"
+    assert command.main(arguments_of(tiny, "--method", "natural", "--out", str(alone))) == 0
+    shared, own = (json.loads((o / "natural" / "result.json").read_text()) for o in (out, alone))
+    for figure in ("losses", "task_perplexity", "general_perplexity", "agreement"):
+        assert shared[figure] == own[figure], figure
 
 
 def test_compare_draws_a_picture(compared):

@@ -1,7 +1,7 @@
 """Fine-tune a language model with SECURA: what it learned, what it forgot, what it cost.
 
 Without arguments, SmolLM2-135M-Instruct learns Shakespeare for a few steps by CURLoRA between
-natural bases, which keep what the model knew, without and with a gate for the task, by CURLoRA
+natural bases, which keep what the model knew, with and without a gate for the task, by CURLoRA
 and SECURA as published, LoRA, DoRA and full fine-tuning in turn, each in a process of its own.
 Perplexity is measured before and after, on plays kept aside and on Wikipedia articles, and there
 how often the likeliest next token is still the same. Given again, the same command goes on where it

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from .settings import METHODS, Job
 
 WEIGHTS = "adapter.safetensors"
+BASES = "bases.safetensors"
 OWN_TOKENS = 1024  # which the model writes to show what it is to keep
 TASK_BATCHES = 6  # whose gradient shows in which directions the task is learned
 
@@ -42,19 +43,34 @@ def attach(model: nn.Module, job: Job, batches: list[Tensor]) -> nn.Module:
 
 
 def calibrate_bases(model: nn.Module, job: Job, batches: list[Tensor]) -> None:
-    """Measure what `model` is to keep, on text that it writes itself, and what it is to learn."""
-    from transformers import AutoTokenizer
+    """Measure what `model` is to keep, on text that it writes itself, and what it is to learn.
 
-    from .. import calibrate
+    One command measures once: the bases lie beside the tokens for its other methods, which differ
+    in the gate alone.
+    """
+    bases = Path(job.tokens).with_name(BASES)
+    gated = job.method == "gated"
+    if not bases.exists():
+        from transformers import AutoTokenizer
 
-    calibrate(
-        model,
-        tokenizer=AutoTokenizer.from_pretrained(job.model),
-        tokens=OWN_TOKENS,
-        task=[{"input_ids": ids, "labels": ids} for ids in batches],
-        gated=job.method == "gated",
-        seed=job.seed,
-    )
+        from .. import calibrate, save_adapter
+
+        calibrate(
+            model,
+            tokenizer=AutoTokenizer.from_pretrained(job.model),
+            tokens=OWN_TOKENS,
+            task=[{"input_ids": ids, "labels": ids} for ids in batches],
+            gated=gated,
+            seed=job.seed,
+        )
+        save_adapter(model, bases)
+        return
+
+    from .. import load_adapter
+
+    for name in load_adapter(model, bases):
+        if not gated:
+            model.get_submodule(name).gate = None
 
 
 def save(model: nn.Module, method: str, folder: Path) -> None:

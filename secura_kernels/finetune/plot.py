@@ -15,8 +15,8 @@ INK, GREY = "#222222", "#8A8A8A"
 # Okabe and Ito's colours, distinct for colour-blind readers; the marker says the same again, and
 # DoRA's is hollow because it often lies on LoRA's.
 STYLES = {
-    "natural": {"color": "#009E73", "marker": "*", "linestyle": "-"},
     "gated": {"color": "#009E73", "marker": "X", "linestyle": "--"},
+    "natural": {"color": "#009E73", "marker": "*", "linestyle": "-"},
     "curlora": {"color": "#E69F00", "marker": "s", "linestyle": "-"},
     "secura": {"color": "#D55E00", "marker": "o", "linestyle": "-"},
     "lora": {"color": "#0072B2", "marker": "^", "linestyle": "--"},

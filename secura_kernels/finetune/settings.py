@@ -29,8 +29,9 @@ class Method:
 
 
 METHODS = {
-    "natural": Method("CURLoRA, natural", "secura_kernels", 7e-3, {"r": 64, "basis": "natural"}),
+    # Before the natural one, which takes the bases of the same calibration.
     "gated": Method("CURLoRA, gated", "secura_kernels", 1e-2, {"r": 64, "basis": "natural"}),
+    "natural": Method("CURLoRA, natural", "secura_kernels", 7e-3, {"r": 64, "basis": "natural"}),
     "curlora": Method(
         "CURLoRA published",
         "secura_kernels",

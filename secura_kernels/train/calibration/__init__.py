@@ -100,7 +100,7 @@ def calibrate(
         gated: with ``"natural"``: each layer changes a token by as much as that looks like the
             task rather than like what is to be kept (``nn/task_gate.py``). Much more is kept, and
             the layers are no linear maps: they cannot be merged or saved as a LoRA. The task's
-            batches are gone through once more.
+            batches go forwards once more.
         selection: with ``"whitened"``: ``"quiet"`` takes the rows and columns of W that answer
             general text least, in one more pass of it. None: those that the layers have.
         too_few: where a layer saw fewer tokens than its rank (an expert that general text never
@@ -164,7 +164,7 @@ def calibrate(
             model, layers, collectors, general, own_loss(model, seed, device), "general", progress
         )
 
-    def over_task(collectors: dict) -> None:
+    def over_task(collectors: dict, backward: bool = True) -> None:
         assert task is not None
         measure(
             model,
@@ -175,6 +175,7 @@ def calibrate(
             "task",
             progress,
             labels=True,
+            backward=backward,
         )
 
     with from_the_start(layers) if restart else nullcontext():
@@ -221,7 +222,7 @@ def calibrate(
         gates: dict[str, Tensor] = {}
         if gated:
             of_task = {name: task_gate.Projected(R) for name, (_, R, _) in whole.items()}
-            over_task(of_task)
+            over_task(of_task, backward=False)
             gates = {
                 name: task_gate.discriminant(moments[name].x, each)
                 for name, each in of_task.items()

@@ -1,4 +1,4 @@
-"""Batches run through a model, forwards and backwards, while layers' inputs and gradients are seen.
+"""Batches run through a model, while layers' inputs and the gradients of their outputs are seen.
 
 Nothing is trained, and nothing is left behind.
 """
@@ -62,12 +62,14 @@ def measure(
     name: str,
     progress: bool,
     labels: bool = False,
+    backward: bool = True,
 ) -> None:
     """Runs all batches; adds what the collectors sum up over all ranks.
 
     Args:
         collectors: by the names of ``layers``. name: of the argument that the batches are. labels:
-            whether they are among what the model is given.
+            whether they are among what the model is given. backward: whether the collectors need
+            the gradients; without, ``add`` is given what ``keep`` kept in their place.
 
     Raises:
         ValueError: no batch, or none whose tokens reach a layer; a batch that is none.
@@ -109,6 +111,9 @@ def measure(
             routing = args[1:] if adapter.stack else ()  # of the rows, where experts have some each
             with torch.autocast(device.type, enabled=False):
                 kept = collector.keep(x.detach(), *routing)
+            if not backward:
+                add(*kept, kept[0])
+                return y
             return _Probe.apply(y, *kept, anchor, partial(add, routing=next(iter(routing), None)))
 
         return module.register_forward_hook(hook, with_kwargs=True)
@@ -117,7 +122,7 @@ def measure(
         stack.enter_context(_frozen(model, [adapter for _, adapter in layers.values()]))
         for layer_name in layers:
             stack.callback(probe(layer_name).remove)
-        stack.enter_context(torch.enable_grad())
+        stack.enter_context(torch.set_grad_enabled(backward))
         for i, batch in enumerate(
             tqdm(
                 batches,
@@ -130,7 +135,9 @@ def measure(
             inputs = _inputs(batch, device, f"{name}[{i}]", labels)
             found = inputs.get("attention_mask")
             mask[0] = None if found is None or found.ndim != 2 else found.bool()
-            loss(inputs, mask[0]).backward()
+            value = loss(inputs, mask[0])
+            if backward:
+                value.backward()
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         for collector in collectors.values():
             for value in collector.sums:
