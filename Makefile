@@ -7,7 +7,7 @@ TORCH = $(if $(shell command -v nvidia-smi 2>/dev/null),torch,torch==2.13.0)
 help:  ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## /make \1\t/p' $(MAKEFILE_LIST)
 
-finetune: .venv/ready  ## the main job: fine-tune SmolLM2 in this form, as published, by LoRA, DoRA, in full
+finetune: .venv/demo-ready  ## the main job: fine-tune SmolLM2 in this form, as published, by LoRA, DoRA, in full
 	$(BIN)/python examples/finetune.py $(ARGS)
 
 test: .venv/ready  ## run the tests
@@ -49,10 +49,14 @@ dist: .venv/ready  ## the source archive and the pure wheel, in dist/, checked a
 	$(BIN)/twine check --strict dist/*
 
 # torch first: another package would pull a build of its own choice.
-.venv/ready: pyproject.toml
+.venv/demo-ready: pyproject.toml
 	$(PYTHON) -c 'import sys; v = "%d.%d" % sys.version_info[:2]; sys.exit(None if sys.version_info >= (3, 11) else "Python >= 3.11 is needed, $(PYTHON) is " + v + ": make PYTHON=python3.12")'
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet $(TORCH)
+	$(BIN)/python -m pip install --quiet --editable '.[demo]'
+	touch $@
+
+.venv/ready: .venv/demo-ready
 	$(BIN)/python -m pip install --quiet --editable '.[peft,quant,demo,dev]'
 	touch $@
 

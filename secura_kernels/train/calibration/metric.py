@@ -82,7 +82,8 @@ class Moment:
             part.double() for part in (self.diagonal, self.product, self.test)
         )
         diagonal, product = diagonal / self.tokens, product / self.tokens
-        values, vectors = torch.linalg.eigh((test.T @ product + product.T @ test) / 2)
+        small = test.T @ product
+        values, vectors = torch.linalg.eigh((small + small.T) / 2)
         known = values > NOISE * values.amax() if len(values) else values > 0
         low_rank = product @ (vectors[:, known] * values[known].rsqrt())
         return (diagonal - low_rank.square().sum(1)).clamp_min(0), low_rank
