@@ -65,9 +65,9 @@ def assert_models_same(fused, separate):
 @pytest.mark.parametrize("settings", [{}, dict(variant="secura", norm="calibrated", m=6)], ids=str)
 def test_models(name, settings, products):
     separate, fused = peft_pair(name, **settings)
-    assert fuse_projections(fused) == 4  # q, k, v and gate, up of two blocks
+    assert fuse_projections(fused) == 2  # q, k, v of two blocks
     assert_models_same(fused, separate)
-    assert sorted(products) == [2, 2, 3, 3]
+    assert products == [3, 3]
 
 
 def test_gpt_neox_has_them_in_one_already():
@@ -96,7 +96,7 @@ def test_gradient_checkpointing_of_a_model(products):
     fused.gradient_checkpointing_enable()
     fused.train()
     assert_models_same(fused, separate)
-    assert len(products) == 4
+    assert len(products) == 2
 
 
 def test_peft_adapters_come_and_go(products, tmp_path):
@@ -110,7 +110,7 @@ def test_peft_adapters_come_and_go(products, tmp_path):
     for model in (separate, fused):
         model.set_adapter("second")
     assert_models_same(fused, separate)
-    assert len(products) == 4
+    assert len(products) == 2
     tokens = torch.arange(24).view(2, 12)
     with torch.no_grad():
         for model in (separate, fused):
@@ -128,7 +128,7 @@ def test_peft_adapters_come_and_go(products, tmp_path):
         with fused.disable_adapter(), separate.disable_adapter():
             assert torch.equal(*(m(input_ids=tokens).logits for m in (separate, fused)))
     assert_models_same(fused, separate)
-    assert len(products) == 8
+    assert len(products) == 4
     fused.save_pretrained(tmp_path)
     whole = fused.merge_and_unload()
     whole.save_pretrained(tmp_path / "whole")

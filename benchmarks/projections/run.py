@@ -1,4 +1,4 @@
-"""Layers that share an input, fused (``fuse_projections``) against one by one: q, k, v; gate, up.
+"""Layers that share an input, fused (``fuse_projections``) against one by one: q, k, v.
 
     python benchmarks/projections/run.py            # some minutes on a CPU, one on a GPU
     python benchmarks/projections/run.py --quick    # seconds: does it run
@@ -25,18 +25,15 @@ ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT / "benchmarks" / "layer"))
 import machine  # noqa: E402
 
-QKV, GATE_UP = ("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj")
+QKV = ("q_proj", "k_proj", "v_proj")
 # K, names, N of each.
 SHAPES = {
     "q, k, v of SmolLM2-135M": (576, QKV, (576, 192, 192)),
-    "gate, up of SmolLM2-135M": (576, GATE_UP, (1536, 1536)),
     "q, k, v, 1536 wide": (1536, QKV, (1536, 256, 256)),
-    "gate, up, 1536 wide": (1536, GATE_UP, (4096, 4096)),
 }
 # On a GPU: layers large enough that the products, not the host, take the time.
 SHAPES_OF_GPU = {
     "q, k, v of Llama-3.1-8B": (4096, QKV, (4096, 1024, 1024)),
-    "gate, up of Llama-3.1-8B": (4096, GATE_UP, (14336, 14336)),
     "q, k, v of Llama-3.2-1B": (2048, QKV, (2048, 512, 512)),
 }
 METHODS = {

@@ -1,4 +1,4 @@
-"""Layers that share an input (q, k and v; gate and up): ``fuse_projections``.
+"""Layers that share an input (q, k and v of an attention): ``fuse_projections``.
 
 The layers' frozen weights become views of one matrix, one under another. Hooks of their parent
 mark its forward pass; in it the first layer that is called makes tickets for all
@@ -19,7 +19,8 @@ from ..ops import SharedInput, forward_mode, transformed
 if TYPE_CHECKING:
     from .adapter import Adapter
 
-# Names of a module's children that known models call with the same tensor.
+# Names of a module's children that known models call with the same tensor. gate and up of an MLP
+# are left out: they are so large that one product for both saves nothing (docs/speed.md).
 SHARING = (
     ("q_proj", "k_proj", "v_proj"),
     ("query", "key", "value"),
@@ -27,9 +28,6 @@ SHARING = (
     ("to_q", "to_k", "to_v"),
     ("wq", "wk", "wv"),
     ("q", "k", "v"),
-    ("gate_proj", "up_proj"),
-    ("w1", "w3"),
-    ("wi_0", "wi_1"),
 )
 
 Ticket = tuple[Tensor, Tensor]  # of y and of t
@@ -179,8 +177,8 @@ def _is_like(weight: Tensor, first: Tensor) -> bool:
 
 
 def fuse_projections(model: nn.Module) -> int:
-    """Layers that share an input (q, k and v of an attention; gate and up of an MLP) with one
-    product for the input's gradient, instead of one a layer and their sum.
+    """Layers that share an input (q, k and v of an attention) with one product for the input's
+    gradient, instead of one a layer and their sum.
 
     Outputs stay what they are, to the bit; gradients of the input and of what lies before it are
     off by rounding, in a low precision less so than without.
