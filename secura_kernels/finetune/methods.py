@@ -14,10 +14,10 @@ OWN_TOKENS = 1024  # which the model writes to show what it is to keep
 TASK_BATCHES = 6  # whose gradient shows in which directions the task is learned
 
 
-def attach(model: nn.Module, job: Job, batches: list[Tensor]) -> nn.Module:
+def attach(model: nn.Module, job: Job, sample: list[Tensor]) -> nn.Module:
     """Freeze `model` and put `job.method` on its targets; return the model to train.
 
-    batches: those it will be trained on.
+    sample: batches of the task, other than it will be trained on.
     """
     model.requires_grad_(False)
     targets = target_layers(model, job.targets)
@@ -38,11 +38,11 @@ def attach(model: nn.Module, job: Job, batches: list[Tensor]) -> nn.Module:
     for name, linear in targets.items():
         model.set_submodule(name, layer.from_linear(linear, generator=generator, **job.options))
     if METHODS[job.method].options.get("basis") == "natural":
-        calibrate_bases(model, job, batches[:TASK_BATCHES])
+        calibrate_bases(model, job, sample)
     return model
 
 
-def calibrate_bases(model: nn.Module, job: Job, batches: list[Tensor]) -> None:
+def calibrate_bases(model: nn.Module, job: Job, sample: list[Tensor]) -> None:
     """Measure what `model` is to keep, on text that it writes itself, and what it is to learn.
 
     One command measures once: the bases lie beside the tokens for its other methods, which differ
@@ -59,7 +59,7 @@ def calibrate_bases(model: nn.Module, job: Job, batches: list[Tensor]) -> None:
             model,
             tokenizer=AutoTokenizer.from_pretrained(job.model),
             tokens=OWN_TOKENS,
-            task=[{"input_ids": ids, "labels": ids} for ids in batches],
+            task=[{"input_ids": ids, "labels": ids} for ids in sample],
             gated=gated,
             seed=job.seed,
         )

@@ -30,8 +30,8 @@ class Method:
 
 METHODS = {
     # Before the natural one, which takes the bases of the same calibration.
-    "gated": Method("CURLoRA, gated", "secura_kernels", 1e-2, {"r": 64, "basis": "natural"}),
-    "natural": Method("CURLoRA, natural", "secura_kernels", 7e-3, {"r": 64, "basis": "natural"}),
+    "gated": Method("CURLoRA, gated", "secura_kernels", 2e-3, {"r": 64, "basis": "natural"}),
+    "natural": Method("CURLoRA, natural", "secura_kernels", 2e-3, {"r": 64, "basis": "natural"}),
     "curlora": Method(
         "CURLoRA published",
         "secura_kernels",

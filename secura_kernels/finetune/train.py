@@ -18,7 +18,7 @@ from transformers.utils import logging
 
 from .corpus import Corpus
 from .measure import evaluate, machine, peak_memory, reset_peak_memory, saved_for_backward
-from .methods import attach, load, save
+from .methods import TASK_BATCHES, attach, load, save
 from .settings import BASE, LIKELIEST, Job, versions, write_json
 
 UNTIMED_STEPS = 2  # the first steps also allocate and warm up
@@ -40,8 +40,9 @@ def run(job: Job) -> None:
     (job.folder / "result.json").unlink(missing_ok=True)  # it must not outlive its adapter
     if job.method != BASE:
         batches = list(corpus.batches(job.steps, job.batch_size, job.seq_len, job.seed))
+        sample = list(corpus.batches(TASK_BATCHES, job.batch_size, job.seq_len, job.seed + 1))
         start = time.perf_counter()
-        model = attach(model, job, batches)
+        model = attach(model, job, sample)
         result["attach_seconds"] = time.perf_counter() - start
         result |= train(model, job, batches)
     with Console().status(f"{job.method}: measuring"):

@@ -86,7 +86,7 @@ class Language:
         self,
         model: nn.Module,
         method: Method,
-        batches: list[Batch],
+        sample: list[Batch],
         before: Calibration | None,
         finished: list[Batch],
     ) -> Calibration:
@@ -102,7 +102,7 @@ class Language:
         if before and method.keeps_tasks:
             general = finished
         found = calibrate(
-            model, general, batches[:GRADIENT_BATCHES], keep=keep, progress=False, **settings
+            model, general, sample[:GRADIENT_BATCHES], keep=keep, progress=False, **settings
         )
         if keep is None:
             self.of_general_text[key] = found

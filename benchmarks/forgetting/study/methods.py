@@ -25,6 +25,7 @@ class Method:
         start: one of ``STARTS``: text is read before the factors of LoRA are made.
         keeps_tasks: of a natural basis: the statistics of each task that is done join it.
         wikipedia: what is to be kept is said by passages of it beside the model's own text.
+        fresh: a basis is found on other batches of the task than those that are trained on first.
         stage: ``"m1"`` or ``"m2"`` between tasks. rates: the learning rates that are tried, as many
         for each method; heads have their own. family: whose curves are drawn in one panel.
         every_layer: adapters go to all linear layers of a block, not to queries, keys and values
@@ -39,6 +40,7 @@ class Method:
     metric: dict = field(default_factory=dict)
     keeps_tasks: bool = False
     wikipedia: bool = False
+    fresh: bool = False
     peft: type[PeftConfig] = SecuraConfig
     start: str | None = None
     stage: str | None = None
@@ -149,6 +151,7 @@ def secura(
     metric: dict | None = None,
     keeps_tasks: bool = False,
     wikipedia: bool = False,
+    fresh: bool = False,
     only: tuple[str, ...] = (),
     **settings,
 ) -> Method:
@@ -161,6 +164,7 @@ def secura(
         metric=metric or {},
         keeps_tasks=keeps_tasks,
         wikipedia=wikipedia,
+        fresh=fresh,
         stage=stage,
         family=family,
         every_layer=every_layer,
@@ -265,6 +269,30 @@ METHODS = {
             LAYERS,
             1.2e-2,
             wikipedia=True,
+            **TASK_GATE,
+        ),
+        curlora(
+            "CURLoRA, every layer, natural, fresh",
+            LAYERS,
+            7e-3,
+            every_layer=True,
+            basis="natural",
+            fresh=True,
+        ),
+        curlora(
+            "CURLoRA, every layer, natural, tasks kept, fresh",
+            LAYERS,
+            7e-3,
+            every_layer=True,
+            basis="natural",
+            keeps_tasks=True,
+            fresh=True,
+        ),
+        curlora(
+            "CURLoRA, every layer, natural, tasks kept, gated, fresh",
+            LAYERS,
+            1.2e-2,
+            fresh=True,
             **TASK_GATE,
         ),
         # For a KL loss on the same passages; r = 3 has as many numbers as the cores.

@@ -23,6 +23,7 @@ Batch = dict[str, Tensor]
 Tick = Callable[[], None]
 CLIP = 1.0  # largest norm of the gradient
 WARM_UP = 0.1  # part of a task's steps
+FRESH = 500  # from the seed of a task's training batches to that of others of it
 
 
 class Subject(Protocol):
@@ -45,12 +46,12 @@ class Subject(Protocol):
         self,
         model: nn.Module,
         method: Method,
-        batches: list[Batch],
+        sample: list[Batch],
         before: Calibration | None,
         finished: list[Batch],
     ) -> Calibration:
-        """Gives a ``calibrated`` method's bases their metric, before a task whose ``batches`` these
-        are. before: what was measured at the task before, whose batches are ``finished``."""
+        """Gives a ``calibrated`` method's bases their metric, before a task whose batches are in
+        ``sample``. before: what was measured at the task before; ``finished`` were its batches."""
 
     def general_rows(self, method: Method, predictions: bool) -> dict[str, Tensor]:
         """``ids`` (n, length) of the method's general text, and with ``predictions`` the base's
@@ -122,9 +123,11 @@ def perform(run: Run, subject: Subject, tick: Tick) -> dict:
     for i, task in enumerate(subject.tasks):
         if i and method.stage:
             take_stage(model, method.stage)
-        finished, batches = batches, subject.batches(task, run.steps, 1000 * run.seed + i)
+        seed = 1000 * run.seed + i
+        finished, batches = batches, subject.batches(task, run.steps, seed)
         if method.calibrated:
-            calibration = subject.calibrate(model, method, batches, calibration, finished)
+            sample = subject.batches(task, run.steps, seed + FRESH) if method.fresh else batches
+            calibration = subject.calibrate(model, method, sample, calibration, finished)
         if not train(model, subject, strategy, batches, run.rate, tick):
             result["diverged"] = task
             return result

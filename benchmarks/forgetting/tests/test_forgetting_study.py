@@ -54,6 +54,7 @@ class Subject:
     head_rate: float = 1e-3
     ticks: int = 0
     ended: list = field(default_factory=list)
+    samples: list = field(default_factory=list)
 
     def model(self, method, seed):
         torch.manual_seed(7)  # the pretrained model is the same one for every seed
@@ -67,17 +68,18 @@ class Subject:
     def general(self):
         return torch.randn(64, 12, generator=torch.Generator().manual_seed(8))
 
-    def calibrate(self, model, method, batches, before, finished):
+    def calibrate(self, model, method, sample, before, finished):
         general = [self.general()]
         if method.basis == "whitened":
             return before or calibrate(model.body.up_proj, general, progress=False)
-        assert len(finished) == (len(batches) if before else 0)
+        self.samples.append(sample)
+        assert len(finished) == (len(sample) if before else 0)
         if before and method.keeps_tasks:
             general = [batch["x"] for batch in finished]
         return calibrate(
             model.body.up_proj,
             general,
-            batches,
+            sample,
             progress=False,
             keep=before,
             loss=lambda _, batch: self.forward(model, batch)[0],
@@ -151,6 +153,17 @@ def test_every_method_learns(name):
     assert record["validation"]["first"] != record["learned"]["first"]["first"]
     assert set(record["retention"]) == {"before", "end"}
     assert (record["trained"] == 0) == (method.kind == "head")
+
+
+@pytest.mark.parametrize("fresh", [False, True])
+def test_a_fresh_sample_is_not_trained_on(fresh):
+    subject, steps = Subject(), 4
+    name = "CURLoRA, every layer, natural" + ", fresh" * fresh
+    protocol.perform(run_of(method=name, steps=steps), subject, lambda: None)
+    trained = [subject.batches(task, steps, i) for i, task in enumerate(TASKS)]
+    for sample, batches in zip(subject.samples, trained, strict=True):
+        assert len(sample) == len(batches)
+        assert fresh != torch.equal(sample[0]["x"], batches[0]["x"])
 
 
 @pytest.mark.parametrize("strategy", protocol.STRATEGIES)
