@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import math
 import sys
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -569,3 +570,21 @@ def test_what_the_gate_makes_of_a_change(tmp_path, monkeypatch, capsys):
     assert cells["published"].endswith("| 2.99 | 4.00 |") and "| 1.40 |" in cells["published"]
     assert (tmp_path / "gate.md").read_text().startswith(lines[0])
     assert (tmp_path / "gate.png").stat().st_size > 5000
+
+
+def test_the_headline_is_drawn_from_the_committed_records(tmp_path, monkeypatch):
+    out = tmp_path / "keeping.png"
+    monkeypatch.setattr(sys, "argv", ["headline.py", "--out", str(out)])
+    headline = script("headline")
+    headline.main()
+    assert out.read_bytes().startswith(b"\x89PNG") and out.stat().st_size > 20000
+    with pytest.raises(ValueError, match=r"no run of .*full, every layer"):
+        headline.draw([], ["a", "b"], out)
+
+
+def test_the_headline_takes_means_over_seeds_and_perplexities():
+    headline = script("headline")
+    record = dict(learned=dict(a=dict(a=-3.0, b=-3.5), b=dict(b=-4.0)))
+    assert headline.perplexity(record) == pytest.approx(math.exp(3.5))
+    assert headline.spread(iter([1.0, 3.0])) == (2.0, pytest.approx(math.sqrt(2)))
+    assert headline.spread([5.0]) == (5.0, 0.0)

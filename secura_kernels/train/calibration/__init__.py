@@ -83,8 +83,9 @@ def calibrate(
             ``attention_mask``; ``labels`` are left out), or tensors, its one argument. None, and
             no ``keep``: the model without its adapters writes its own, from its own starts of
             chats and documents; see ``own_text``.
-        task: with ``"natural"``: some 8 training batches, as the model takes them, with
-            ``labels``; gone through twice, so that their gradient gives the basis.
+        task: with ``"natural"``: some 8 batches of the task, as the model takes them, with
+            ``labels``; gone through twice, so that their gradient gives the basis. Better others
+            than those that training begins with: on these a step goes too far.
         loss: of the model and a batch of ``task``, on the model's device: its mean loss. None: the
             ``loss`` of what the model returns.
         keep: of an earlier call on this model: its statistics join those of ``general``, or are
