@@ -25,16 +25,16 @@ ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT / "benchmarks" / "layer"))
 import machine  # noqa: E402
 
-QKV = ("q_proj", "k_proj", "v_proj")
-# K, names, N of each.
+NAMES = ("q_proj", "k_proj", "v_proj")
+# K, N of each.
 SHAPES = {
-    "q, k, v of SmolLM2-135M": (576, QKV, (576, 192, 192)),
-    "q, k, v, 1536 wide": (1536, QKV, (1536, 256, 256)),
+    "q, k, v of SmolLM2-135M": (576, (576, 192, 192)),
+    "q, k, v, 1536 wide": (1536, (1536, 256, 256)),
 }
 # On a GPU: layers large enough that the products, not the host, take the time.
 SHAPES_OF_GPU = {
-    "q, k, v of Llama-3.1-8B": (4096, QKV, (4096, 1024, 1024)),
-    "q, k, v of Llama-3.2-1B": (2048, QKV, (2048, 512, 512)),
+    "q, k, v of Llama-3.1-8B": (4096, (4096, 1024, 1024)),
+    "q, k, v of Llama-3.2-1B": (2048, (2048, 512, 512)),
 }
 METHODS = {
     "CURLoRA": (CURLoRALinear, {}),
@@ -46,14 +46,13 @@ MODES = ("forward", "backward", "both")
 
 
 class Projections(nn.Module):
-    def __init__(self, K: int, names: tuple[str, ...], sizes: tuple[int, ...]) -> None:
+    def __init__(self, K: int, sizes: tuple[int, ...]) -> None:
         super().__init__()
-        for name, N in zip(names, sizes, strict=True):
+        for name, N in zip(NAMES, sizes, strict=True):
             setattr(self, name, nn.Linear(K, N, bias=False))
-        self.names = names
 
     def forward(self, x: Tensor) -> list[Tensor]:
-        return [getattr(self, name)(x) for name in self.names]
+        return [getattr(self, name)(x) for name in NAMES]
 
 
 def adapted(shape: tuple, method: str, r: int, device: torch.device, dtype: torch.dtype):
@@ -61,7 +60,7 @@ def adapted(shape: tuple, method: str, r: int, device: torch.device, dtype: torc
     kind, settings = METHODS[method]
     torch.manual_seed(0)
     model = Projections(*shape).to(device, dtype)
-    for name in model.names:
+    for name in NAMES:
         setattr(model, name, kind.from_linear(getattr(model, name), r, **settings))
         with torch.no_grad():
             getattr(model, name).core_parameter().normal_(std=0.02)
@@ -101,7 +100,7 @@ def measure(
     fused = copy.deepcopy(separate)
     fuse_projections(fused)
     x = torch.randn(options.tokens, shape[0], device=device).to(dtype)
-    dy = [torch.randn(options.tokens, N, device=device).to(dtype) for N in shape[2]]
+    dy = [torch.randn(options.tokens, N, device=device).to(dtype) for N in shape[1]]
     truth = step(copy.deepcopy(separate).double(), x.double(), [g.double() for g in dy])[1]
     models = {"separate": separate, "fused": fused}
     off = {form: largest_error(step(model, x, dy)[1], truth) for form, model in models.items()}
