@@ -20,7 +20,7 @@ from study import subjects
 from study.language_retention import Reference, base_reference
 from study.language_subject import GRADIENT_BATCHES, Language
 from study.methods import METHODS
-from study.protocol import make_strategy, train
+from study.protocol import FRESH, make_strategy, train
 from study.records import Records
 from study.search import SEQUENTIAL
 from study.setup import Setup
@@ -36,6 +36,7 @@ from secura_kernels.train.own_text import own_text
 METHOD = METHODS["CURLoRA, every layer, natural"]
 STEPS, RATES, RATE, TOKENS = 24, (2.3e-3, 4e-3, 7e-3), 4e-3, 4096
 DEFAULT = "default"
+FIRST, LAST, OTHER = "first", "last", "other"  # batches of the task that calibration reads
 # "rank", "damping" and "gated" are of ``calibrate``, the others of this file.
 WAYS = {
     DEFAULT: dict(rates=RATES),
@@ -50,6 +51,13 @@ WAYS = {
     "damping 1": dict(damping=1.0, rates=(1.3e-3, 2.3e-3)),
     "damping 3": dict(damping=3.0, rates=(1.3e-3, 2.3e-3)),
     "gradient of all 24 batches": dict(batches=STEPS),
+    "gradient of the last 8 batches": dict(read=LAST, rates=(2.3e-3, RATE)),
+    "gradient of 8 other batches": dict(read=OTHER, rates=(2.3e-3, RATE)),
+    "gated, gradient of 8 other batches": dict(gated=True, read=OTHER, rates=(2.3e-3, RATE)),
+    "8 batches three times over": dict(epochs=3, rates=(2.3e-3, RATE)),
+    "8 batches three times over, gradient of 8 others": dict(
+        epochs=3, read=OTHER, rates=(2.3e-3, RATE)
+    ),
     "range finder of 128 more directions": dict(oversampling=128),
     "512 tokens of general text": dict(tokens=TOKENS // 8),
     "2,048 tokens of general text": dict(tokens=TOKENS // 2),
@@ -83,6 +91,8 @@ class Trials:
         rate: float,
         r: int | None = None,
         batches: int = GRADIENT_BATCHES,
+        read: str = FIRST,
+        epochs: int = 1,
         oversampling: int = natural.OVERSAMPLING,
         tokens: int = TOKENS,
         shrink: float = 1.0,
@@ -96,7 +106,12 @@ class Trials:
         method = replace(METHOD, every_layer=every_layer)
         if r is not None:
             method = replace(method, settings=method.settings | dict(r=r))
-        model, all_batches = subject.model(method, 0), subject.batches(task, STEPS, 0)
+        model, trained_on = subject.model(method, 0), subject.batches(task, STEPS // epochs, 0)
+        sample = {
+            FIRST: lambda: trained_on[:batches],
+            LAST: lambda: trained_on[-batches:],
+            OTHER: lambda: subject.batches(task, batches, FRESH),
+        }[read]()
         key = (tokens, every_layer, settings.get("rank"))
         keep = self.kept.get(key)
         with (
@@ -106,7 +121,7 @@ class Trials:
             self.kept[key] = calibrate(
                 model,
                 None if keep else self.text(tokens),
-                all_batches[:batches],
+                sample,
                 keep=keep,
                 progress=False,
                 **settings,
@@ -114,7 +129,7 @@ class Trials:
         if turned:
             turn(model)
         strategy = make_strategy(SEQUENTIAL, method, subject, STEPS)
-        if not train(model, subject, strategy, all_batches, rate, lambda: None):
+        if not train(model, subject, strategy, trained_on * epochs, rate, lambda: None):
             return dict(rate=rate, diverged=True)
         for adapter in calibrated_adapters(model):
             adapter.shrink(shrink)

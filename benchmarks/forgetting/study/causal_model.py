@@ -1,6 +1,7 @@
 """The causal language model of two subjects: how it is read, and what it is not to lose."""
 
 import hashlib
+from collections.abc import Callable
 
 import torch
 from safetensors.torch import load_file
@@ -23,11 +24,18 @@ from .device import DEVICE, mixed_precision
 from .language import encode
 from .language_retention import save_in_one_step, weights_sha256
 from .setup import Setup
+from .unseen import jquery
 
 OWN = "SmolLM2"
 TOKENS = 4096  # of general text
 LENGTH = 128  # of a row of it
-FROM_WIKIPEDIA = 2048  # tokens, where it is used
+PASSAGE_TOKENS = 2048
+# Text beside what the model writes itself, none of it such as retention is measured on: articles of
+# Wikipedia's other part, and another library than that whose scripts are measured.
+PASSAGES: dict[str, Callable[[], str]] = {
+    "wikipedia": lambda: wikipedia()["validation"],
+    "javascript": jquery,
+}
 TARGETS = ("q_proj", "k_proj", "v_proj")
 # Every linear layer of a block, as Llama and its like name them.
 LAYERS = (*TARGETS, "o_proj", "gate_proj", "up_proj", "down_proj")
@@ -60,11 +68,10 @@ def general_text(base: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> l
     return [dict(input_ids=ids) for ids in load_file(path)["ids"].split(ROWS)]
 
 
-def wikipedia_text(tokenizer: PreTrainedTokenizerBase) -> list[dict]:
-    """Passages of Wikipedia, of other articles than retention is measured on."""
-    part = "validation"
-    corpus = Corpus({part: encode(tokenizer, wikipedia()[part])})
-    rows = corpus.held_out(part, LENGTH, FROM_WIKIPEDIA)
+def passages(kind: str, tokenizer: PreTrainedTokenizerBase) -> list[dict]:
+    """2,048 tokens of a kind of ``PASSAGES``."""
+    corpus = Corpus({kind: encode(tokenizer, PASSAGES[kind]())})
+    rows = corpus.held_out(kind, LENGTH, PASSAGE_TOKENS)
     return [dict(input_ids=ids) for ids in rows.split(ROWS)]
 
 

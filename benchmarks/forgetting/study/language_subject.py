@@ -21,7 +21,7 @@ from .causal_model import (
     Speech,
     general_text,
     load_causal_model,
-    wikipedia_text,
+    passages,
 )
 from .device import DEVICE, mixed_precision, on_device
 from .language_retention import Reference, weights_sha256
@@ -57,7 +57,7 @@ class Language:
         self.data = {task.name: task for task in found}
         self.tasks = tuple(self.data)
         self.title = title(setup.model or OWN, self.tasks)
-        self.base_logs: dict[bool, Tensor] = {}  # by whether Wikipedia is in the text
+        self.base_logs: dict[str | None, Tensor] = {}  # by the passages in the text
         self.of_general_text: dict[tuple, Calibration] = {}
         self.tokens = dict(validation=1024, test=1024 if setup.quick else 2048)
         self.speech = Speech(self.base, tokenizer, setup.general)
@@ -78,7 +78,7 @@ class Language:
         def task() -> list[Batch]:
             return self.batches(self.tasks[0], GRADIENT_BATCHES, 1000 * seed)
 
-        general = partial(self.general_text, method.wikipedia)
+        general = partial(self.general_text, method.passages)
         base = copy.deepcopy(self.base)
         return method.attach(base, self.targets, LAYERS, seed, general, task)
 
@@ -92,13 +92,13 @@ class Language:
     ) -> Calibration:
         if method.basis == "whitened":
             return before or calibrate(
-                model, self.general_text(method.wikipedia), progress=False, **method.metric
+                model, self.general_text(method.passages), progress=False, **method.metric
             )
         # What general text says of the base is the same in every run with the same layers.
         layers, settings = LAYERS if method.every_layer else self.targets, dict(method.metric)
-        key = (*layers, settings.get("rank"), method.wikipedia)
+        key = (*layers, settings.get("rank"), method.passages)
         keep = before or self.of_general_text.get(key)
-        general = None if keep else self.general_text(method.wikipedia)
+        general = None if keep else self.general_text(method.passages)
         if before and method.keeps_tasks:
             general = finished
         found = calibrate(
@@ -111,25 +111,24 @@ class Language:
     @torch.no_grad()
     @mixed_precision()
     def general_rows(self, method: Method, predictions: bool) -> dict[str, Tensor]:
-        general = self.general_text(method.wikipedia)
+        general = self.general_text(method.passages)
         ids = torch.cat([batch["input_ids"] for batch in general])
         ids = ids[:, : ids.shape[1] // self.length * self.length].reshape(-1, self.length)
         if not predictions:
             return dict(ids=ids)
-        if method.wikipedia not in self.base_logs:
-            self.base_logs[method.wikipedia] = torch.cat(
+        if method.passages not in self.base_logs:
+            self.base_logs[method.passages] = torch.cat(
                 [
                     self.base(input_ids=part).logits.float().log_softmax(-1).bfloat16().cpu()
                     for part in ids.split(8)
                 ]
             )
-        return dict(ids=ids, logs=self.base_logs[method.wikipedia])
+        return dict(ids=ids, logs=self.base_logs[method.passages])
 
-    def general_text(self, wikipedia: bool = False) -> list[Batch]:
-        """What the base model wrote, and with ``wikipedia`` passages of articles that no measure
-        of retention has."""
+    def general_text(self, kind: str | None = None) -> list[Batch]:
+        """What the base model wrote, and passages of a ``kind``."""
         own = general_text(self.base, self.tokenizer)
-        found = own + wikipedia_text(self.tokenizer) if wikipedia else own
+        found = own + passages(kind, self.tokenizer) if kind else own
         return [on_device(batch) for batch in found]
 
     def heads(self, model: nn.Module) -> list[nn.Parameter]:

@@ -24,7 +24,8 @@ class Method:
         settings: of ``peft``'s configuration. metric: of ``calibrate``.
         start: one of ``STARTS``: text is read before the factors of LoRA are made.
         keeps_tasks: of a natural basis: the statistics of each task that is done join it.
-        wikipedia: what is to be kept is said by passages of it beside the model's own text.
+        passages: of these, one of ``causal_model.PASSAGES``, is to be kept as well as the model's
+            own text.
         fresh: a basis is found on other batches of the task than those that are trained on first.
         stage: ``"m1"`` or ``"m2"`` between tasks. rates: the learning rates that are tried, as many
         for each method; heads have their own. family: whose curves are drawn in one panel.
@@ -39,7 +40,7 @@ class Method:
     settings: dict = field(default_factory=dict)
     metric: dict = field(default_factory=dict)
     keeps_tasks: bool = False
-    wikipedia: bool = False
+    passages: str | None = None
     fresh: bool = False
     peft: type[PeftConfig] = SecuraConfig
     start: str | None = None
@@ -99,6 +100,14 @@ class Method:
         return self.peft(target_modules=list(targets), **own, **self.settings)
 
 
+SELECTION, GATE = "CURLoRA: basis, rank, selection", "SECURA: gate"
+STAGES, LAYERS = "SECURA: decay and stages", "every linear layer"
+METRIC = "every linear layer: the natural basis's metric"
+RIVALS = "every linear layer: rivals that keep"
+MLP = ("gate_proj", "up_proj", "down_proj")
+TASK_GATE = dict(rate=1.2e-2, metric=dict(gated=True), keeps_tasks=True)  # of a natural basis
+
+
 def up_to(rate: float) -> tuple[float, ...]:
     """Three rates, each three times the one before, the last one given: the highest at which the
     method still learns more than at the one before, or about there."""
@@ -110,7 +119,7 @@ def lora(
     family: str = "methods",
     rate: float = 3e-3,
     every_layer: bool = False,
-    wikipedia: bool = False,
+    passages: str | None = None,
     start: str | None = None,
     only: tuple[str, ...] = (),
     **settings,
@@ -120,7 +129,7 @@ def lora(
         ADAPTER,
         up_to(rate),
         dict(r=16, lora_alpha=16) | settings,
-        wikipedia=wikipedia,
+        passages=passages,
         peft=LoraConfig,
         start=start,
         family=family,
@@ -150,7 +159,7 @@ def secura(
     every_layer: bool = False,
     metric: dict | None = None,
     keeps_tasks: bool = False,
-    wikipedia: bool = False,
+    passages: str | None = None,
     fresh: bool = False,
     only: tuple[str, ...] = (),
     **settings,
@@ -163,7 +172,7 @@ def secura(
         default | settings,
         metric=metric or {},
         keeps_tasks=keeps_tasks,
-        wikipedia=wikipedia,
+        passages=passages,
         fresh=fresh,
         stage=stage,
         family=family,
@@ -172,27 +181,13 @@ def secura(
     )
 
 
-def natural(name: str, **metric) -> Method:
-    return curlora(
-        f"CURLoRA, every layer, natural, {name}",
-        METRIC,
-        7e-3,
-        every_layer=True,
-        basis="natural",
-        metric=metric,
-    )
-
-
 def curlora(name: str, family: str = "methods", rate: float = 2e-2, **settings) -> Method:
     return secura(name, family, rate, variant="curlora", norm=None, **settings)
 
 
-SELECTION, GATE = "CURLoRA: basis, rank, selection", "SECURA: gate"
-STAGES, LAYERS = "SECURA: decay and stages", "every linear layer"
-METRIC = "every linear layer: the natural basis's metric"
-RIVALS = "every linear layer: rivals that keep"
-MLP = ("gate_proj", "up_proj", "down_proj")
-TASK_GATE = dict(every_layer=True, basis="natural", metric=dict(gated=True), keeps_tasks=True)
+def natural(name: str = "", family: str = LAYERS, rate: float = 7e-3, **settings) -> Method:
+    name = f"CURLoRA, every layer, natural, {name}".removesuffix(", ")
+    return curlora(name, family, rate, every_layer=True, basis="natural", **settings)
 
 
 METHODS = {
@@ -237,72 +232,35 @@ METHODS = {
         lora("LoRA, every layer", LAYERS, 1e-3, every_layer=True),
         curlora("CURLoRA, every layer", LAYERS, 7e-3, every_layer=True),
         curlora("CURLoRA, every layer, whitened", LAYERS, 7e-3, every_layer=True, basis="whitened"),
-        curlora("CURLoRA, every layer, natural", LAYERS, 7e-3, every_layer=True, basis="natural"),
-        curlora(
-            "CURLoRA, every layer, natural, tasks kept",
-            LAYERS,
-            7e-3,
-            every_layer=True,
-            basis="natural",
-            keeps_tasks=True,
-        ),
-        curlora(
-            "CURLoRA, every layer, natural, with Wikipedia",
-            LAYERS,
-            7e-3,
-            every_layer=True,
-            basis="natural",
-            wikipedia=True,
-        ),
-        curlora(
-            "CURLoRA, every layer, natural, with Wikipedia, tasks kept",
-            LAYERS,
-            7e-3,
-            every_layer=True,
-            basis="natural",
-            keeps_tasks=True,
-            wikipedia=True,
-        ),
-        curlora("CURLoRA, every layer, natural, tasks kept, gated", LAYERS, 1.2e-2, **TASK_GATE),
-        curlora(
-            "CURLoRA, every layer, natural, with Wikipedia, tasks kept, gated",
-            LAYERS,
-            1.2e-2,
-            wikipedia=True,
-            **TASK_GATE,
-        ),
-        curlora(
-            "CURLoRA, every layer, natural, fresh",
-            LAYERS,
-            7e-3,
-            every_layer=True,
-            basis="natural",
+        natural(),
+        natural("tasks kept", keeps_tasks=True),
+        natural("with Wikipedia", passages="wikipedia"),
+        natural("with Wikipedia, tasks kept", passages="wikipedia", keeps_tasks=True),
+        natural("tasks kept, gated", **TASK_GATE),
+        natural("with Wikipedia, tasks kept, gated", passages="wikipedia", **TASK_GATE),
+        natural("fresh", fresh=True),
+        natural("tasks kept, fresh", fresh=True, keeps_tasks=True),
+        natural("tasks kept, gated, fresh", fresh=True, **TASK_GATE),
+        natural(
+            "with JavaScript, tasks kept, gated, fresh",
             fresh=True,
-        ),
-        curlora(
-            "CURLoRA, every layer, natural, tasks kept, fresh",
-            LAYERS,
-            7e-3,
-            every_layer=True,
-            basis="natural",
-            keeps_tasks=True,
-            fresh=True,
-        ),
-        curlora(
-            "CURLoRA, every layer, natural, tasks kept, gated, fresh",
-            LAYERS,
-            1.2e-2,
-            fresh=True,
+            passages="javascript",
             **TASK_GATE,
         ),
         # For a KL loss on the same passages; r = 3 has as many numbers as the cores.
-        lora("LoRA, every layer, with Wikipedia", LAYERS, 1e-3, every_layer=True, wikipedia=True),
+        lora(
+            "LoRA, every layer, with Wikipedia",
+            LAYERS,
+            1e-3,
+            every_layer=True,
+            passages="wikipedia",
+        ),
         lora(
             "LoRA, every layer, r = 3, with Wikipedia",
             LAYERS,
             3e-3,
             every_layer=True,
-            wikipedia=True,
+            passages="wikipedia",
             r=3,
             lora_alpha=3,
         ),
@@ -315,11 +273,11 @@ METHODS = {
         rival("SHiRA", ShiraConfig, 3e-3, r=16),
         lora("LoRA, MLP layers", RIVALS, 1e-3, every_layer=True, only=MLP),
         curlora("CURLoRA, MLP layers", RIVALS, 7e-3, every_layer=True, only=MLP),
-        natural("diagonal", rank=0),
-        natural("rank 64", rank=64),
-        natural("rank 512", rank=512),
-        natural("damping 0.01", damping=0.01),
-        natural("damping 1", damping=1.0),
+        natural("diagonal", METRIC, metric=dict(rank=0)),
+        natural("rank 64", METRIC, metric=dict(rank=64)),
+        natural("rank 512", METRIC, metric=dict(rank=512)),
+        natural("damping 0.01", METRIC, metric=dict(damping=0.01)),
+        natural("damping 1", METRIC, metric=dict(damping=1.0)),
         curlora("CURLoRA, every layer, r = 128", LAYERS, 2.3e-3, r=128, every_layer=True),
         secura("CABR, every layer", LAYERS, 2e-3, every_layer=True, norm=None),
         secura("SECURA, every layer", LAYERS, 2e-3, every_layer=True),

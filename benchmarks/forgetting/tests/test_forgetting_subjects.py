@@ -278,21 +278,24 @@ def test_calibrated_methods_run_and_repeat(name, two_domains):
     assert again == record  # from the statistics that the first run left
 
 
-def test_passages_of_wikipedia_join_what_is_to_be_kept(two_domains):
-    """Of the articles on which nothing is measured, for a basis and for a KL loss alike."""
+@pytest.mark.parametrize("kind", causal_model.PASSAGES)
+def test_passages_join_what_is_to_be_kept(kind, two_domains, monkeypatch):
+    """Text on which nothing is measured, for a basis and for a KL loss alike."""
+    monkeypatch.setitem(causal_model.PASSAGES, "javascript", lambda: "x y z; " * 90)
     subject = subjects.load("language", setup_of(two_domains))
-    own, both = (subject.general_text(wikipedia) for wikipedia in (False, True))
+    own, both = (subject.general_text(added) for added in (None, kind))
     assert all(torch.equal(a["input_ids"], b["input_ids"]) for a, b in zip(own, both, strict=False))
     ids = torch.cat([batch["input_ids"] for batch in both[len(own) :]])
-    text = language.encode(subject.tokenizer, "a b c. " * 90)
+    expected = dict(wikipedia="a b c. ", javascript="x y z; ")[kind]
+    text = language.encode(subject.tokenizer, expected * 90)
     assert torch.equal(ids.flatten(), text[: ids.numel()]) and ids.shape[1] == causal_model.LENGTH
-    rows = {
-        method: subject.general_rows(methods.METHODS[method], predictions=True)
-        for method in ("LoRA, every layer", "LoRA, every layer, with Wikipedia")
-    }
-    fewer, more = rows.values()
+    rows = [
+        subject.general_rows(replace(methods.METHODS["LoRA"], passages=passages), predictions=True)
+        for passages in (None, kind)
+    ]
+    fewer, more = rows
     assert len(more["ids"]) - len(fewer["ids"]) == ids.numel() // 16
-    for row in (fewer, more):
+    for row in rows:
         assert row["logs"].shape[:2] == row["ids"].shape
 
 
@@ -338,7 +341,11 @@ def test_ways_of_measuring_are_compared_at_equal_learning(two_domains, monkeypat
     monkeypatch.setattr(metric, "STEPS", 4)
     qkv, turned = "queries, keys and values alone", "C and R each turned at random"
     odds = "gated, log odds of -4 before a token is seen"
+    last, other = "gradient of the last 8 batches", "gradient of 8 other batches"
+    often = "8 batches three times over"
+    monkeypatch.setitem(metric.WAYS, last, metric.WAYS[last] | dict(batches=2))
     ways = {"damping 1", "r = 16", "shrunk to 0.6", qkv, turned, "gated", odds, metric.DEFAULT}
+    ways |= {last, other, often}
     out = two_domains / "metric"
     monkeypatch.setattr(
         sys, "argv", ["metric.py", "--model", str(two_domains), "--way", *ways, "--out", str(out)]
@@ -349,7 +356,8 @@ def test_ways_of_measuring_are_compared_at_equal_learning(two_domains, monkeypat
     assert [r["way"] for r in records.values()].count(metric.DEFAULT) == len(metric.RATES)
     assert {r["way"] for r in records.values()} == ways
     at_rate = {r["way"]: r["kl"] for r in records.values() if r["rate"] == metric.RATE}
-    assert len({at_rate[way] for way in (turned, "gated", odds, metric.DEFAULT)}) == 4
+    different = (turned, "gated", odds, last, other, often, metric.DEFAULT)
+    assert len({at_rate[way] for way in different}) == len(different)
     monkeypatch.setattr(metric.Trials, "run", None)  # goes on where it stopped
     metric.main()
 

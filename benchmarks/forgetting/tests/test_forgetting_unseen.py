@@ -1,13 +1,14 @@
 """benchmarks/forgetting/study/unseen.py: texts of kinds that no calibration is of."""
 
 import json
+import zipfile
 
 import pytest
 import torch
 
 pytest.importorskip("transformers", reason="the models are transformers'")
 from forgetting_models import letters_tokenizer, tiny_language_model
-from study import unseen
+from study import language, unseen
 
 SPACY_FILE = '"""Sentences."""\n\nsentences = [\n    "{0} one.",\n    "{0}"\n    " two.",\n]\n'
 
@@ -31,6 +32,16 @@ def carried(monkeypatch, tmp_path):
 
 def test_questions_come_in_the_order_of_their_subjects(carried):
     assert unseen.mmlu() == "first\n\nsecond"
+
+
+def test_no_script_that_is_measured_is_given_to_be_kept(monkeypatch, tmp_path):
+    names = [f"{unseen.SCRIPTS}a.js", unseen.JQUERY, f"{unseen.SCRIPTS}admin/b.js"]
+    with zipfile.ZipFile(tmp_path / "django.whl", "w") as archive:
+        for name in [*names, "django/other.js"]:
+            archive.writestr(name, f"// {name}")
+    monkeypatch.setattr(language.Wheel, "path", lambda _: tmp_path / "django.whl")
+    assert unseen.javascript() == f"// {names[0]}\n// {names[2]}"
+    assert unseen.jquery() == f"// {names[1]}"
 
 
 def test_sentences_are_read_as_text(carried):
