@@ -24,7 +24,7 @@ ROWS: dict[Row, tuple[str, str, str]] = {
         "#009E73",
         "X",
     ),
-    ("CURLoRA, every layer, natural, tasks kept", SEQUENTIAL): (
+    ("CURLoRA, every layer, natural, tasks kept, fresh", SEQUENTIAL): (
         "CURLoRA, natural basis",
         "#56B4E9",
         "*",
