@@ -12,7 +12,7 @@ import math
 import statistics
 from pathlib import Path
 
-from study.curves import learned, retained
+from study.curves import learned, retained, whole
 from study.protocol import final_forgetting
 from study.search import SEQUENTIAL, Row, grouped, row_of
 from study.small_studies import RESULTS
@@ -51,7 +51,7 @@ def draw(records: list[dict], tasks: list[str], path: Path) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
-    runs = grouped([r for r in records if not r["diverged"]], row_of)
+    runs = grouped(whole(records), row_of)
     missing = [row for row in ROWS if row not in runs]
     if missing:
         raise ValueError(f"no run of {missing} in the records")

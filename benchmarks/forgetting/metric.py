@@ -17,6 +17,7 @@ from unittest import mock
 
 import torch
 from study import subjects
+from study.curves import whole
 from study.language_retention import Reference, base_reference
 from study.language_subject import GRADIENT_BATCHES, Language
 from study.methods import METHODS
@@ -107,11 +108,8 @@ class Trials:
         if r is not None:
             method = replace(method, settings=method.settings | dict(r=r))
         model, trained_on = subject.model(method, 0), subject.batches(task, STEPS // epochs, 0)
-        sample = {
-            FIRST: lambda: trained_on[:batches],
-            LAST: lambda: trained_on[-batches:],
-            OTHER: lambda: subject.batches(task, batches, FRESH),
-        }[read]()
+        sample = subject.batches(task, batches, FRESH) if read == OTHER else trained_on
+        sample = sample[-batches:] if read == LAST else sample[:batches]
         key = (tokens, every_layer, settings.get("rank"))
         keep = self.kept.get(key)
         with (
@@ -177,7 +175,7 @@ def main() -> None:
 
 def report(records: list[dict]) -> str:
     """A table; beside each way what the default keeps at equal learning, where its curve goes."""
-    records = [record for record in records if not record["diverged"]]
+    records = whole(records)
     curve = sorted(
         (r["perplexity"], r["agreement"], r["kl"]) for r in records if r["way"] == DEFAULT
     )

@@ -27,7 +27,7 @@ def write(records: Sequence[dict], subject: Subject, path: Path) -> None:
         ]
     if any(map(measured_unseen, records)):
         parts += [
-            "### Kinds of text that no task and no calibration is of: agreement, KL in nats",
+            "### Kinds of text that no task is of: agreement, KL in nats",
             unseen_table(records, subject),
         ]
     path.with_suffix(".md").write_text("\n\n".join(parts) + "\n")

@@ -1,4 +1,5 @@
-"""Text of kinds that neither a task nor any calibration is of: is what the model knew of it kept?
+"""Text of kinds that no task is of: is what the model knew of it kept? Of JavaScript a calibration
+may have other scripts, ``jquery``.
 
 - ``javascript``: the scripts of Django's admin pages (BSD-3-Clause), another language than the one
   that is learned.

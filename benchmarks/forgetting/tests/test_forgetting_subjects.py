@@ -289,13 +289,12 @@ def test_passages_join_what_is_to_be_kept(kind, two_domains, monkeypatch):
     expected = dict(wikipedia="a b c. ", javascript="x y z; ")[kind]
     text = language.encode(subject.tokenizer, expected * 90)
     assert torch.equal(ids.flatten(), text[: ids.numel()]) and ids.shape[1] == causal_model.LENGTH
-    rows = [
+    fewer, more = (
         subject.general_rows(replace(methods.METHODS["LoRA"], passages=passages), predictions=True)
         for passages in (None, kind)
-    ]
-    fewer, more = rows
+    )
     assert len(more["ids"]) - len(fewer["ids"]) == ids.numel() // 16
-    for row in rows:
+    for row in (fewer, more):
         assert row["logs"].shape[:2] == row["ids"].shape
 
 

@@ -1,4 +1,4 @@
-"""benchmarks/forgetting/study/unseen.py: texts of kinds that no calibration is of."""
+"""benchmarks/forgetting/study/unseen.py: texts of kinds that no task is of."""
 
 import json
 import zipfile
